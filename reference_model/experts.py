@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The experts, and the two ways an attention side reaches them: in this process, or through m2n."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+import m2n
+
+from .checkpoint import Checkpoint, ExpertNames
+from .config import ModelConfig
+from .model import gated_ffn
+
+
+class Experts(Protocol):
+    """What an attention side asks of its experts: a layer of a microbatch at a time, in any order."""
+
+    def dispatch(
+        self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, layer: int, microbatch: int
+    ) -> None:
+        """Hand over the tokens of a microbatch with their experts' ids and weights."""
+
+    def ready(self, microbatches: Sequence[int]) -> int | None:
+        """The first of these microbatches whose answer is there, without waiting."""
+
+    def wait_ready(self, microbatches: Sequence[int]) -> int:
+        """Sleep until one of these microbatches has its answer, and say which."""
+
+    def combine(self, microbatch: int) -> torch.Tensor:
+        """The weighted sum over each token's experts [T, H]; frees the microbatch for its next dispatch."""
+
+    def idle(self) -> None:
+        """Nothing to send for now."""
+
+
+class ExpertWeights:
+    """The weights of some experts for all layers; expert_ids are global, in the order of the outputs."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        names: ExpertNames,
+        expert_ids: Sequence[int],
+        dtype: torch.dtype,
+    ) -> None:
+        self.config, self.dtype, self.expert_ids = config, dtype, list(expert_ids)
+        self._by_layer: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        for layer, has_experts in enumerate(config.moe_layers):
+            if has_experts:
+                self._by_layer[layer] = [_load(checkpoint, names, layer, e, dtype) for e in self.expert_ids]
+
+    def run(self, layer: int, local_idx: int, x_TH: torch.Tensor) -> torch.Tensor:
+        """Output of one expert, given by its place in expert_ids, for the rows x [T, H]."""
+        gate_up, down = self._by_layer[layer][local_idx]
+        return gated_ffn(x_TH, gate_up, down, self.config.hidden_act)
+
+    def outputs(
+        self, layer: int, x_RH: torch.Tensor, rows_P: torch.Tensor, offsets: Sequence[int]
+    ) -> torch.Tensor:
+        """One output row per (row, expert) [P, H], expert-major: offsets[i] : offsets[i + 1] is expert i."""
+        y_PH = torch.empty((rows_P.shape[0], self.config.hidden), dtype=self.dtype)
+        for local_idx in range(len(self.expert_ids)):
+            first, last = offsets[local_idx], offsets[local_idx + 1]
+            if first < last:
+                y_PH[first:last] = self.run(layer, local_idx, x_RH[rows_P[first:last]])
+        return y_PH
+
+
+def _load(
+    checkpoint: Checkpoint, names: ExpertNames, layer: int, expert_id: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if names.is_fused:
+        gate_up = checkpoint.part(names.fused(layer, names.gate), expert_id, dtype)
+        return gate_up, checkpoint.part(names.fused(layer, names.down), expert_id, dtype)
+    gate = checkpoint.tensor(names.expert(layer, expert_id, names.gate), dtype)
+    up = checkpoint.tensor(names.expert(layer, expert_id, names.up), dtype)
+    return torch.cat((gate, up)), checkpoint.tensor(names.expert(layer, expert_id, names.down), dtype)
+
+
+class LocalExperts:
+    """All experts in this process, combined by the arithmetic of m2n for the given groups of experts.
+
+    The sum is in float32 in ascending expert id within a group (an expert rank), rounded once to dtype, then
+    summed over groups; with reduce_at="attention" every expert's output is summed in top-k order.
+    """
+
+    def __init__(
+        self, weights: ExpertWeights, groups: Sequence[Sequence[int]] | None = None, reduce_at: str = "expert"
+    ) -> None:
+        self.weights, self.reduce_at = weights, reduce_at
+        self.groups = [list(group) for group in groups] if groups else [weights.expert_ids]
+        self._answers: dict[int, torch.Tensor] = {}
+
+    def dispatch(
+        self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, layer: int, microbatch: int
+    ) -> None:
+        combine = self._per_expert if self.reduce_at == "expert" else self._per_pair
+        self._answers[microbatch] = combine(x_TH, ids_TK, weights_TK, layer)
+
+    def ready(self, microbatches: Sequence[int]) -> int | None:
+        return microbatches[0]
+
+    def wait_ready(self, microbatches: Sequence[int]) -> int:
+        return microbatches[0]
+
+    def combine(self, microbatch: int) -> torch.Tensor:
+        return self._answers.pop(microbatch)
+
+    def idle(self) -> None:
+        return
+
+    def _per_expert(
+        self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, layer: int
+    ) -> torch.Tensor:
+        total_TH = torch.zeros(x_TH.shape, dtype=torch.float32)
+        for group in self.groups:
+            partial_TH = torch.zeros(x_TH.shape, dtype=torch.float32)
+            for expert_id in group:
+                rows, k_idx = torch.where(ids_TK == expert_id)
+                if rows.numel():
+                    y = self.weights.run(layer, self.weights.expert_ids.index(expert_id), x_TH[rows])
+                    partial_TH[rows] += weights_TK[rows, k_idx, None] * y.to(torch.float32)
+            total_TH += partial_TH.to(x_TH.dtype).to(torch.float32)
+        return total_TH.to(x_TH.dtype)
+
+    def _per_pair(
+        self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, layer: int
+    ) -> torch.Tensor:
+        y_TKH = torch.zeros((*ids_TK.shape, x_TH.shape[1]), dtype=x_TH.dtype)
+        for local_idx, expert_id in enumerate(self.weights.expert_ids):
+            rows, k_idx = torch.where(ids_TK == expert_id)
+            if rows.numel():
+                y_TKH[rows, k_idx] = self.weights.run(layer, local_idx, x_TH[rows])
+        total_TH = torch.zeros(x_TH.shape, dtype=torch.float32)
+        for k in range(ids_TK.shape[1]):
+            total_TH += weights_TK[:, k, None] * y_TKH[:, k].to(torch.float32)
+        return total_TH.to(x_TH.dtype)
+
+
+class RemoteExperts:
+    """The experts of other ranks, reached through an m2n.AttentionComm; counts the time spent waiting."""
+
+    def __init__(self, comm: m2n.AttentionComm, timeout_s: float) -> None:
+        self.comm, self.timeout_s, self.wait_s = comm, timeout_s, 0.0
+
+    def dispatch(
+        self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, layer: int, microbatch: int
+    ) -> None:
+        route = self.comm.route(ids_TK, weights_TK)
+        # x is borrowed by m2n until combine_recv; it holds the tensor.
+        self.comm.dispatch_send(x_TH, route, microbatch=microbatch, layer=layer)
+
+    def ready(self, microbatches: Sequence[int]) -> int | None:
+        return next((microbatch for microbatch in microbatches if self.comm.ready(microbatch)), None)
+
+    def wait_ready(self, microbatches: Sequence[int]) -> int:
+        microbatch = self._waited(lambda: self.comm.wait_ready(list(microbatches), self.timeout_s))
+        # Nobody in time: combine_recv of the oldest says which peer is missing.
+        return microbatches[0] if microbatch is None else microbatch
+
+    def combine(self, microbatch: int) -> torch.Tensor:
+        return self._waited(lambda: self.comm.combine_recv(microbatch=microbatch, timeout=self.timeout_s))
+
+    def idle(self) -> None:
+        self.comm.idle()
+
+    def _waited(self, call: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        try:
+            return call()
+        finally:
+            self.wait_s += time.perf_counter() - started

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MonolithicModel: attention and all experts in one process, by the same code as the disaggregated run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from pathlib import Path
+
+import torch
+
+from .checkpoint import Checkpoint, check
+from .config import ModelConfig
+from .engine import AttentionEngine
+from .experts import ExpertWeights, LocalExperts
+from .model import Decoder, KVCache, Span
+from .sampling import SamplingConfig
+from .scheduler import Scheduler, Sequence
+
+
+class MonolithicModel:
+    """A whole checkpoint in this process."""
+
+    def __init__(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        self.config = ModelConfig.from_directory(directory)
+        checkpoint = Checkpoint(directory)
+        names = check(checkpoint, self.config)
+        self.decoder = Decoder(self.config, checkpoint, names, dtype)
+        expert_ids = range(self.config.num_experts)
+        self.weights = ExpertWeights(self.config, checkpoint, names, expert_ids, dtype)
+
+    def generate(
+        self,
+        prompts: SequenceOf[SequenceOf[int]],
+        max_new_tokens: int,
+        sampling: SamplingConfig | None = None,
+        *,
+        max_batch: int = 8,
+        max_tokens: int = 256,
+        microbatches: int = 1,
+        groups: SequenceOf[SequenceOf[int]] | None = None,
+        reduce_at: str = "expert",
+        ignore_eos: bool = False,
+    ) -> list[list[int]]:
+        """Token ids of the answers, in the order of the prompts.
+
+        groups: the experts of each expert rank that the arithmetic imitates (None: one rank holds them all).
+        """
+        experts = LocalExperts(self.weights, groups, reduce_at)
+        scheduler = Scheduler(max_batch, max_tokens, microbatches)
+        engine = AttentionEngine(self.decoder, experts, scheduler, sampling or SamplingConfig(), ignore_eos)
+        sequences = [Sequence(idx, list(ids), max_new_tokens) for idx, ids in enumerate(prompts)]
+        for _ in engine.run(sequences):
+            pass
+        return [sequence.output_ids for sequence in sequences]
+
+    def logits(self, token_ids: SequenceOf[int], max_tokens: int = 256) -> torch.Tensor:
+        """Logits float32 [V] after the last of these tokens."""
+        cache = KVCache(self.config, len(token_ids), self.decoder.dtype)
+        experts = LocalExperts(self.weights)
+        for start in range(0, len(token_ids), max_tokens):
+            part = list(token_ids[start : start + max_tokens])
+            batch = self.decoder.begin([Span(cache, part, start, True)])
+            for layer, has_experts in enumerate(self.config.moe_layers):
+                self.decoder.attend(layer, batch)
+                if has_experts:
+                    experts.dispatch(batch.expert_in_TH, *self.decoder.route(layer, batch), layer, 0)
+                    self.decoder.finish(batch, experts.combine(0))
+                else:
+                    self.decoder.finish(batch, self.decoder.dense_ffn(layer, batch))
+        return self.decoder.logits(batch)[0]
