@@ -1,0 +1,363 @@
+// SPDX-License-Identifier: Apache-2.0
+// The native module m2n._C: names, argument checks, and when to hold Python's lock. No logic.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cmath>
+#include <limits>
+#include <optional>
+
+#include "errors.h"
+#include "exchange/attention.h"
+#include "exchange/expert.h"
+#include "tensor.h"
+
+namespace m2n::bindings {
+namespace {
+
+// A copy of this many bytes takes a few microseconds: below it, giving up the lock costs more than it frees.
+constexpr uint64_t kLargeCopyBytes = 64 * 1024;
+
+int64_t deadline_after(double timeout_s) {
+  if (std::isnan(timeout_s) || timeout_s < 0) throw py::value_error("timeout: expected seconds >= 0");
+  constexpr double kForeverS = 1e9;  // no wait is endless, but this one ends in 30 years
+  return now_ns() + static_cast<int64_t>(std::min(timeout_s, kForeverS) * 1e9);
+}
+
+class MaybeRelease {
+ public:
+  explicit MaybeRelease(bool is_long) {
+    if (is_long) release_.emplace();
+  }
+
+ private:
+  std::optional<py::gil_scoped_release> release_;
+};
+
+Shape make_shape(uint32_t hidden, uint32_t num_experts, uint32_t top_k, uint32_t max_tokens,
+                 uint32_t microbatches, const std::string& dispatch_dtype, const std::string& combine_dtype,
+                 const std::string& reduce_at) {
+  Shape shape;
+  shape.hidden = hidden;
+  shape.num_experts = num_experts;
+  shape.top_k = top_k;
+  shape.max_tokens = max_tokens;
+  shape.microbatches = microbatches;
+  shape.dispatch_dtype = parse_dtype(dispatch_dtype, "dispatch_dtype");
+  shape.combine_dtype = parse_dtype(combine_dtype, "combine_dtype");
+  if (reduce_at != "expert" && reduce_at != "attention") {
+    throw py::value_error("reduce_at: expected 'expert' or 'attention', got '" + reduce_at + "'");
+  }
+  shape.reduce_at = reduce_at == "expert" ? ReduceAt::kExpert : ReduceAt::kAttention;
+  return shape;
+}
+
+struct TopK {
+  std::vector<int32_t> ids;
+  std::vector<float> weights;
+  uint32_t num_tokens;
+};
+
+TopK read_topk(const Shape& shape, const py::object& topk_ids, const py::object& topk_weights) {
+  const Tensor ids(topk_ids, "topk_ids");
+  const Tensor weights(topk_weights, "topk_weights");
+  TopK topk{ids.read_ids(shape.top_k), weights.read_floats(shape.top_k),
+            static_cast<uint32_t>(ids.num_rows())};
+  if (ids.num_rows() != weights.num_rows()) {
+    throw py::value_error("topk_weights: expected " + std::to_string(ids.num_rows()) +
+                          " rows as in topk_ids, got " + std::to_string(weights.num_rows()));
+  }
+  if (topk.num_tokens > shape.max_tokens) {
+    throw py::value_error("topk_ids: " + std::to_string(topk.num_tokens) + " tokens, but max_tokens is " +
+                          std::to_string(shape.max_tokens) + "; send them in several dispatches");
+  }
+  return topk;
+}
+
+void build_from_topk(Route& route, const py::object& topk_ids, const py::object& topk_weights,
+                     const std::vector<int32_t>& rank_offsets, const std::vector<int32_t>& ranks,
+                     uint32_t num_ranks, uint32_t own_rank) {
+  const TopK topk = read_topk(route.shape(), topk_ids, topk_weights);
+  route.prepare(topk.num_tokens, num_ranks);
+  route.build_from_topk(topk.ids.data(), topk.weights.data(), rank_offsets, ranks, own_rank);
+}
+
+void build_from_splits(Route& route, const std::vector<uint32_t>& splits, const py::object& topk_ids,
+                       const py::object& topk_weights) {
+  const TopK topk = read_topk(route.shape(), topk_ids, topk_weights);
+  uint64_t num_rows = 0;
+  for (uint32_t split : splits) num_rows += split;
+  if (num_rows != topk.num_tokens) {
+    throw py::value_error("splits: they add up to " + std::to_string(num_rows) + " rows, topk_ids has " +
+                          std::to_string(topk.num_tokens));
+  }
+  route.prepare(topk.num_tokens, static_cast<uint32_t>(splits.size()));
+  route.build_from_splits(topk.ids.data(), topk.weights.data(), splits);
+}
+
+void attention_dispatch_send(AttentionComm& comm, const py::object& x, std::shared_ptr<const Route> route,
+                             uint32_t microbatch, uint32_t layer, double timeout_s) {
+  const Tensor rows(x, "x");
+  rows.require_rows(comm.shape().dispatch_dtype, comm.shape().hidden);
+  if (rows.num_rows() != route->view().num_tokens) {
+    throw py::value_error("x: the route is for " + std::to_string(route->view().num_tokens) +
+                          " tokens, x has " + std::to_string(rows.num_rows()) + " rows");
+  }
+  const uint64_t bytes = route->num_rows() * comm.layout().dispatch_rows.row_bytes;
+  const int64_t deadline_ns = deadline_after(timeout_s);
+  const bool is_long = bytes >= kLargeCopyBytes || (!comm.is_busy(microbatch) && !comm.is_free(microbatch));
+  const MaybeRelease release(is_long);
+  comm.dispatch_send(rows.data(), rows.row_stride_bytes(), std::move(route), microbatch, layer, deadline_ns);
+}
+
+void attention_combine_recv(AttentionComm& comm, const py::object& y, uint32_t microbatch, double timeout_s) {
+  const Tensor rows(y, "out");
+  rows.require_rows(comm.shape().combine_dtype, comm.shape().hidden);
+  if (rows.num_rows() != comm.num_tokens(microbatch)) {
+    throw py::value_error("out: expected " + std::to_string(comm.num_tokens(microbatch)) + " rows, got " +
+                          std::to_string(rows.num_rows()));
+  }
+  const int64_t deadline_ns = deadline_after(timeout_s);
+  const uint64_t bytes = rows.num_rows() * comm.layout().combine_rows.row_bytes;
+  const MaybeRelease release(bytes >= kLargeCopyBytes || !comm.is_ready(microbatch));
+  comm.combine_recv(rows.data(), rows.row_stride_bytes(), microbatch, deadline_ns);
+}
+
+std::shared_ptr<Batch> expert_dispatch_recv(ExpertComm& comm, std::optional<uint32_t> layer,
+                                            std::optional<uint32_t> microbatch, double linger_us,
+                                            const std::vector<uint32_t>& attention_ranks, double timeout_s) {
+  const RecvWanted wanted{layer, microbatch, static_cast<int64_t>(linger_us * 1e3), attention_ranks};
+  const int64_t deadline_ns = deadline_after(timeout_s);
+  if (timeout_s == 0) return comm.dispatch_recv(wanted, 0);
+  const py::gil_scoped_release release;
+  return comm.dispatch_recv(wanted, deadline_ns);
+}
+
+void expert_combine_send(ExpertComm& comm, const std::shared_ptr<Batch>& batch, const py::object& y,
+                         bool reduced) {
+  const Tensor rows(y, "y");
+  const DType dtype = rows.float_dtype();
+  rows.require_rows(dtype, comm.shape().hidden);
+  if (reduced && comm.shape().reduce_at == ReduceAt::kAttention) {
+    throw py::value_error(
+        "reduced: with reduce_at='attention' the attention rank sums, so y must hold every pair");
+  }
+  const uint32_t num_rows = reduced ? batch->num_rows() : batch->num_pairs();
+  if (rows.num_rows() != num_rows) {
+    throw py::value_error("y: expected " + std::to_string(num_rows) +
+                          (reduced ? " rows, one per received row" : " rows, one per (row, expert) pair") +
+                          ", got " + std::to_string(rows.num_rows()));
+  }
+  const MaybeRelease release(num_rows * comm.layout().combine_rows.row_bytes >= kLargeCopyBytes);
+  comm.combine_send(*batch, rows.data(), rows.row_stride_bytes(), dtype, reduced);
+}
+
+// A list of a batch as an array that keeps the batch alive.
+template <class T>
+Array list_array(const std::shared_ptr<Batch>& batch, std::vector<T>& list) {
+  return {batch,
+          list.data(),
+          {static_cast<int64_t>(list.size())},
+          std::is_same_v<T, float> ? Kind::kFloat : Kind::kInt,
+          32};
+}
+
+Array window_array(const Comm& comm) {
+  const DType dtype = comm.shape().dispatch_dtype;
+  return {comm.rows_window(),
+          comm.rows_window()->data(),
+          {static_cast<int64_t>(comm.window_rows()), static_cast<int64_t>(comm.shape().hidden)},
+          dtype == DType::kBFloat16 ? Kind::kBFloat : Kind::kFloat,
+          static_cast<uint8_t>(8 * dtype_bytes(dtype))};
+}
+
+py::dict offer_to_dict(const Comm::Offer& offer) {
+  py::list objects;
+  for (const Handle& handle : offer.handles) objects.append(py::make_tuple(handle.fd, handle.id));
+  py::dict dict;
+  dict["peer_idx"] = offer.peer_idx;
+  dict["process"] = offer.process;
+  dict["objects"] = objects;
+  return dict;
+}
+
+const char* state_name(PeerState state) {
+  switch (state) {
+    case PeerState::kUnused:
+      return "unused";
+    case PeerState::kLive:
+      return "live";
+    case PeerState::kLeft:
+      return "left";
+    case PeerState::kLost:
+      return "lost";
+  }
+  return "";
+}
+
+void attach_peer(Comm& comm, uint32_t peer_idx, const std::vector<std::pair<int, uint64_t>>& objects,
+                 uint64_t process) {
+  std::vector<Handle> handles;
+  for (const auto& [fd, id] : objects) handles.push_back({fd, 0, id});
+  comm.attach(peer_idx, handles, process);
+}
+
+py::dict stats_dict(const Comm& comm) {
+  const Stats stats = comm.stats();
+  py::dict dict;
+  dict["messages_sent"] = stats.messages_sent;
+  dict["messages_received"] = stats.messages_received;
+  dict["rows_sent"] = stats.rows_sent;
+  dict["rows_received"] = stats.rows_received;
+  dict["bytes_sent"] = stats.bytes_sent;
+  dict["bytes_received"] = stats.bytes_received;
+  dict["wait_us"] = static_cast<double>(stats.wait_ns) / 1e3;
+  return dict;
+}
+
+py::list peers_list(const Comm& comm) {
+  py::list list;
+  for (const PeerInfo& info : comm.peers()) {
+    list.append(py::make_tuple(info.rank, state_name(info.state), info.life, describe(info.cause)));
+  }
+  return list;
+}
+
+bool wait_peer(Comm& comm, uint32_t rank, double timeout_s) {
+  const int64_t deadline_ns = deadline_after(timeout_s);
+  const py::gil_scoped_release release;
+  return comm.wait_peer(rank, deadline_ns);
+}
+
+// A wait in a verb must not hide Ctrl-C.
+void check_interrupt() {
+  const py::gil_scoped_acquire acquire;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
+void bind_comm(py::module_& module) {
+  py::class_<Comm, std::shared_ptr<Comm>> type(module, "Comm");
+  type.def(
+      "offer", [](Comm& comm, uint32_t rank, uint64_t life) { return offer_to_dict(comm.offer(rank, life)); },
+      py::arg("rank"), py::arg("life"));
+  type.def("attach", &attach_peer, py::arg("peer_idx"), py::arg("objects"), py::arg("process"));
+  type.def("watch", &Comm::watch, py::arg("peer_idx"), py::arg("connection_fd"), py::arg("pidfd"));
+  type.def("close", &Comm::close);
+  type.def("check", &Comm::check);
+  type.def("peers", &peers_list);
+  type.def("stats", &stats_dict);
+  type.def("wait_peer", &wait_peer, py::arg("rank"), py::arg("timeout_s"));
+  type.def_property_readonly("is_closed", &Comm::is_closed);
+}
+
+void bind_attention(py::module_& module) {
+  py::class_<AttentionComm, Comm, std::shared_ptr<AttentionComm>> type(module, "AttentionComm");
+  type.def(py::init<const Shape&, uint32_t, uint32_t, const std::string&>(), py::arg("shape"),
+           py::arg("rank"), py::arg("max_peers"), py::arg("transport"));
+  type.def("dispatch_send", &attention_dispatch_send, py::arg("x"), py::arg("route"), py::arg("microbatch"),
+           py::arg("layer"), py::arg("timeout_s"));
+  type.def("combine_recv", &attention_combine_recv, py::arg("out"), py::arg("microbatch"),
+           py::arg("timeout_s"));
+  type.def("num_tokens", &AttentionComm::num_tokens, py::arg("microbatch"));
+  type.def("is_busy", &AttentionComm::is_busy, py::arg("microbatch"));
+  type.def("ready", &AttentionComm::is_ready, py::arg("microbatch"));
+  type.def(
+      "wait_ready",
+      [](AttentionComm& comm, const std::vector<uint32_t>& microbatches, double timeout_s) {
+        const int64_t deadline_ns = deadline_after(timeout_s);
+        const py::gil_scoped_release release;
+        return comm.wait_ready(microbatches, deadline_ns);
+      },
+      py::arg("microbatches"), py::arg("timeout_s"));
+  type.def(
+      "idle",
+      [](AttentionComm& comm, double timeout_s) {
+        const int64_t deadline_ns = deadline_after(timeout_s);
+        const py::gil_scoped_release release;
+        comm.idle(deadline_ns);
+      },
+      py::arg("timeout_s"));
+  type.def("recover", &AttentionComm::recover, py::arg("rank"));
+}
+
+void bind_expert(py::module_& module) {
+  py::class_<ExpertComm, Comm, std::shared_ptr<ExpertComm>> type(module, "ExpertComm");
+  type.def(py::init<const Shape&, uint32_t, uint32_t, const std::string&, std::vector<uint32_t>>(),
+           py::arg("shape"), py::arg("rank"), py::arg("max_peers"), py::arg("transport"),
+           py::arg("local_experts"));
+  type.def("dispatch_recv", &expert_dispatch_recv, py::arg("layer"), py::arg("microbatch"),
+           py::arg("linger_us"), py::arg("attention_ranks"), py::arg("timeout_s"));
+  type.def(
+      "wait_work",
+      [](ExpertComm& comm, double timeout_s) -> std::optional<std::pair<uint32_t, uint32_t>> {
+        const int64_t deadline_ns = deadline_after(timeout_s);
+        const py::gil_scoped_release release;
+        const auto work = comm.wait_work(deadline_ns);
+        if (!work) return std::nullopt;
+        return std::pair{work->layer, work->microbatch};
+      },
+      py::arg("timeout_s"));
+  type.def("combine_send", &expert_combine_send, py::arg("batch"), py::arg("y"), py::arg("reduced"));
+  type.def("recover", &ExpertComm::recover, py::arg("rank"));
+  type.def("window", [](const ExpertComm& comm) { return window_array(comm); });
+}
+
+void bind_values(py::module_& module) {
+  py::class_<Shape>(module, "Shape")
+      .def(py::init(&make_shape), py::arg("hidden"), py::arg("num_experts"), py::arg("top_k"),
+           py::arg("max_tokens"), py::arg("microbatches"), py::arg("dispatch_dtype"),
+           py::arg("combine_dtype"), py::arg("reduce_at"));
+  py::class_<Route, std::shared_ptr<Route>>(module, "Route")
+      .def(py::init<const Shape&>(), py::arg("shape"))
+      .def("build_from_topk", &build_from_topk, py::arg("topk_ids"), py::arg("topk_weights"),
+           py::arg("rank_offsets"), py::arg("ranks"), py::arg("num_ranks"), py::arg("own_rank"))
+      .def("build_from_splits", &build_from_splits, py::arg("splits"), py::arg("topk_ids"),
+           py::arg("topk_weights"))
+      .def_property_readonly("num_tokens", [](const Route& route) { return route.view().num_tokens; })
+      .def_property_readonly("num_rows", &Route::num_rows)
+      .def_property_readonly("rows_per_rank", [](const Route& route) {
+        std::vector<uint32_t> rows;
+        for (uint32_t rank = 0; rank < route.view().num_ranks; ++rank) {
+          rows.push_back(route.view().row_offsets[rank + 1] - route.view().row_offsets[rank]);
+        }
+        return rows;
+      });
+  py::class_<Array>(module, "Array")
+      .def("__dlpack__", [](const Array& array, const py::kwargs&) { return array.to_dlpack(); })
+      .def("__dlpack_device__", [](const Array&) { return py::make_tuple(1, 0); })
+      .def_property_readonly("is_bfloat16", [](const Array& array) { return array.kind == Kind::kBFloat; })
+      .def("bits", [](const Array& array) {
+        Array bits = array;
+        bits.kind = Kind::kUInt;
+        return bits;
+      });
+  py::class_<Batch, std::shared_ptr<Batch>>(module, "Batch")
+      .def_readonly("layer", &Batch::layer)
+      .def_readonly("microbatch", &Batch::microbatch)
+      .def_readonly("ranks", &Batch::ranks)
+      .def_property_readonly("num_rows", &Batch::num_rows)
+      .def_property_readonly("num_pairs", &Batch::num_pairs)
+      .def_property_readonly(
+          "row_index_by_expert",
+          [](const std::shared_ptr<Batch>& b) { return list_array(b, b->row_index_by_expert); })
+      .def_property_readonly("expert_offsets",
+                             [](const std::shared_ptr<Batch>& b) { return list_array(b, b->expert_offsets); })
+      .def_property_readonly("weights",
+                             [](const std::shared_ptr<Batch>& b) { return list_array(b, b->weights); });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Native core of m2n. Use the names of the package m2n instead.";
+  bind_errors(module);
+  on_sleep = &check_interrupt;
+  bind_values(module);
+  bind_comm(module);
+  bind_attention(module);
+  bind_expert(module);
+  module.attr("has_cuda") = bool{M2N_HAS_CUDA};
+  module.attr("sanitizer") = M2N_SANITIZE_NAME;
+}
+
+}  // namespace m2n::bindings

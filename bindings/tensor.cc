@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: Apache-2.0
+// Reading and making DLPack capsules.
+#include "tensor.h"
+
+#include <cstring>
+#include <limits>
+
+namespace m2n::bindings {
+namespace {
+
+constexpr int32_t kCpu = 1;
+constexpr const char* kPlain = "dltensor";
+constexpr const char* kVersioned = "dltensor_versioned";
+
+py::object call_dlpack(const py::object& object, const char* argument) {
+  if (!py::hasattr(object, "__dlpack__")) {
+    throw py::type_error(std::string(argument) + ": expected a torch, numpy or other DLPack tensor, got " +
+                         std::string(py::str(py::type::of(object).attr("__name__"))));
+  }
+  try {
+    return object.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(1, 0));
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_TypeError)) {
+      throw py::type_error(std::string(argument) + ": cannot be read through DLPack: " + error.what());
+    }
+  }
+  return object.attr("__dlpack__")();  // a library from before DLPack 1.0
+}
+
+}  // namespace
+
+Tensor::Tensor(const py::object& object, const char* argument)
+    : argument_(argument), capsule_(call_dlpack(object, argument)) {
+  if (PyCapsule_IsValid(capsule_.ptr(), kVersioned)) {
+    tensor_ =
+        &static_cast<DLManagedTensorVersioned*>(PyCapsule_GetPointer(capsule_.ptr(), kVersioned))->tensor;
+  } else if (PyCapsule_IsValid(capsule_.ptr(), kPlain)) {
+    tensor_ = &static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule_.ptr(), kPlain))->tensor;
+  } else {
+    throw py::type_error(std::string(argument) + ": __dlpack__ gave no DLPack capsule");
+  }
+  if (tensor_->device.device_type != kCpu) {
+    throw py::value_error(std::string(argument) +
+                          ": this comm is on the CPU, the tensor is not (DLPack device type " +
+                          std::to_string(tensor_->device.device_type) + "); move it there first");
+  }
+}
+
+// The capsule was not consumed, so its own destructor frees the tensor.
+Tensor::~Tensor() = default;
+
+bool Tensor::is(Kind kind, uint8_t bits) const {
+  return tensor_->dtype.code == static_cast<uint8_t>(kind) && tensor_->dtype.bits == bits &&
+         tensor_->dtype.lanes == 1;
+}
+
+std::string Tensor::describe() const {
+  std::string text = tensor_->dtype.code == 0   ? "int"
+                     : tensor_->dtype.code == 1 ? "uint"
+                     : tensor_->dtype.code == 2 ? "float"
+                     : tensor_->dtype.code == 4 ? "bfloat"
+                                                : "type " + std::to_string(tensor_->dtype.code) + "/";
+  text += std::to_string(tensor_->dtype.bits) + " [";
+  for (int i = 0; i < tensor_->ndim; ++i) text += (i == 0 ? "" : ", ") + std::to_string(tensor_->shape[i]);
+  return text + "]";
+}
+
+int64_t Tensor::stride(int dim) const {
+  if (tensor_->strides != nullptr) return tensor_->strides[dim];
+  int64_t packed = 1;
+  for (int i = tensor_->ndim - 1; i > dim; --i) packed *= tensor_->shape[i];
+  return packed;
+}
+
+void Tensor::require_matrix(uint32_t columns) const {
+  if (tensor_->ndim == 2 && tensor_->shape[1] == columns) return;
+  throw py::value_error(std::string(argument_) + ": expected shape [T, " + std::to_string(columns) +
+                        "], got " + describe());
+}
+
+DType Tensor::float_dtype() const {
+  if (is(Kind::kFloat, 32)) return DType::kFloat32;
+  if (is(Kind::kFloat, 16)) return DType::kFloat16;
+  if (is(Kind::kBFloat, 16) || is(Kind::kUInt, 16)) return DType::kBFloat16;
+  throw py::type_error(std::string(argument_) + ": expected float32, bfloat16 or float16, got " + describe());
+}
+
+void Tensor::require_rows(DType dtype, uint32_t hidden) const {
+  require_matrix(hidden);
+  if (float_dtype() != dtype) {
+    const char* name = dtype == DType::kFloat32   ? "float32"
+                       : dtype == DType::kFloat16 ? "float16"
+                                                  : "bfloat16";
+    throw py::type_error(std::string(argument_) + ": expected dtype " + name + " as in the Shape, got " +
+                         describe());
+  }
+  if (tensor_->shape[0] != 0 && (stride(1) != 1 || (tensor_->shape[0] > 1 && stride(0) < hidden))) {
+    throw py::value_error(
+        std::string(argument_) +
+        ": the elements of a row must be adjacent (stride 1) and rows must not overlap; got strides " +
+        std::to_string(stride(0)) + ", " + std::to_string(stride(1)) + "; make it contiguous first");
+  }
+}
+
+uint64_t Tensor::row_stride_bytes() const {
+  return static_cast<uint64_t>(stride(0)) * (tensor_->dtype.bits / 8);
+}
+
+std::vector<int32_t> Tensor::read_ids(uint32_t top_k) const {
+  require_matrix(top_k);
+  if (!is(Kind::kInt, 32) && !is(Kind::kInt, 64)) {
+    throw py::type_error(std::string(argument_) + ": expected int32 or int64, got " + describe());
+  }
+  std::vector<int32_t> ids(static_cast<size_t>(num_rows()) * top_k);
+  for (int64_t row = 0; row < num_rows(); ++row) {
+    for (uint32_t k = 0; k < top_k; ++k) {
+      const int64_t at = row * stride(0) + k * stride(1);
+      int64_t id;
+      if (is(Kind::kInt, 32)) {
+        id = reinterpret_cast<const int32_t*>(data())[at];
+      } else {
+        id = reinterpret_cast<const int64_t*>(data())[at];
+      }
+      if (id < std::numeric_limits<int32_t>::min() || id > std::numeric_limits<int32_t>::max()) {
+        throw py::value_error(std::string(argument_) + ": expert id " + std::to_string(id) + " at token " +
+                              std::to_string(row) + " is out of range");
+      }
+      ids[static_cast<size_t>(row) * top_k + k] = static_cast<int32_t>(id);
+    }
+  }
+  return ids;
+}
+
+std::vector<float> Tensor::read_floats(uint32_t top_k) const {
+  require_matrix(top_k);
+  std::vector<float> values(static_cast<size_t>(num_rows()) * top_k);
+  const auto read = [&](auto element) {
+    using T = decltype(element);
+    for (int64_t row = 0; row < num_rows(); ++row) {
+      for (uint32_t k = 0; k < top_k; ++k) {
+        const T value = reinterpret_cast<const T*>(data())[row * stride(0) + k * stride(1)];
+        if constexpr (std::is_same_v<T, double>) {
+          values[static_cast<size_t>(row) * top_k + k] = static_cast<float>(value);
+        } else {
+          values[static_cast<size_t>(row) * top_k + k] = to_float(value);
+        }
+      }
+    }
+  };
+  if (is(Kind::kFloat, 64)) {
+    read(double{});
+  } else {
+    with_dtype(float_dtype(), read);
+  }
+  return values;
+}
+
+py::capsule Array::to_dlpack() const {
+  struct Context {
+    DLManagedTensor managed;
+    std::shared_ptr<const void> owner;
+    std::vector<int64_t> shape;
+  };
+  auto* context = new Context{{}, owner, shape};
+  context->managed.tensor = {data,
+                             {kCpu, 0},
+                             static_cast<int32_t>(shape.size()),
+                             {static_cast<uint8_t>(kind), bits, 1},
+                             context->shape.data(),
+                             nullptr,
+                             0};
+  context->managed.context = context;
+  context->managed.deleter = [](DLManagedTensor* managed) { delete static_cast<Context*>(managed->context); };
+  return py::capsule(&context->managed, kPlain, [](PyObject* capsule) {
+    // Whoever takes the tensor renames the capsule, and then frees the tensor itself.
+    if (!PyCapsule_IsValid(capsule, kPlain)) return;
+    auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, kPlain));
+    managed->deleter(managed);
+  });
+}
+
+DType parse_dtype(const std::string& name, const char* argument) {
+  if (name == "float32") return DType::kFloat32;
+  if (name == "bfloat16") return DType::kBFloat16;
+  if (name == "float16") return DType::kFloat16;
+  throw py::value_error(std::string(argument) + ": expected 'float32', 'bfloat16' or 'float16', got '" +
+                        name + "'");
+}
+
+}  // namespace m2n::bindings

@@ -1,0 +1,286 @@
+// SPDX-License-Identifier: Apache-2.0
+// dispatch_send and combine_recv on CPU threads: who is waited for, and what ends a wait.
+#include "exchange/attention.h"
+
+#include <algorithm>
+
+namespace m2n {
+
+AttentionComm::AttentionComm(const Shape& shape, uint32_t rank, uint32_t max_peers,
+                             const std::string& transport)
+    : Comm(Role::kAttention, shape, rank, max_peers, transport),
+      send_seqs_(static_cast<size_t>(max_peers) * layout_.num_slots),
+      slots_(layout_.num_slots) {}
+
+void AttentionComm::require_microbatch(uint32_t microbatch) const {
+  require_usable();
+  if (microbatch >= shape_.microbatches) {
+    throw Error(Failure::kArgument, "microbatch: expected 0 to " + std::to_string(shape_.microbatches - 1) +
+                                        ", got " + std::to_string(microbatch));
+  }
+}
+
+bool AttentionComm::is_busy(uint32_t microbatch) const {
+  require_microbatch(microbatch);
+  return slots_[microbatch].is_busy;
+}
+
+uint32_t AttentionComm::num_tokens(uint32_t microbatch) const {
+  if (!is_busy(microbatch)) {
+    throw Error(Failure::kArgument, "microbatch " + std::to_string(microbatch) +
+                                        ": nothing was dispatched, so there is nothing to combine");
+  }
+  return slots_[microbatch].route->view().num_tokens;
+}
+
+void AttentionComm::find_peers(const Route& route, std::vector<int32_t>& peer_of_rank) {
+  const RouteView& view = route.view();
+  peer_of_rank.assign(view.num_ranks, kNone);
+  for (uint32_t rank = 0; rank < view.num_ranks; ++rank) {
+    const Link* link = find_link(rank);
+    if (link != nullptr && state_of(*link) == PeerState::kLive) {
+      peer_of_rank[rank] = static_cast<int32_t>(link - links_.data());
+    } else if (view.row_offsets[rank + 1] != view.row_offsets[rank]) {
+      if (link != nullptr) raise_lost(*link, "dispatch_send");
+      throw Error(Failure::kPeerLost,
+                  "dispatch_send: the route needs expert rank " + std::to_string(rank) +
+                      ", which this rank never connected to; check the placement",
+                  static_cast<int>(rank));
+    }
+  }
+}
+
+bool AttentionComm::is_free(uint32_t microbatch) {
+  if (is_busy(microbatch)) return false;
+  for (uint32_t peer_idx = 0; peer_idx < num_links(); ++peer_idx) {
+    SendSeq& seq = send_seq(peer_idx, microbatch);
+    if (!seq.awaits_reply()) continue;
+    if (reply_state(peer_idx, microbatch) == ReplyState::kPending) return false;
+    seq.consumed = seq.sent;
+  }
+  return true;
+}
+
+void AttentionComm::finish_empty_messages(uint32_t slot_idx, int64_t deadline_ns) {
+  if (wait([&] { return is_free(slot_idx); }, deadline_ns) == WaitResult::kReady) return;
+  for (uint32_t peer_idx = 0; peer_idx < num_links(); ++peer_idx) {
+    if (!send_seq(peer_idx, slot_idx).awaits_reply()) continue;
+    throw Error(Failure::kTimeout,
+                "dispatch_send(microbatch=" + std::to_string(slot_idx) +
+                    "): " + peer_name(links_[peer_idx].rank) +
+                    " has not answered the last, empty message on this slot; is it still serving batches?",
+                static_cast<int>(links_[peer_idx].rank));
+  }
+}
+
+void AttentionComm::send_to_peer(uint32_t peer_idx, uint32_t slot_idx, const Header& header, const Slot& slot,
+                                 const unsigned char* x, uint64_t x_stride_bytes) {
+  const Link& link = links_[peer_idx];
+  DispatchSend send{};
+  send.peer = link.view;
+  send.slot = slot_idx;
+  send.header = header;
+  SendSeq& seq = send_seq(peer_idx, slot_idx);
+  send.seq = seq.sent + 1;
+  uint32_t reply_rows = 0;
+  if (slot.route != nullptr) {
+    const RouteView& view = slot.route->view();
+    const uint32_t first = view.row_offsets[link.rank];
+    send.header.num_rows = view.row_offsets[link.rank + 1] - first;
+    send.x = x;
+    send.x_stride_bytes = x_stride_bytes;
+    send.token_of_row = view.token_of_row + first;
+    send.ids = view.ids + static_cast<uint64_t>(first) * shape_.top_k;
+    send.weights = view.weights + static_cast<uint64_t>(first) * shape_.top_k;
+    reply_rows = shape_.reduce_at == ReduceAt::kExpert ? send.header.num_rows : view.pair_counts[link.rank];
+  }
+  m2n::dispatch_send(exec_, layout_, send);
+  seq.sent = send.seq;
+  seq.reply_rows = reply_rows;
+  add_relaxed(&stats_.messages_sent, uint64_t{1});
+  add_relaxed(&stats_.rows_sent, uint64_t{send.header.num_rows});
+  const uint64_t ids_bytes = 2 * sizeof(int32_t) * uint64_t{shape_.top_k};
+  add_relaxed(&stats_.bytes_sent,
+              sizeof(Header) + send.header.num_rows * (layout_.dispatch_rows.row_bytes + ids_bytes));
+}
+
+void AttentionComm::dispatch_send(const unsigned char* x, uint64_t x_stride_bytes,
+                                  std::shared_ptr<const Route> route, uint32_t microbatch, uint32_t layer,
+                                  int64_t deadline_ns) {
+  require_microbatch(microbatch);
+  Slot& slot = slots_[microbatch];
+  if (slot.is_busy) {
+    throw Error(Failure::kSlotBusy, "dispatch_send: microbatch " + std::to_string(microbatch) +
+                                        " is in flight since layer " + std::to_string(slot.layer) +
+                                        "; call combine_recv(microbatch=" + std::to_string(microbatch) +
+                                        ") first");
+  }
+  std::vector<int32_t> peer_of_rank;
+  finish_empty_messages(microbatch, deadline_ns);
+  find_peers(*route, peer_of_rank);
+  slot.layer = layer;
+  slot.route = std::move(route);
+  slot.peer_of_rank = std::move(peer_of_rank);
+  slot.is_busy = true;
+  Header header{};
+  header.layer = layer;
+  header.microbatch = microbatch;
+  // Each attention rank starts with another peer, so that they do not all write to one at a time.
+  const uint32_t num_ranks = slot.route->view().num_ranks;
+  for (uint32_t i = 0; i < num_ranks; ++i) {
+    const int32_t peer_idx = slot.peer_of_rank[(rank_ + i) % num_ranks];
+    if (peer_idx != kNone) send_to_peer(peer_idx, microbatch, header, slot, x, x_stride_bytes);
+  }
+}
+
+AttentionComm::ReplyState AttentionComm::reply_state(uint32_t peer_idx, uint32_t slot) {
+  const SendSeq& seq = send_seq(peer_idx, slot);
+  const auto look = [&] { return classify(poll_signal(own_signal(peer_idx, slot)), seq.sent - 1); };
+  Arrival arrival = look();
+  if (arrival == Arrival::kNone) {
+    if (state_of(links_[peer_idx]) == PeerState::kLive) return ReplyState::kPending;
+    // It is gone; what it had completed before still counts, so look once more.
+    arrival = look();
+    if (arrival == Arrival::kNone) return ReplyState::kGone;
+  }
+  if (arrival == Arrival::kNext) return ReplyState::kArrived;
+  const Signal seen = load_relaxed(own_signal(peer_idx, slot));  // relaxed: for the message only
+  raise_violation(peer_idx, "microbatch " + std::to_string(slot) + ": expected reply " +
+                                std::to_string(seq.sent) + ", saw " + std::to_string(signal_seq(seen)));
+}
+
+bool AttentionComm::owes_rows(const Slot& slot, uint32_t rank) const {
+  const RouteView& view = slot.route->view();
+  return slot.peer_of_rank[rank] != kNone && view.row_offsets[rank + 1] != view.row_offsets[rank];
+}
+
+bool AttentionComm::is_ready(uint32_t microbatch) {
+  if (!is_busy(microbatch)) return false;
+  const Slot& slot = slots_[microbatch];
+  bool is_any_pending = false;
+  for (uint32_t rank = 0; rank < slot.peer_of_rank.size(); ++rank) {
+    if (!owes_rows(slot, rank)) continue;
+    const ReplyState state = reply_state(slot.peer_of_rank[rank], microbatch);
+    if (state == ReplyState::kGone) return true;
+    is_any_pending |= state == ReplyState::kPending;
+  }
+  return !is_any_pending;
+}
+
+int AttentionComm::wait_ready(const std::vector<uint32_t>& microbatches, int64_t deadline_ns) {
+  int found = -1;
+  const auto is_any_ready = [&] {
+    for (size_t i = 0; i < microbatches.size(); ++i) {
+      if (!is_ready(microbatches[i])) continue;
+      found = static_cast<int>(i);
+      return true;
+    }
+    return false;
+  };
+  wait(is_any_ready, deadline_ns);
+  return found;
+}
+
+void AttentionComm::wait_replies(Slot& slot, uint32_t slot_idx, int64_t deadline_ns) {
+  if (wait([&] { return is_ready(slot_idx); }, deadline_ns) == WaitResult::kTimeout) {
+    for (uint32_t rank = 0; rank < slot.peer_of_rank.size(); ++rank) {
+      if (!owes_rows(slot, rank) || reply_state(slot.peer_of_rank[rank], slot_idx) != ReplyState::kPending)
+        continue;
+      throw Error(Failure::kTimeout,
+                  "combine_recv(microbatch=" + std::to_string(slot_idx) + "): " + peer_name(rank) +
+                      " is alive but has not replied to layer " + std::to_string(slot.layer) +
+                      " in time; call again to go on waiting",
+                  static_cast<int>(rank));
+    }
+  }
+  for (uint32_t rank = 0; rank < slot.peer_of_rank.size(); ++rank) {
+    if (owes_rows(slot, rank) && reply_state(slot.peer_of_rank[rank], slot_idx) == ReplyState::kGone) {
+      raise_lost(links_[slot.peer_of_rank[rank]],
+                 "combine_recv(microbatch=" + std::to_string(slot_idx) + ")");
+    }
+  }
+}
+
+void AttentionComm::take_replies(Slot& slot, uint32_t slot_idx) {
+  std::string refusal;
+  uint32_t refused_by = 0;
+  for (uint32_t rank = 0; rank < slot.peer_of_rank.size(); ++rank) {
+    if (!owes_rows(slot, rank)) continue;
+    const uint32_t peer_idx = static_cast<uint32_t>(slot.peer_of_rank[rank]);
+    SendSeq& seq = send_seq(peer_idx, slot_idx);
+    const uint32_t num_rows = signal_rows(poll_signal(own_signal(peer_idx, slot_idx)));
+    const Header header = own_header(peer_idx, slot_idx);
+    if (num_rows == kRefusedRows) {
+      refusal = "expert rank " + std::to_string(rank) + " does not host expert " +
+                std::to_string(header.detail) + " and refused layer " + std::to_string(slot.layer) +
+                " of microbatch " + std::to_string(slot_idx) + "; give both sides the same placement";
+      refused_by = rank;
+    } else if (num_rows != seq.reply_rows || header.num_rows != num_rows) {
+      raise_violation(peer_idx, "expected a reply of " + std::to_string(seq.reply_rows) + " rows, got " +
+                                    std::to_string(num_rows));
+    }
+    seq.consumed = seq.sent;
+    add_relaxed(&stats_.messages_received, uint64_t{1});
+    if (num_rows == kRefusedRows) continue;
+    add_relaxed(&stats_.rows_received, uint64_t{num_rows});
+    add_relaxed(&stats_.bytes_received, sizeof(Header) + num_rows * layout_.combine_rows.row_bytes);
+  }
+  if (refusal.empty()) return;
+  slot.is_busy = false;  // every reply is here: the slot is free for a dispatch with the right placement
+  throw Error(Failure::kProtocol, refusal, static_cast<int>(refused_by));
+}
+
+void AttentionComm::combine_recv(unsigned char* y, uint64_t y_stride_bytes, uint32_t microbatch,
+                                 int64_t deadline_ns) {
+  num_tokens(microbatch);  // something must be in flight
+  Slot& slot = slots_[microbatch];
+  wait_replies(slot, microbatch, deadline_ns);
+  take_replies(slot, microbatch);
+  CombineRecv recv{};
+  recv.slot = microbatch;
+  recv.route = slot.route->view();
+  recv.window = rows_window()->data();
+  recv.peer_of_rank = slot.peer_of_rank.data();
+  recv.y = y;
+  recv.y_stride_bytes = y_stride_bytes;
+  m2n::combine_recv(exec_, layout_, shape_, recv);
+  slot.is_busy = false;
+  slot.route.reset();
+}
+
+void AttentionComm::idle(int64_t deadline_ns) {
+  require_usable();
+  for (uint32_t slot_idx = 0; slot_idx < shape_.microbatches; ++slot_idx) {
+    Slot& slot = slots_[slot_idx];
+    if (slot.is_busy) continue;
+    finish_empty_messages(slot_idx, deadline_ns);
+    Header header{};
+    header.microbatch = slot_idx;
+    header.flags = kFlagIdleNext;
+    slot.route.reset();
+    for (uint32_t peer_idx = 0; peer_idx < num_links(); ++peer_idx) {
+      if (state_of(links_[peer_idx]) == PeerState::kLive)
+        send_to_peer(peer_idx, slot_idx, header, slot, nullptr, 0);
+    }
+  }
+}
+
+void AttentionComm::recover(uint32_t expert_rank) {
+  require_usable();
+  Link* link = find_link(expert_rank);
+  if (link == nullptr || state_of(*link) == PeerState::kLive) {
+    throw Error(Failure::kArgument, "recover: expert rank " + std::to_string(expert_rank) +
+                                        " is not lost; only a peer that is lost or has left can be given up");
+  }
+  link->is_recovered = true;
+  const uint32_t peer_idx = static_cast<uint32_t>(link - links_.data());
+  for (uint32_t slot_idx = 0; slot_idx < layout_.num_slots; ++slot_idx) {
+    SendSeq& seq = send_seq(peer_idx, slot_idx);
+    seq.consumed = seq.sent;
+    for (int32_t& snapshot_peer : slots_[slot_idx].peer_of_rank) {
+      if (snapshot_peer == static_cast<int32_t>(peer_idx)) snapshot_peer = kNone;
+    }
+  }
+}
+
+}  // namespace m2n

@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+// The attention rank's half of the exchange: dispatch_send and combine_recv on CPU threads.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "exchange/combine.h"
+#include "exchange/comm.h"
+#include "exchange/dispatch.h"
+#include "exchange/route.h"
+
+namespace m2n {
+
+// A route that owns its arrays. Building it again reuses them.
+class Route {
+ public:
+  explicit Route(const Shape& shape) : shape_(shape) {}
+  // Before a build: T tokens for N expert ranks.
+  void prepare(uint32_t num_tokens, uint32_t num_ranks);
+
+  // Each pair goes to one of its expert's ranks: `ranks_of_expert` [offsets[e] .. offsets[e + 1]).
+  void build_from_topk(const int32_t* topk_ids, const float* topk_weights,
+                       const std::vector<int32_t>& rank_offsets, const std::vector<int32_t>& ranks,
+                       uint32_t own_rank);
+  // Rows are sorted by destination already: splits[r] of them go to rank r, with all their experts.
+  void build_from_splits(const int32_t* topk_ids, const float* topk_weights,
+                         const std::vector<uint32_t>& splits);
+
+  const RouteView& view() const { return view_; }
+  const Shape& shape() const { return shape_; }
+  uint32_t num_rows() const { return view_.num_ranks == 0 ? 0 : view_.row_offsets[view_.num_ranks]; }
+
+ private:
+  void raise(const RouteResult& result) const;
+
+  Shape shape_;
+  std::vector<uint32_t> counts_;  // row_offsets, next_row, pair_counts
+  std::vector<int32_t> indices_;  // token_of_row, ids, source_rank, source_row
+  std::vector<float> weights_;    // weights, source_weight
+  RouteView view_{};
+};
+
+class AttentionComm final : public Comm {
+ public:
+  AttentionComm(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport);
+
+  // x: [T][hidden] rows at a stride; borrowed until combine_recv of the slot has returned.
+  void dispatch_send(const unsigned char* x, uint64_t x_stride_bytes, std::shared_ptr<const Route> route,
+                     uint32_t microbatch, uint32_t layer, int64_t deadline_ns);
+  // y: [T][hidden] of combine_dtype.
+  void combine_recv(unsigned char* y, uint64_t y_stride_bytes, uint32_t microbatch, int64_t deadline_ns);
+  // Would combine_recv return or raise without waiting?
+  bool is_ready(uint32_t microbatch);
+  // Waits for the first ready one of `microbatches`; its position, or -1 at the deadline.
+  int wait_ready(const std::vector<uint32_t>& microbatches, int64_t deadline_ns);
+  bool is_busy(uint32_t microbatch) const;
+  // Would dispatch_send go without waiting for the reply to an empty message?
+  bool is_free(uint32_t microbatch);
+  uint32_t num_tokens(uint32_t microbatch) const;
+  // Nothing to send for now: tells it to every peer, on each free slot.
+  void idle(int64_t deadline_ns);
+  // Gives up a peer that is lost or has left: what it owed becomes NaN, its slots are free.
+  void recover(uint32_t expert_rank);
+
+ private:
+  struct Slot {
+    bool is_busy = false;
+    uint32_t layer = 0;
+    std::shared_ptr<const Route> route;
+    std::vector<int32_t> peer_of_rank;  // snapshot: who owes a reply; -1: nobody, or given up
+  };
+
+  enum class ReplyState { kPending, kArrived, kGone };
+
+  SendSeq& send_seq(uint32_t peer_idx, uint32_t slot) {
+    return send_seqs_[peer_idx * layout_.num_slots + slot];
+  }
+  void require_microbatch(uint32_t microbatch) const;
+  ReplyState reply_state(uint32_t peer_idx, uint32_t slot);
+  bool owes_rows(const Slot& slot, uint32_t rank) const;
+  // Before anything is sent: every peer that gets rows is LIVE.
+  void find_peers(const Route& route, std::vector<int32_t>& peer_of_rank);
+  // The replies to empty messages are awaited here, not by combine_recv.
+  void finish_empty_messages(uint32_t slot_idx, int64_t deadline_ns);
+  void send_to_peer(uint32_t peer_idx, uint32_t slot_idx, const Header& header, const Slot& slot,
+                    const unsigned char* x, uint64_t x_stride_bytes);
+  void wait_replies(Slot& slot, uint32_t slot_idx, int64_t deadline_ns);
+  void take_replies(Slot& slot, uint32_t slot_idx);
+
+  std::vector<SendSeq> send_seqs_;  // [peer][slot]
+  std::vector<Slot> slots_;
+};
+
+}  // namespace m2n

@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0
+// The bodies of combine_send and combine_recv: results back, and their weighted sum. The arithmetic is fixed
+// (float32, the order written here, no contraction), so that results equal the oracle's bit for bit.
+#pragma once
+
+#include <cstdint>
+
+#include "core/peer.h"
+#include "core/slot.h"
+#include "exchange/layout.h"
+#include "exchange/route.h"
+
+namespace m2n {
+
+#if defined(__CUDA_ARCH__)
+inline constexpr uint32_t kSpan = 4;
+#else
+inline constexpr uint32_t kSpan = 256;  // elements summed at a time: in registers or the first cache level
+#endif
+
+// total = +0, then total = total + weight * row, for every row that `row_at(i)` gives (nullptr: nothing to
+// add), cast once into `out`. Both products and sums round separately. `weight_at(i)` nullptr-free variant:
+// see kUnweighted.
+template <bool kWeighted, class In, class Out, class RowAt, class WeightAt>
+M2N_HD void sum_span(Out* out, uint32_t begin, uint32_t end, uint32_t num_rows, RowAt&& row_at,
+                     WeightAt&& weight_at) {
+  float total[kSpan];
+  for (uint32_t h = begin; h < end; ++h) total[h - begin] = 0.0f;
+  for (uint32_t i = 0; i < num_rows; ++i) {
+    const In* row = row_at(i);
+    if (row == nullptr) continue;
+    const float weight = weight_at(i);
+    for (uint32_t h = begin; h < end; ++h) {
+      const float value = to_float(row[h]);
+      total[h - begin] += kWeighted ? weight * value : value;
+    }
+  }
+  for (uint32_t h = begin; h < end; ++h) out[h] = from_float<Out>(total[h - begin]);
+}
+
+template <class Body>
+M2N_HD void for_each_span(uint32_t worker, uint32_t num_workers, uint32_t num_rows, uint32_t hidden,
+                          Body&& body) {
+  const uint32_t spans = (hidden + kSpan - 1) / kSpan;
+  for (uint64_t i = worker; i < static_cast<uint64_t>(num_rows) * spans; i += num_workers) {
+    const uint32_t begin = static_cast<uint32_t>(i % spans) * kSpan;
+    body(static_cast<uint32_t>(i / spans), begin, begin + kSpan < hidden ? begin + kSpan : hidden);
+  }
+}
+
+// The reply to one message of a batch: rows first_row .. first_row + num_rows of the batch.
+struct CombineSend {
+  PeerView peer;
+  uint32_t slot;
+  uint32_t seq;
+  Header header;  // num_rows = rows of the reply
+  uint32_t first_row;
+  uint32_t num_rows;       // of the message
+  const unsigned char* y;  // [P][hidden] expert-major, or [R][hidden] in wire order when is_reduced
+  uint64_t y_stride_bytes;
+  DType y_dtype;
+  bool is_reduced;
+  const int32_t* pair_begin;     // of the batch
+  const int32_t* pair_position;  // of the batch
+  const float* weights;          // of the batch
+};
+
+template <class In>
+M2N_HD const In* row_of(const unsigned char* base, uint64_t stride_bytes, uint64_t row) {
+  return reinterpret_cast<const In*>(base + row * stride_bytes);
+}
+
+// reduce_at=expert: one reply row per row, the weighted sum over its experts in ascending global expert id.
+template <class In, class Out, class Exec>
+M2N_HD void put_reduced_rows(Exec& exec, const CombineSend& send, uint32_t hidden, Out* out) {
+  for_each_span(exec.worker(), exec.num_workers(), send.num_rows, hidden,
+                [&](uint32_t row, uint32_t begin, uint32_t end) {
+                  Out* to = out + static_cast<uint64_t>(row) * hidden;
+                  if (send.is_reduced) {
+                    const In* from = row_of<In>(send.y, send.y_stride_bytes, send.first_row + row);
+                    for (uint32_t h = begin; h < end; ++h) to[h] = from_float<Out>(to_float(from[h]));
+                    return;
+                  }
+                  const int32_t* pair = send.pair_position + send.pair_begin[send.first_row + row];
+                  const uint32_t num_pairs = static_cast<uint32_t>(send.pair_begin[send.first_row + row + 1] -
+                                                                   send.pair_begin[send.first_row + row]);
+                  sum_span<true, In>(
+                      to, begin, end, num_pairs,
+                      [&](uint32_t i) { return row_of<In>(send.y, send.y_stride_bytes, pair[i]); },
+                      [&](uint32_t i) { return send.weights[pair[i]]; });
+                });
+}
+
+// reduce_at=attention: one reply row per (row, expert), unweighted, in wire order.
+template <class In, class Out, class Exec>
+M2N_HD void put_pair_rows(Exec& exec, const CombineSend& send, uint32_t hidden, Out* out) {
+  const int32_t* pair = send.pair_position + send.pair_begin[send.first_row];
+  for_each_span(exec.worker(), exec.num_workers(), send.header.num_rows, hidden,
+                [&](uint32_t i, uint32_t begin, uint32_t end) {
+                  const In* from = row_of<In>(send.y, send.y_stride_bytes, pair[i]);
+                  Out* to = out + static_cast<uint64_t>(i) * hidden;
+                  for (uint32_t h = begin; h < end; ++h) to[h] = from_float<Out>(to_float(from[h]));
+                });
+}
+
+// Reduces while it writes into the peer's window, then rings its signal.
+template <class Exec>
+M2N_HD void combine_send(Exec& exec, const Layout& layout, const Shape& shape, const CombineSend& send) {
+  unsigned char* rows =
+      send.peer.rows + layout.combine_rows.row_in_object(send.slot, 0) * layout.combine_rows.row_bytes;
+  with_dtype(send.y_dtype, [&](auto in) {
+    with_dtype(shape.combine_dtype, [&](auto out) {
+      using In = decltype(in);
+      using Out = decltype(out);
+      if (shape.reduce_at == ReduceAt::kExpert) {
+        put_reduced_rows<In>(exec, send, shape.hidden, reinterpret_cast<Out*>(rows));
+      } else {
+        put_pair_rows<In>(exec, send, shape.hidden, reinterpret_cast<Out*>(rows));
+      }
+    });
+  });
+  put(exec, send.peer.small + layout.combine_small.header(send.slot), &send.header, sizeof(Header));
+  drain(exec);
+  auto* word = reinterpret_cast<Signal*>(send.peer.small + layout.combine_small.signal(send.slot));
+  signal(exec, send.peer, word, make_signal(send.header.num_rows, send.seq));
+}
+
+// A reply without rows: to an empty message, or a refusal.
+template <class Exec>
+M2N_HD void send_empty_reply(Exec& exec, const Layout& layout, const PeerView& peer, uint32_t slot,
+                             uint32_t seq, const Header& header) {
+  put(exec, peer.small + layout.combine_small.header(slot), &header, sizeof(Header));
+  drain(exec);
+  auto* word = reinterpret_cast<Signal*>(peer.small + layout.combine_small.signal(slot));
+  signal(exec, peer, word, make_signal(header.num_rows, seq));
+}
+
+struct CombineRecv {
+  uint32_t slot;
+  RouteView route;
+  const unsigned char* window;  // our own: replies of all peers
+  const int32_t* peer_of_rank;  // [N]: peer index, or -1 where the rank was given up: its share becomes NaN
+  unsigned char* y;
+  uint64_t y_stride_bytes;
+};
+
+// Sums the replies of every token into y, once all of them have arrived.
+template <class Exec>
+M2N_HD void combine_recv(Exec& exec, const Layout& layout, const Shape& shape, const CombineRecv& recv) {
+  const Rows& rows = layout.combine_rows;
+  with_dtype(shape.combine_dtype, [&](auto element) {
+    using T = decltype(element);
+    const auto sum = [&](uint32_t token, uint32_t begin, uint32_t end) {
+      T* y = reinterpret_cast<T*>(recv.y + token * recv.y_stride_bytes);
+      const uint64_t from = static_cast<uint64_t>(token) * shape.top_k;
+      bool is_missing = false;
+      const auto row_at = [&](uint32_t i) -> const T* {
+        const int32_t rank = recv.route.source_rank[from + i];
+        if (rank == kNone) return nullptr;
+        const int32_t peer_idx = recv.peer_of_rank[rank];
+        is_missing |= peer_idx == kNone;
+        if (peer_idx == kNone) return nullptr;
+        const uint64_t row = rows.row_in_window(peer_idx, recv.slot, recv.route.source_row[from + i]);
+        return row_of<T>(recv.window, rows.row_bytes, row);
+      };
+      if (shape.reduce_at == ReduceAt::kExpert) {
+        sum_span<false, T>(y, begin, end, shape.top_k, row_at, [](uint32_t) { return 1.0f; });
+      } else {
+        sum_span<true, T>(y, begin, end, shape.top_k, row_at,
+                          [&](uint32_t i) { return recv.route.source_weight[from + i]; });
+      }
+      for (uint32_t h = begin; is_missing && h < end; ++h) y[h] = from_float<T>(bits_to_float(0x7FC00000u));
+    };
+    for_each_span(exec.worker(), exec.num_workers(), recv.route.num_tokens, shape.hidden, sum);
+  });
+}
+
+}  // namespace m2n

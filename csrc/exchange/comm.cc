@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: Apache-2.0
+// Set-up, joining and ending of links; the same for both roles.
+#include "exchange/comm.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <limits>
+
+namespace m2n {
+namespace {
+
+void check_shape(const Shape& shape, uint32_t max_peers, const Rows& rows) {
+  const auto refuse = [](const std::string& text) { throw Error(Failure::kArgument, text); };
+  if (shape.microbatches + 1 > kMaxSlots) {
+    refuse("microbatches: at most " + std::to_string(kMaxSlots - 1) + ", got " +
+           std::to_string(shape.microbatches));
+  }
+  if (max_peers == 0 || max_peers > kMaxPeers) {
+    refuse("max_peers: expected 1 to " + std::to_string(kMaxPeers) + ", got " + std::to_string(max_peers));
+  }
+  const uint64_t window_rows = rows.stride_rows * max_peers;
+  if (window_rows > static_cast<uint64_t>(std::numeric_limits<int32_t>::max())) {
+    refuse("max_peers: a window of " + std::to_string(window_rows) +
+           " rows cannot be indexed by int32; lower max_peers, max_tokens or microbatches");
+  }
+}
+
+}  // namespace
+
+const char* describe(LossCause cause) {
+  switch (cause) {
+    case LossCause::kNone:
+      return "it closed its comm";
+    case LossCause::kProcessDied:
+      return "its process died";
+    case LossCause::kConnectionClosed:
+      return "its control connection closed without a goodbye";
+    case LossCause::kProtocol:
+      return "it broke the protocol";
+    case LossCause::kReplaced:
+      return "a newer life of the same rank has joined";
+  }
+  return "";
+}
+
+Comm::Comm(Role role, const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport)
+    : role_(role),
+      shape_(shape),
+      layout_(make_layout(shape)),
+      rank_(rank),
+      max_peers_(max_peers),
+      fork_count_(m2n::fork_count()),
+      transport_(make_transport(transport)),
+      exec_(nullptr) {
+  check_shape(shape, max_peers, rows());
+  links_.resize(max_peers);
+  rows_window_ = transport_->make_window(rows().object_bytes, rows().stride_bytes, max_peers);
+  small_window_ = transport_->make_window(small().object_bytes, small().object_bytes, max_peers);
+  wake_window_ = transport_->make_window(kPageBytes, kPageBytes, 1);
+  wake_handle_ = wake_window_->add_object(0);
+  own_wake_ = reinterpret_cast<WakeWord*>(wake_window_->data());
+  exec_ = HostExec(own_wake_);
+}
+
+Comm::~Comm() {
+  if (wake_handle_.fd >= 0) ::close(wake_handle_.fd);
+}
+
+Comm::Offer Comm::offer(uint32_t peer_rank, uint64_t life) {
+  require_usable();
+  for (uint32_t i = 0; i < num_links(); ++i) {
+    if (links_[i].rank == peer_rank && state_of(links_[i]) == PeerState::kLive)
+      drop_peer(i, LossCause::kReplaced);
+  }
+  std::lock_guard lock(membership_mutex_);
+  const uint32_t peer_idx = num_links_;
+  if (peer_idx == max_peers_) {
+    throw Error(Failure::kSetup,
+                own_name() + " has used up its max_peers=" + std::to_string(max_peers_) +
+                    " peer indices (each life of a peer takes one); make it with a larger max_peers",
+                static_cast<int>(peer_rank));
+  }
+  Link& link = links_[peer_idx];
+  link.rank = peer_rank;
+  link.life = life;
+  const Handle rows = rows_window_->add_object(peer_idx);
+  const Handle small = small_window_->add_object(peer_idx);
+  Handle wake = wake_handle_;
+  wake.fd = fcntl(wake_handle_.fd, F_DUPFD_CLOEXEC, 0);
+  // The entry is readable from here on, but not LIVE before attach().
+  store_release(&num_links_, peer_idx + 1);  // SYNC: link-added
+  return {peer_idx, process_nonce(), {rows, small, wake}};
+}
+
+void Comm::attach(uint32_t peer_idx, const std::vector<Handle>& handles, uint64_t process) {
+  require_usable();
+  if (handles.size() != 3) throw Error(Failure::kSetup, "handshake: expected 3 memory objects");
+  const Role peer_role = role_ == Role::kExpert ? Role::kAttention : Role::kExpert;
+  const Rows& peer_rows = peer_role == Role::kExpert ? layout_.dispatch_rows : layout_.combine_rows;
+  const Small& peer_small = peer_role == Role::kExpert ? layout_.dispatch_small : layout_.combine_small;
+  const uint64_t expected[] = {peer_rows.object_bytes, peer_small.object_bytes, kPageBytes};
+  Link& link = links_.at(peer_idx);
+  for (size_t i = 0; i < handles.size(); ++i) {
+    Handle handle = handles[i];
+    handle.bytes = expected[i];  // never what the peer says
+    link.mappings.push_back(transport_->attach(handle, process));
+  }
+  link.view.rows = link.mappings[0]->data();
+  link.view.small = link.mappings[1]->data();
+  link.view.wake = reinterpret_cast<WakeWord*>(link.mappings[2]->data());
+}
+
+void Comm::watch(uint32_t peer_idx, int connection_fd, int pidfd) {
+  std::lock_guard lock(membership_mutex_);
+  Link& link = links_.at(peer_idx);
+  store_release(&link.state, static_cast<uint32_t>(PeerState::kLive));  // SYNC: peer-state
+  // After LIVE: the watcher may report the end of the link at once.
+  link.ticket = watch_peer(shared_from_this(), peer_idx, connection_fd, pidfd);
+  exec_.wake(own_wake_);
+}
+
+void Comm::drop_peer(uint32_t peer_idx, LossCause cause) {
+  std::lock_guard lock(membership_mutex_);
+  Link& link = links_.at(peer_idx);
+  if (link.ticket != 0) unwatch_peer(link.ticket, /*say_goodbye=*/false);
+  if (state_of(link) == PeerState::kLive) peer_gone(peer_idx, PeerState::kLost, cause);
+}
+
+void Comm::peer_gone(uint32_t peer_idx, PeerState state, LossCause cause) {
+  Link& link = links_.at(peer_idx);
+  link.cause = cause;
+  store_release(&link.state, static_cast<uint32_t>(state));  // SYNC: peer-state
+  exec_.wake(own_wake_);
+}
+
+void Comm::close() {
+  std::lock_guard lock(membership_mutex_);
+  if (is_closed()) return;
+  store_release(&is_closed_, 1u);                // SYNC: comm-closed
+  if (fork_count_ != m2n::fork_count()) return;  // a child owns neither the links nor the windows
+  exec_.wake(own_wake_);
+  for (uint32_t i = 0; i < num_links(); ++i) {
+    if (links_[i].ticket != 0) unwatch_peer(links_[i].ticket, /*say_goodbye=*/true);
+  }
+}
+
+void Comm::check() const {
+  require_usable();
+  for (uint32_t i = 0; i < num_links(); ++i) {
+    if (state_of(links_[i]) == PeerState::kLost && !links_[i].is_recovered) raise_lost(links_[i], "check()");
+  }
+}
+
+Comm::Link* Comm::find_link(uint32_t peer_rank) {
+  for (uint32_t i = num_links(); i-- > 0;) {
+    if (links_[i].rank == peer_rank && state_of(links_[i]) != PeerState::kUnused) return &links_[i];
+  }
+  return nullptr;
+}
+
+bool Comm::wait_peer(uint32_t peer_rank, int64_t deadline_ns) {
+  const auto is_here = [&] {
+    const Link* link = find_link(peer_rank);
+    return link != nullptr && state_of(*link) == PeerState::kLive;
+  };
+  return wait(is_here, deadline_ns) == WaitResult::kReady;
+}
+
+std::vector<PeerInfo> Comm::peers() const {
+  std::vector<PeerInfo> infos;
+  for (uint32_t i = 0; i < num_links(); ++i) {
+    const PeerState state = state_of(links_[i]);
+    if (state != PeerState::kUnused)
+      infos.push_back({links_[i].rank, links_[i].life, state, links_[i].cause});
+  }
+  return infos;
+}
+
+Stats Comm::stats() const {
+  Stats copy;
+  // Relaxed: counters that nothing is decided by.
+  copy.messages_sent = load_relaxed(&stats_.messages_sent);
+  copy.messages_received = load_relaxed(&stats_.messages_received);
+  copy.rows_sent = load_relaxed(&stats_.rows_sent);
+  copy.rows_received = load_relaxed(&stats_.rows_received);
+  copy.bytes_sent = load_relaxed(&stats_.bytes_sent);
+  copy.bytes_received = load_relaxed(&stats_.bytes_received);
+  copy.wait_ns = load_relaxed(&stats_.wait_ns);
+  return copy;
+}
+
+void Comm::require_usable() const {
+  if (fork_count_ != m2n::fork_count()) {
+    throw Error(Failure::kSetup,
+                own_name() +
+                    ": this comm was made before fork() and cannot be used in the child; make a "
+                    "comm in the child, or start processes with 'spawn'");
+  }
+  if (is_closed()) throw Error(Failure::kSetup, own_name() + ": the comm is closed");
+}
+
+std::string Comm::peer_name(uint32_t peer_rank) const {
+  return (role_ == Role::kExpert ? "attention rank " : "expert rank ") + std::to_string(peer_rank);
+}
+
+std::string Comm::own_name() const {
+  return (role_ == Role::kExpert ? "expert rank " : "attention rank ") + std::to_string(rank_);
+}
+
+void Comm::raise_lost(const Link& link, const std::string& doing) const {
+  const bool has_left = state_of(link) == PeerState::kLeft;
+  throw Error(Failure::kPeerLost,
+              doing + ": " + peer_name(link.rank) + (has_left ? " has left: " : " is lost: ") +
+                  describe(link.cause) + "; call recover(" + std::to_string(link.rank) +
+                  ") to go on without it",
+              static_cast<int>(link.rank));
+}
+
+void Comm::raise_violation(uint32_t peer_idx, const std::string& what) {
+  const uint32_t peer_rank = links_.at(peer_idx).rank;
+  drop_peer(peer_idx, LossCause::kProtocol);
+  throw Error(Failure::kProtocol, peer_name(peer_rank) + " broke the protocol and was dropped: " + what,
+              static_cast<int>(peer_rank));
+}
+
+Header Comm::own_header(uint32_t peer_idx, uint32_t slot) const {
+  Header header;
+  std::memcpy(&header, own_small(peer_idx) + small().header(slot), sizeof header);
+  return header;
+}
+
+}  // namespace m2n

@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: Apache-2.0
+// What both roles share: the windows that peers write, the links to peers, and their end.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "core/error.h"
+#include "core/peer.h"
+#include "exchange/layout.h"
+#include "transport/host_exec.h"
+#include "transport/transport.h"
+#include "transport/watcher.h"
+
+namespace m2n {
+
+// Counters of one comm since it was made; only ever added to.
+struct Stats {
+  uint64_t messages_sent = 0;
+  uint64_t messages_received = 0;
+  uint64_t rows_sent = 0;
+  uint64_t rows_received = 0;
+  uint64_t bytes_sent = 0;      // rows, ids, weights and headers written into peers' windows
+  uint64_t bytes_received = 0;  // likewise, that peers wrote here
+  uint64_t wait_ns = 0;         // spent inside waits of the verbs
+};
+
+struct PeerInfo {
+  uint32_t rank;
+  uint64_t life;
+  PeerState state;
+  LossCause cause;
+};
+
+const char* describe(LossCause cause);
+
+class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
+ public:
+  enum class Role { kAttention, kExpert };
+
+  // What a peer needs to write here. The fds belong to the caller, who sends and closes them.
+  struct Offer {
+    uint32_t peer_idx;
+    uint64_t process;
+    std::vector<Handle> handles;  // rows, small, wake
+  };
+
+  Comm(Role role, const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport);
+  ~Comm() override;
+
+  // Handshake, in this order. Peer indices are never used again.
+  Offer offer(uint32_t peer_rank, uint64_t life);
+  void attach(uint32_t peer_idx, const std::vector<Handle>& handles, uint64_t process);
+  // The link is LIVE from here on. Takes both descriptors; pidfd -1: the peer is in this process or on no pid
+  // of ours.
+  void watch(uint32_t peer_idx, int connection_fd, int pidfd);
+  // Gives up a peer from this side: its connection is closed, so it learns of it.
+  void drop_peer(uint32_t peer_idx, LossCause cause);
+
+  void peer_gone(uint32_t peer_idx, PeerState state, LossCause cause) override;
+
+  // Says goodbye to every peer; waiting calls end with Error(kSetup). Windows live as long as views of them.
+  void close();
+  bool is_closed() const { return load_acquire(&is_closed_) != 0; }  // SYNC: comm-closed
+
+  // Raises for the first peer that is LOST and was not given up by recover().
+  void check() const;
+  // Waits until `peer_rank` is there (LIVE); false at the deadline.
+  bool wait_peer(uint32_t peer_rank, int64_t deadline_ns);
+
+  std::vector<PeerInfo> peers() const;
+  Stats stats() const;
+  const Shape& shape() const { return shape_; }
+  const Layout& layout() const { return layout_; }
+  uint32_t rank() const { return rank_; }
+  const std::shared_ptr<Window>& rows_window() const { return rows_window_; }
+  uint64_t window_rows() const { return rows().stride_rows * max_peers_; }
+
+ protected:
+  struct Link {
+    PeerView view;
+    uint32_t rank = 0;
+    uint64_t life = 0;
+    uint32_t state = static_cast<uint32_t>(PeerState::kUnused);
+    LossCause cause = LossCause::kNone;
+    bool is_recovered = false;  // LOST, and the caller knows
+    uint64_t ticket = 0;
+    std::vector<std::shared_ptr<Mapping>> mappings;
+  };
+
+  // The newest link to a rank, or nullptr.
+  Link* find_link(uint32_t peer_rank);
+  PeerState state_of(const Link& link) const {
+    return static_cast<PeerState>(load_acquire(&link.state));  // SYNC: peer-state
+  }
+  uint32_t num_links() const { return load_acquire(&num_links_); }  // SYNC: link-added
+  void require_usable() const;
+  // The peer's name in messages, as in "expert rank 3".
+  std::string peer_name(uint32_t peer_rank) const;
+  std::string own_name() const;
+  [[noreturn]] void raise_lost(const Link& link, const std::string& doing) const;
+  [[noreturn]] void raise_violation(uint32_t peer_idx, const std::string& what);
+
+  const Signal* own_signal(uint32_t peer_idx, uint32_t slot) const {
+    return reinterpret_cast<const Signal*>(own_small(peer_idx) + small().signal(slot));
+  }
+  const unsigned char* own_small(uint32_t peer_idx) const {
+    return small_window_->data() + peer_idx * small().object_bytes;
+  }
+  Header own_header(uint32_t peer_idx, uint32_t slot) const;
+
+  // Waits for ready() with the comm's own ending conditions; throws when the comm is closed meanwhile.
+  template <class Ready>
+  WaitResult wait(Ready&& ready, int64_t deadline_ns) {
+    if (ready()) return WaitResult::kReady;
+    const int64_t began_ns = now_ns();
+    if (deadline_ns <= began_ns) return WaitResult::kTimeout;
+    const WaitResult result = exec_.wait([&] { return ready() || is_closed(); }, deadline_ns);
+    add_relaxed(&stats_.wait_ns, static_cast<uint64_t>(now_ns() - began_ns));
+    require_usable();
+    return result;
+  }
+
+  const Rows& rows() const { return role_ == Role::kExpert ? layout_.dispatch_rows : layout_.combine_rows; }
+  const Small& small() const {
+    return role_ == Role::kExpert ? layout_.dispatch_small : layout_.combine_small;
+  }
+
+  const Role role_;
+  const Shape shape_;
+  const Layout layout_;
+  const uint32_t rank_;
+  const uint32_t max_peers_;
+  const uint32_t fork_count_;
+  std::vector<Link> links_;  // by peer index; fixed size, so that waiters may read while a peer joins
+  Stats stats_;
+
+ private:
+  std::unique_ptr<Transport> transport_;
+  std::shared_ptr<Window> rows_window_;
+  std::shared_ptr<Window> small_window_;
+  std::shared_ptr<Window> wake_window_;
+  Handle wake_handle_;
+  WakeWord* own_wake_;
+  std::mutex membership_mutex_;  // joining, dropping and closing; never taken by the watcher's call
+  uint32_t num_links_ = 0;
+  uint32_t is_closed_ = 0;
+
+ protected:
+  HostExec exec_;
+};
+
+}  // namespace m2n

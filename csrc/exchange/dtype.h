@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0
+// Element types of rows, and their exact conversions: round to nearest even, as torch does.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <utility>
+
+#include "core/platform.h"
+
+namespace m2n {
+
+enum class DType : uint32_t { kFloat32, kBFloat16, kFloat16 };
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+M2N_HD constexpr uint32_t dtype_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+#if defined(__CUDA_ARCH__)
+M2N_HD inline float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
+M2N_HD inline uint32_t float_to_bits(float value) { return __float_as_uint(value); }
+#else
+M2N_HD inline float bits_to_float(uint32_t bits) { return std::bit_cast<float>(bits); }
+M2N_HD inline uint32_t float_to_bits(float value) { return std::bit_cast<uint32_t>(value); }
+#endif
+
+M2N_HD inline float to_float(float value) { return value; }
+
+M2N_HD inline float to_float(BFloat16 value) {
+  return bits_to_float(static_cast<uint32_t>(value.bits) << 16);
+}
+
+M2N_HD inline float to_float(Float16 value) {
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
+  const uint32_t rest = value.bits & 0x7FFFu;
+  // Moved into float's fields and scaled by 2^112: exact for normal and subnormal values alike.
+  uint32_t bits = float_to_bits(bits_to_float(rest << 13) * 0x1p112f);
+  if (rest >= 0x7C00u) bits |= 0x7F800000u;  // infinity or NaN
+  return bits_to_float(bits | sign);
+}
+
+template <class T>
+M2N_HD T from_float(float value);
+
+template <>
+M2N_HD inline float from_float<float>(float value) {
+  return value;
+}
+
+template <>
+M2N_HD inline BFloat16 from_float<BFloat16>(float value) {
+  const uint32_t bits = float_to_bits(value);
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  const bool is_nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
+  return BFloat16{static_cast<uint16_t>(is_nan ? 0x7FC0u : rounded)};
+}
+
+template <>
+M2N_HD inline Float16 from_float<Float16>(float value) {
+  const uint32_t all = float_to_bits(value);
+  const uint32_t sign = (all & 0x80000000u) >> 16;
+  const uint32_t bits = all & 0x7FFFFFFFu;
+  uint32_t half;
+  if (bits >= 0x47800000u) {  // 65536 and above, infinity, NaN
+    half = bits > 0x7F800000u ? 0x7E00u : 0x7C00u;
+  } else if (bits < 0x38800000u) {  // below 2^-14: let one addition round the subnormal
+    half = float_to_bits(bits_to_float(bits) + 0.5f) - 0x3F000000u;
+  } else {
+    half = (bits - 0x38000000u + 0xFFFu + ((bits >> 13) & 1u)) >> 13;
+  }
+  return Float16{static_cast<uint16_t>(half | sign)};
+}
+
+// Calls `body` with a value of the element type.
+template <class Body>
+M2N_HD void with_dtype(DType dtype, Body&& body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return body(float{});
+    case DType::kBFloat16:
+      return body(BFloat16{});
+    case DType::kFloat16:
+      return body(Float16{});
+  }
+}
+
+}  // namespace m2n

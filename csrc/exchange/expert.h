@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+// The expert rank's half of the exchange: dispatch_recv and combine_send on CPU threads.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <vector>
+
+#include "exchange/combine.h"
+#include "exchange/comm.h"
+#include "exchange/dispatch.h"
+
+namespace m2n {
+
+// One layer of one microbatch, from one or more attention ranks. Its rows lie in the window.
+struct Batch {
+  struct Message {
+    ArrivedMessage arrived;
+    uint32_t seq;
+    uint32_t first_row;  // of the batch, in wire order
+  };
+
+  uint32_t layer = 0;
+  uint32_t microbatch = 0;
+  std::vector<Message> messages;  // ascending peer index
+  std::vector<uint32_t> ranks;    // of the attention ranks, message by message
+  std::vector<int32_t> pair_begin, pair_position, row_index_by_expert, expert_offsets;
+  std::vector<float> weights;
+  bool is_answered = false;
+
+  uint32_t num_rows() const { return static_cast<uint32_t>(pair_begin.size()) - 1; }
+  uint32_t num_pairs() const { return static_cast<uint32_t>(row_index_by_expert.size()); }
+};
+
+// What dispatch_recv is asked for.
+struct RecvWanted {
+  std::optional<uint32_t> layer;
+  std::optional<uint32_t> microbatch;
+  int64_t linger_ns = 50'000;             // how long to wait for others after the first message
+  std::vector<uint32_t> attention_ranks;  // not empty: strictly all of these, and no lingering
+};
+
+struct Work {
+  uint32_t layer;
+  uint32_t microbatch;
+};
+
+class ExpertComm final : public Comm {
+ public:
+  // `local_experts`: the global ids hosted here, ascending.
+  ExpertComm(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport,
+             std::vector<uint32_t> local_experts);
+
+  // nullptr when nothing had started by the deadline.
+  std::shared_ptr<Batch> dispatch_recv(const RecvWanted& wanted, int64_t deadline_ns);
+  // The (layer, microbatch) of the first message that waits to be received.
+  std::optional<Work> wait_work(int64_t deadline_ns);
+  // y: [P][hidden] expert-major, or with is_reduced [R][hidden] in wire order, already weighted and summed.
+  void combine_send(Batch& batch, const unsigned char* y, uint64_t y_stride_bytes, DType y_dtype,
+                    bool is_reduced);
+  // Gives up an attention rank that is lost or has left: nothing of it is waited for or served.
+  void recover(uint32_t attention_rank);
+
+  uint32_t num_local_experts() const { return num_local_experts_; }
+
+ private:
+  // Kept per (peer, slot). `header` is the private copy of the message that waits there.
+  struct Inbox {
+    RecvSeq seq;
+    bool is_pending = false;
+    bool is_expected = false;  // has dispatched before, and did not say IDLE_NEXT
+    int64_t seen_ns = 0;
+    Header header{};
+  };
+
+  Inbox& inbox(uint32_t peer_idx, uint32_t slot) { return inboxes_[peer_idx * layout_.num_slots + slot]; }
+  void scan();
+  void note_arrival(uint32_t peer_idx, uint32_t slot, Signal signal);
+  void reply_empty(uint32_t peer_idx, uint32_t slot, uint32_t num_rows, uint32_t detail);
+  bool matches(const Inbox& box, const RecvWanted& wanted) const;
+  bool is_served(uint32_t peer_idx) const;
+  // Is (layer, microbatch) complete enough to go? Else when lingering for it ends (INT64_MAX: no such time).
+  bool is_complete(const Work& work, const RecvWanted& wanted, int64_t* linger_until_ns);
+  std::optional<Work> find_complete(const RecvWanted& wanted, int64_t* linger_until_ns, bool* is_started);
+  std::shared_ptr<Batch> collect(const Work& work, const RecvWanted& wanted);
+  bool take_message(Batch& batch, uint32_t peer_idx, uint32_t slot);
+  void build_lists(Batch& batch);
+  void raise_if_lost(const RecvWanted& wanted);
+  [[noreturn]] void raise_timeout(const RecvWanted& wanted);
+
+  uint32_t num_local_experts_;
+  std::vector<int32_t> expert_idx_;  // global id -> local index, -1: not hosted
+  std::vector<Inbox> inboxes_;       // [peer][slot]
+  // Held while looking and collecting, never while waiting: several threads may receive at once.
+  std::mutex inbox_mutex_;
+  std::vector<int32_t> ids_, next_;  // scratch of collect()
+  std::vector<float> row_weights_;
+};
+
+}  // namespace m2n

@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+// How a CPU thread runs a body: one worker that waits by some pauses, some yields, then a futex.
+#pragma once
+
+#include <linux/futex.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "core/wake.h"
+
+namespace m2n {
+
+enum class WaitResult { kReady, kTimeout };
+
+inline int64_t now_ns() {
+  timespec time;
+  clock_gettime(CLOCK_MONOTONIC, &time);
+  return time.tv_sec * 1'000'000'000LL + time.tv_nsec;
+}
+
+inline void futex_wake_all(const uint32_t* word) {
+  syscall(SYS_futex, word, FUTEX_WAKE, INT32_MAX, nullptr, nullptr, 0);
+}
+
+// Called between two sleeps of a wait, without any lock held; may throw to end the wait (an interrupt, say).
+inline void (*on_sleep)() = nullptr;
+
+class HostExec {
+ public:
+  explicit HostExec(WakeWord* own_wake) : own_wake_(own_wake) {}
+
+  uint32_t worker() const { return 0; }
+  uint32_t num_workers() const { return 1; }
+  void sync() {}
+  void wake(WakeWord* wake) { wake_waiters(wake, futex_wake_all); }
+
+  // Looks at ready() until it is true or the deadline (CLOCK_MONOTONIC) has passed; the last look comes after
+  // it.
+  template <class Ready>
+  WaitResult wait(Ready&& ready, int64_t deadline_ns) {
+    for (int i = 0; i < kPauses; ++i) {
+      if (ready()) return WaitResult::kReady;
+      relax();
+    }
+    for (int i = 0; i < kYields; ++i) {
+      if (ready()) return WaitResult::kReady;
+      if (now_ns() >= deadline_ns) return WaitResult::kTimeout;
+      sched_yield();
+    }
+    while (now_ns() < deadline_ns) {
+      const auto sleep = [deadline_ns](const uint32_t* word, uint32_t seen) {
+        const int64_t left_ns = std::clamp<int64_t>(deadline_ns - now_ns(), 0, kSleepNs);
+        const timespec slice{left_ns / 1'000'000'000LL, left_ns % 1'000'000'000LL};
+        syscall(SYS_futex, word, FUTEX_WAIT, seen, &slice, nullptr, 0);
+      };
+      if (sleep_once(own_wake_, ready, sleep)) return WaitResult::kReady;
+      if (on_sleep != nullptr) on_sleep();
+    }
+    return ready() ? WaitResult::kReady : WaitResult::kTimeout;
+  }
+
+ private:
+  // 100 pauses are about 2 us: longer than a hop between running cores, shorter than a wasted scheduler
+  // slice.
+  static constexpr int kPauses = 100;
+  static constexpr int kYields = 64;
+  // Every sleep looks again after this long: a wake that was lost all the same costs time, not a hang.
+  static constexpr int64_t kSleepNs = 100'000'000;
+
+  static void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+  }
+
+  WakeWord* own_wake_;
+};
+
+}  // namespace m2n

@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: Apache-2.0
+// Shared memory of one host: anonymous memfd objects, mapped by their owner at a fixed stride and by one peer
+// each. Nothing has a name, so nothing is left behind by a killed process.
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <mutex>
+#include <unordered_map>
+#include <vector>
+
+#include "core/error.h"
+#include "transport/transport.h"
+
+namespace m2n {
+namespace {
+
+[[noreturn]] void fail(const std::string& what, int error_number) {
+  throw Error(Failure::kSetup, "shm: " + what + ": " + std::strerror(error_number));
+}
+
+int make_sealed_memfd(uint64_t bytes) {
+  const int fd = memfd_create("m2n", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+  if (fd < 0) fail("memfd_create", errno);
+  // Allocated up front: running out of memory is an error here, not a SIGBUS at the first write.
+  int error_number = posix_fallocate(fd, 0, static_cast<off_t>(bytes));
+  if (error_number == 0 && fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
+    error_number = errno;
+  }
+  if (error_number != 0) {
+    close(fd);
+    fail("cannot allocate " + std::to_string(bytes) + " bytes of shared memory", error_number);
+  }
+  return fd;
+}
+
+class ShmWindow;
+
+// Objects of this process by id: ranks that are threads of one process share the owner's mapping, so that
+// both sides of a signal are one address (ThreadSanitizer sees them as one, and no second mapping is needed).
+struct LocalObject {
+  std::weak_ptr<ShmWindow> window;
+  unsigned char* data;
+};
+struct LocalObjects {
+  std::mutex mutex;
+  std::unordered_map<uint64_t, LocalObject> by_id;
+  uint64_t next_id = 1;
+};
+LocalObjects& local_objects() {
+  static auto* objects = new LocalObjects;  // never destroyed: windows may outlive static destructors
+  return *objects;
+}
+
+class ShmWindow final : public Window, public std::enable_shared_from_this<ShmWindow> {
+ public:
+  ShmWindow(uint64_t object_bytes, uint64_t stride_bytes, uint32_t max_peers)
+      : object_bytes_(object_bytes), stride_bytes_(stride_bytes), max_peers_(max_peers) {
+    // The reservation itself is the backing of all holes: readable zero pages that cost no memory.
+    void* base = mmap(nullptr, bytes(), PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (base == MAP_FAILED) fail("cannot reserve " + std::to_string(bytes()) + " bytes of addresses", errno);
+    base_ = static_cast<unsigned char*>(base);
+    madvise(base_, bytes(), MADV_DONTFORK);
+  }
+
+  ~ShmWindow() override {
+    {
+      std::lock_guard lock(local_objects().mutex);
+      for (uint64_t id : ids_) local_objects().by_id.erase(id);
+    }
+    munmap(base_, bytes());
+  }
+
+  unsigned char* data() const override { return base_; }
+  uint64_t bytes() const override { return stride_bytes_ * max_peers_; }
+
+  Handle add_object(uint32_t peer_idx) override {
+    if (peer_idx >= max_peers_) throw Error(Failure::kSetup, "shm: peer index beyond max_peers");
+    Handle handle;
+    handle.bytes = object_bytes_;
+    handle.fd = make_sealed_memfd(object_bytes_);
+    unsigned char* data = base_ + stride_bytes_ * peer_idx;
+    if (mmap(data, object_bytes_, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | MAP_POPULATE, handle.fd,
+             0) == MAP_FAILED) {
+      const int error_number = errno;
+      close(handle.fd);
+      fail("cannot map an object", error_number);
+    }
+    madvise(data, object_bytes_, MADV_DONTFORK);
+    LocalObjects& objects = local_objects();
+    std::lock_guard lock(objects.mutex);
+    handle.id = objects.next_id++;
+    objects.by_id[handle.id] = {weak_from_this(), data};
+    ids_.push_back(handle.id);
+    return handle;
+  }
+
+ private:
+  uint64_t object_bytes_;
+  uint64_t stride_bytes_;
+  uint32_t max_peers_;
+  unsigned char* base_ = nullptr;
+  std::vector<uint64_t> ids_;
+};
+
+class LocalMapping final : public Mapping {
+ public:
+  LocalMapping(std::shared_ptr<ShmWindow> window, unsigned char* data)
+      : window_(std::move(window)), data_(data) {}
+  unsigned char* data() const override { return data_; }
+
+ private:
+  std::shared_ptr<ShmWindow> window_;
+  unsigned char* data_;
+};
+
+class ShmMapping final : public Mapping {
+ public:
+  ShmMapping(int fd, uint64_t bytes) : bytes_(bytes) {
+    struct stat status{};
+    const int seals = fcntl(fd, F_GET_SEALS);
+    if (fstat(fd, &status) != 0 || seals < 0 || (seals & F_SEAL_SHRINK) == 0 ||
+        static_cast<uint64_t>(status.st_size) != bytes) {
+      throw Error(Failure::kSetup, "shm: the peer's memory object is not a sealed memfd of the agreed " +
+                                       std::to_string(bytes) +
+                                       " bytes; both sides must run the same version and shape");
+    }
+    void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
+    if (data == MAP_FAILED) fail("cannot map the peer's memory object", errno);
+    data_ = static_cast<unsigned char*>(data);
+    madvise(data_, bytes, MADV_DONTFORK);
+  }
+  ~ShmMapping() override { munmap(data_, bytes_); }
+  unsigned char* data() const override { return data_; }
+
+ private:
+  uint64_t bytes_;
+  unsigned char* data_ = nullptr;
+};
+
+class ShmTransport final : public Transport {
+ public:
+  const char* name() const override { return "shm"; }
+
+  std::shared_ptr<Window> make_window(uint64_t object_bytes, uint64_t stride_bytes,
+                                      uint32_t max_peers) override {
+    return std::make_shared<ShmWindow>(object_bytes, stride_bytes, max_peers);
+  }
+
+  std::shared_ptr<Mapping> attach(const Handle& handle, uint64_t process) override {
+    // The fd is closed on every way out; a mapping holds the object by itself.
+    struct FdCloser {
+      int fd;
+      ~FdCloser() {
+        if (fd >= 0) close(fd);
+      }
+    } closer{handle.fd};
+    if (process != process_nonce()) return std::make_shared<ShmMapping>(handle.fd, handle.bytes);
+    std::lock_guard lock(local_objects().mutex);
+    const auto found = local_objects().by_id.find(handle.id);
+    auto window = found == local_objects().by_id.end() ? nullptr : found->second.window.lock();
+    if (!window) throw Error(Failure::kSetup, "shm: the peer in this process has closed its window already");
+    return std::make_shared<LocalMapping>(std::move(window), found->second.data);
+  }
+};
+
+}  // namespace
+
+std::unique_ptr<Transport> make_shm_transport() { return std::make_unique<ShmTransport>(); }
+
+}  // namespace m2n

@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+// The contract of a transport: it makes memory of one rank writable by a peer. It knows bytes, not what they
+// mean.
+//
+// An owner makes a Window: one reserved address range with room for `max_peers` objects at a fixed stride.
+// Every peer gets an object of its own, so it can reach nothing else; holes read as zero, so the owner may
+// touch the whole range. A peer attaches what it was handed and writes there; there is no copy in between.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "core/platform.h"
+
+namespace m2n {
+
+// How an object travels to the peer, beside the control connection's text.
+struct Handle {
+  int fd = -1;         // owned by whoever holds the Handle
+  uint64_t bytes = 0;  // exact size of the object
+  uint64_t id = 0;     // key of the object inside the process that made it
+};
+
+// Somebody else's memory, writable here while this lives.
+class Mapping {
+ public:
+  virtual ~Mapping() = default;
+  virtual unsigned char* data() const = 0;
+};
+
+class Window {
+ public:
+  virtual ~Window() = default;
+  virtual unsigned char* data() const = 0;
+  virtual uint64_t bytes() const = 0;
+  // Makes the object of `peer_idx`, zeroed, and a handle for it. Once per index; throws Error(kSetup).
+  virtual Handle add_object(uint32_t peer_idx) = 0;
+};
+
+class Transport {
+ public:
+  virtual ~Transport() = default;
+  virtual const char* name() const = 0;
+  // `object_bytes` and `stride_bytes` are rounded up to whole pages by the caller.
+  virtual std::shared_ptr<Window> make_window(uint64_t object_bytes, uint64_t stride_bytes,
+                                              uint32_t max_peers) = 0;
+  // `process` is the maker's process_nonce(): inside one process both sides share one mapping. Takes the fd.
+  virtual std::shared_ptr<Mapping> attach(const Handle& handle, uint64_t process) = 0;
+};
+
+// Names -> factories. Throws Error(kSetup) that lists what there is.
+std::unique_ptr<Transport> make_transport(const std::string& name);
+
+// A random number that tells this process from every other one, made anew after fork.
+uint64_t process_nonce();
+
+// Counts forks between the first ancestor that used this library and this process: objects of another count
+// belong to a parent and must not be used.
+uint32_t fork_count();
+
+}  // namespace m2n

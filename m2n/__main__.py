@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m m2n info` prints what this build can do; `python -m m2n store URL` serves a store until interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+
+from . import SetupError, features, host_store
+
+
+def _print_info() -> None:
+    for key, value in features().items():
+        print(f"{key:12} {', '.join(value) if isinstance(value, list) else value}")
+
+
+def _serve_store(url: str) -> None:
+    with host_store(url) as store:
+        print(f"m2n: store at {store.url}; interrupt to end", flush=True)
+        threading.Event().wait()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m m2n", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="what this build can do")
+    store = commands.add_parser("store", help="serve a store that ranks find each other through")
+    store.add_argument("url", nargs="?", default="tcp://127.0.0.1:29400")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.command == "info":
+            _print_info()
+        else:
+            _serve_store(arguments.url)
+    except KeyboardInterrupt:
+        pass
+    except (SetupError, ValueError) as error:
+        print(f"m2n: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

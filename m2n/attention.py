@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention rank's end: AttentionComm with dispatch_send and combine_recv."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from . import _C, arrays, bootstrap
+from .comm import Comm, require_cpu
+from .shape import Config, Placement, Shape, require_int
+from .store import open_store
+
+
+class Route:
+    """Where each (token, expert) goes. Made by `AttentionComm.route`, or from rows that are sorted already."""
+
+    __slots__ = ("_native",)
+
+    def __init__(self, native: _C.Route) -> None:
+        self._native = native
+
+    @classmethod
+    def from_splits(cls, splits: Sequence[int], topk_ids: Any, topk_weights: Any, *, shape: Shape) -> Route:
+        """A route for rows that are sorted by destination already.
+
+        Args:
+            splits: [N] rows for each expert rank, in ascending rank.
+            topk_ids: int32 or int64 [R, top_k], R = sum(splits): the experts which that rank applies to the row;
+                -1 for fewer than top_k, at least one each.
+            topk_weights: float [R, top_k].
+
+        `combine_recv` gives one result per row, [R, hidden].
+
+        Raises:
+            ValueError, TypeError: naming the argument.
+        """
+        native = _C.Route(shape._native())
+        native.build_from_splits([require_int("splits", split, 0) for split in splits], topk_ids, topk_weights)
+        return cls(native)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens, padded ones included."""
+        return self._native.num_tokens
+
+    @property
+    def num_rows(self) -> int:
+        """Rows to be sent: a token once for each expert rank that has experts for it."""
+        return self._native.num_rows
+
+    @property
+    def rows_per_rank(self) -> list[int]:
+        """Rows for each expert rank."""
+        return self._native.rows_per_rank
+
+
+class AttentionComm(Comm):
+    """An attention rank: sends tokens to their experts and gets the weighted results back (paper section 5).
+
+    Connects to every expert rank of the placement and waits for those that have not started yet.
+
+    Args:
+        rank: of this attention rank, from 0.
+        shape, placement: equal on all ranks of the comm.
+        store: a path, "tcp://host:port", or an object with set, get and wait.
+        device: "cpu".
+        name: separates several comms of one job.
+        max_peers: expert ranks that can ever join, restarted ones counted again.
+        config: deadlines and more.
+
+    Raises:
+        SetupError: a peer was not there by config.connect_timeout_s, or refused; the store cannot be reached.
+        ValueError, TypeError: naming the argument.
+    """
+
+    role = "attention"
+    _native: _C.AttentionComm
+
+    def __init__(
+        self,
+        rank: int,
+        shape: Shape,
+        placement: Placement,
+        store: Any,
+        device: Any = "cpu",
+        name: str = "default",
+        max_peers: int = 64,
+        config: Config | None = None,
+    ) -> None:
+        super().__init__(rank, shape, placement, name, config, device)
+        deadline = time.monotonic() + self.config.connect_timeout_s
+        self._borrowed: dict[int, tuple[Any, Route]] = {}
+        native = _C.AttentionComm(shape._native(), self.rank, require_int("max_peers", max_peers, 1), self._transport)
+        with self._opened(native) as key:
+            opened = open_store(store, self.config.connect_timeout_s)
+            bootstrap.publish(opened, self._identity, None)
+            for expert_rank in range(placement.num_expert_ranks):
+                bootstrap.connect(native, self._identity, opened, expert_rank, deadline)
+        self._keep_open(native, None, key)
+
+    def route(self, topk_ids: Any, topk_weights: Any, num_tokens: int | None = None, out: Route | None = None) -> Route:
+        """Where each token goes, from the router's top-k.
+
+        Args:
+            topk_ids: int32 or int64 [T, top_k], global expert ids, all different in a row; -1 is padding.
+            topk_weights: float [T, top_k].
+            num_tokens: use only the first so many rows.
+            out: a route whose memory is used again; it must not be in flight.
+
+        Raises:
+            ValueError: shapes, ids out of range or twice in a row, weights that are not finite, more than
+                shape.max_tokens tokens. TypeError: dtypes.
+        """
+        if num_tokens is not None:
+            topk_ids, topk_weights = topk_ids[:num_tokens], topk_weights[:num_tokens]
+        if out is None:
+            out = Route(_C.Route(self.shape._native()))
+        elif any(route is out for _, route in self._borrowed.values()):
+            raise ValueError("out: this route is in flight; call combine_recv for its microbatch first")
+        placement = self.placement
+        out._native.build_from_topk(
+            arrays.exportable(topk_ids),
+            arrays.exportable(topk_weights),
+            placement._offsets,
+            placement._ranks,
+            placement.num_expert_ranks,
+            self.rank,
+        )
+        return out
+
+    def dispatch_send(self, x: Any, route: Route, microbatch: int = 0, layer: int = 0, stream: Any = None) -> None:
+        """Writes each token's row into the window of every expert rank it goes to.
+
+        Args:
+            x: [T, hidden] of shape.dispatch_dtype; rows may be strided. Borrowed: it must not change until
+                `combine_recv` of this microbatch has returned.
+            route: for the same T tokens.
+            microbatch: 0 to shape.microbatches - 1; the slot that is used.
+            layer: goes with the message; expert ranks batch by (layer, microbatch).
+
+        Raises:
+            SlotBusy: this microbatch is in flight. PeerLost: an expert rank that gets rows is lost or has left.
+            Timeout: an expert rank has not answered this slot's last, empty message. ValueError, TypeError.
+        """
+        require_cpu("cpu", stream)
+        if not isinstance(route, Route):
+            raise TypeError(f"route: expected m2n.Route, got {type(route).__name__}")
+        self._native.dispatch_send(arrays.exportable(x), route._native, microbatch, layer, self.config.timeout_s)
+        self._borrowed[microbatch] = (x, route)
+
+    def combine_recv(
+        self, microbatch: int = 0, out: Any = None, timeout: float | None = None, stream: Any = None
+    ) -> Any:
+        """Waits for the results of a microbatch and sums them.
+
+        Args:
+            out: [T, hidden] of shape.combine_dtype to be filled; default: a new tensor of the library x came from.
+            timeout: seconds; default: config.timeout_s.
+
+        Returns:
+            [T, hidden]: for each token the weighted sum over its experts; 0 for a padded token.
+
+        Raises:
+            PeerLost: an expert rank died or left and owes rows. Timeout: one is alive but late; call again.
+            ProtocolError: one refused the message (it names the expert) or broke the protocol.
+        """
+        require_cpu("cpu", stream)
+        num_tokens = self._native.num_tokens(microbatch)
+        if out is None:
+            library = "torch" if arrays.is_torch(self._borrowed[microbatch][0]) else "numpy"
+            out = arrays.empty(num_tokens, self.shape.hidden, self.shape.combine_dtype, library)
+        try:
+            self._native.combine_recv(arrays.exportable(out), microbatch, self._timeout(timeout))
+        finally:
+            if not self._native.is_closed and not self._native.is_busy(microbatch):
+                self._borrowed.pop(microbatch, None)
+        return out
+
+    def ready(self, microbatch: int) -> bool:
+        """Would `combine_recv` return, or raise, without waiting?"""
+        return self._native.ready(microbatch)
+
+    def wait_ready(self, microbatches: Sequence[int], timeout: float | None = None) -> int | None:
+        """Sleeps until one of these microbatches is ready and returns it; None at the timeout (seconds)."""
+        position = self._native.wait_ready(list(microbatches), self._timeout(timeout))
+        return None if position < 0 else microbatches[position]
+
+    def idle(self) -> None:
+        """Nothing to send for now: tells it to every peer, so that no expert rank lingers for this one."""
+        self._native.idle(self.config.timeout_s)

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What attention and expert ranks share: opening, closing, and the view of their peers."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from . import _C, bootstrap
+from .shape import Config, Placement, Shape, require_int
+
+_open_ranks: set[tuple[str, str, str, int]] = set()
+_open_ranks_lock = threading.Lock()
+
+
+class PeerStatus(NamedTuple):
+    """A peer as this rank sees it: state is "live", "left" (it said goodbye) or "lost" (`cause` says why)."""
+
+    rank: int
+    state: str
+    life: int
+    cause: str
+
+
+def _shut_down(
+    native: _C.AttentionComm | _C.ExpertComm,
+    listener: bootstrap.Listener | None,
+    key: tuple[str, str, str, int],
+) -> None:
+    native.close()
+    if listener is not None:
+        listener.close()
+    with _open_ranks_lock:
+        _open_ranks.discard(key)
+
+
+def require_cpu(device: Any, stream: Any) -> None:
+    if str(device) != "cpu":
+        raise ValueError(f"device: this version runs on 'cpu', got {str(device)!r}")
+    if stream is not None:
+        raise ValueError(f"stream: the CPU has none, got {stream!r}")
+
+
+class Comm:
+    """What both roles share. Use it as a context manager, or call close()."""
+
+    role: str
+    _native: Any
+
+    def __init__(
+        self, rank: int, shape: Shape, placement: Placement, name: str, config: Config | None, device: Any
+    ) -> None:
+        self.rank = require_int("rank", rank, 0)
+        if not isinstance(shape, Shape):
+            raise TypeError(f"shape: expected m2n.Shape, got {type(shape).__name__}")
+        if not isinstance(placement, Placement):
+            raise TypeError(f"placement: expected m2n.Placement, got {type(placement).__name__}")
+        if placement.num_experts != shape.num_experts:
+            raise ValueError(f"placement: places {placement.num_experts} experts, the shape has {shape.num_experts}")
+        require_cpu(device, None)
+        self.shape = shape
+        self.placement = placement
+        self.config = config if config is not None else Config()
+        self._counters: dict[str, float] = {"rows_gathered": 0}
+        self._identity = bootstrap.Identity(self.config.job, name, self.role, self.rank, shape)
+
+    @property
+    def _transport(self) -> str:
+        return "shm" if self.config.transport == "auto" else self.config.transport
+
+    @contextmanager
+    def _opened(self, native: Any) -> Iterator[tuple[str, str, str, int]]:
+        """Registers the rank in this process; on an error in the block everything is undone."""
+        key = (self.config.job, self._identity.name, self.role, self.rank)
+        with _open_ranks_lock:
+            if key in _open_ranks:
+                raise _C.SetupError(
+                    f"{self._identity} is open in this process already (job {key[0]!r}, name {key[1]!r}); "
+                    "close it first, or give this one another name"
+                )
+            _open_ranks.add(key)
+        self._native = native
+        try:
+            yield key
+        except BaseException:
+            _shut_down(native, None, key)
+            raise
+
+    def close(self) -> None:
+        """Says goodbye to every peer. Calls that wait elsewhere on this comm end with SetupError."""
+        self._finalizer()
+
+    def _keep_open(self, native: Any, listener: bootstrap.Listener | None, key: tuple[str, str, str, int]) -> None:
+        # Runs at close(), when the comm is collected, or at the end of the program, whichever comes first.
+        self._finalizer = weakref.finalize(self, _shut_down, native, listener, key)
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<m2n {self._identity} of {self.config.job!r}/{self._identity.name!r}>"
+
+    def _timeout(self, timeout: float | None) -> float:
+        return self.config.timeout_s if timeout is None else timeout
+
+    def check(self) -> None:
+        """Raises PeerLost for the first lost peer that recover() was not called for."""
+        self._native.check()
+
+    def peers(self) -> list[PeerStatus]:
+        """All peers this rank was ever linked with, in the order of joining."""
+        return [PeerStatus(*peer) for peer in self._native.peers()]
+
+    def stats(self) -> dict[str, float]:
+        """Counters since the comm was made: messages, rows and bytes in each direction, wait_us, rows_gathered."""
+        return {**self._native.stats(), **self._counters}
+
+    def recover(self, peer: int) -> None:
+        """Goes on without a peer that is lost or has left: its slots are free, rows that it owed become NaN.
+
+        Raises:
+            ValueError: the peer is alive or unknown.
+        """
+        self._native.recover(require_int("peer", peer, 0))

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The expert rank's end: ExpertComm with dispatch_recv and combine_send."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from . import _C, arrays, bootstrap
+from .comm import Comm, require_cpu
+from .shape import Config, Placement, Shape, require_int
+from .store import open_store
+
+
+class Batch:
+    """One layer of one microbatch on an expert rank, from one or more attention ranks.
+
+    P is the number of (row, expert) pairs, E_local that of the experts hosted here, R the rows of the whole window.
+    Pairs lie expert by expert (ascending global id), within an expert by attention rank's joining and by row.
+    """
+
+    def __init__(self, native: _C.Batch, window: Any, library: str, counters: dict[str, float]) -> None:
+        self._native = native
+        self._counters = counters
+        self._window = window
+        self._library = library
+        self.layer: int = native.layer
+        self.microbatch: int = native.microbatch
+        self.num_rows: int = native.num_rows
+        self.num_pairs: int = native.num_pairs
+        self.peers: list[int] = native.ranks
+
+    @property
+    def x(self) -> Any:
+        """[R, hidden] of shape.dispatch_dtype: the window itself, where the rows landed. Ends with combine_send."""
+        if self._window is None:
+            raise _C.Error("batch.x: combine_send has given the rows back; copy before it what is needed later")
+        return self._window
+
+    @property
+    def row_index_by_expert(self) -> Any:
+        """int32 [P]: the row of x for each pair."""
+        return arrays.view(self._native.row_index_by_expert, self._library)
+
+    @property
+    def expert_offsets(self) -> Any:
+        """int32 [E_local + 1]: pairs of local expert e are offsets[e] to offsets[e + 1]."""
+        return arrays.view(self._native.expert_offsets, self._library)
+
+    @property
+    def weights(self) -> Any:
+        """float32 [P]: the router's weight of each pair; combine_send applies it."""
+        return arrays.view(self._native.weights, self._library)
+
+    def gather(self, layout: Literal["expert_major", "padded"] = "expert_major", out: Any = None) -> Any:
+        """The one explicit packed copy, for matrix products that need contiguous rows.
+
+        Returns:
+            "expert_major": [P, hidden]. "padded": [E_local, most pairs of an expert, hidden], zeros behind the last.
+            `out` is filled and returned where given.
+
+        Raises:
+            ValueError: an unknown layout.
+        """
+        x, index = self.x, self.row_index_by_expert
+        self._counters["rows_gathered"] += self.num_pairs
+        if layout == "expert_major":
+            rows = x[index]
+        elif layout == "padded":
+            offsets = self.expert_offsets.tolist()
+            counts = [end - begin for begin, end in zip(offsets, offsets[1:])]
+            shape = (len(counts), max(counts, default=0), x.shape[1])
+            rows = x.new_zeros(shape) if self._library == "torch" else np.zeros(shape, x.dtype)
+            for expert, (begin, count) in enumerate(zip(offsets, counts)):
+                rows[expert, :count] = x[index[begin : begin + count]]
+        else:
+            raise ValueError(f"layout: expected 'expert_major' or 'padded', got {layout!r}")
+        if out is None:
+            return rows
+        out[...] = rows
+        return out
+
+
+class ExpertComm(Comm):
+    """An expert rank: receives tokens where they landed and sends the results back (paper section 5).
+
+    Publishes its address and returns at once; attention ranks join when they come.
+
+    Args:
+        rank: of this expert rank, 0 to placement.num_expert_ranks - 1.
+        max_peers: attention ranks that can ever join, restarted ones counted again; each has memory of its own.
+        The rest as for AttentionComm.
+
+    Raises:
+        SetupError: memory or the store. ValueError, TypeError: naming the argument.
+    """
+
+    role = "expert"
+    _native: _C.ExpertComm
+
+    def __init__(
+        self,
+        rank: int,
+        shape: Shape,
+        placement: Placement,
+        store: Any,
+        device: Any = "cpu",
+        name: str = "default",
+        max_peers: int = 64,
+        config: Config | None = None,
+    ) -> None:
+        super().__init__(rank, shape, placement, name, config, device)
+        if self.rank >= placement.num_expert_ranks:
+            raise ValueError(f"rank: expected below {placement.num_expert_ranks} (the placement's), got {self.rank}")
+        native = _C.ExpertComm(
+            shape._native(),
+            self.rank,
+            require_int("max_peers", max_peers, 1),
+            self._transport,
+            placement.experts_of(self.rank),
+        )
+        with self._opened(native) as key:
+            opened = open_store(store, self.config.connect_timeout_s)
+            listener = bootstrap.Listener(native, self._identity)
+            try:
+                bootstrap.publish(opened, self._identity, listener.address)
+            except BaseException:
+                listener.close()
+                raise
+        self._keep_open(native, listener, key)
+        self._library = arrays.choose(self.config.arrays)
+        self._window = arrays.view(native.window(), self._library)
+
+    def dispatch_recv(
+        self,
+        layer: int | None = None,
+        microbatch: int | None = None,
+        linger_us: float | None = 50,
+        attention_ranks: Sequence[int] | None = None,
+        timeout: float | None = None,
+        stream: Any = None,
+    ) -> Batch | None:
+        """Waits for a batch: one layer of one microbatch, from all attention ranks that have it.
+
+        Args:
+            layer, microbatch: take only this one; default: the one whose first message came first.
+            linger_us: after the first message, how long to wait for the other attention ranks that are active.
+                None: strict lockstep, wait for every rank of `attention_ranks`.
+            timeout: seconds; default: config.timeout_s.
+
+        Returns:
+            The batch, or None when nothing had started by the timeout: idle is not an error.
+
+        Raises:
+            PeerLost: an attention rank died and no batch is ready; recover(peer) goes on without it.
+            Timeout: strict, and some but not all have sent. ProtocolError: a peer broke the protocol and was dropped.
+        """
+        require_cpu("cpu", stream)
+        if (linger_us is None) != (attention_ranks is not None):
+            raise ValueError("attention_ranks: give it together with linger_us=None (strict lockstep), and only then")
+        if linger_us is not None and not 0 <= linger_us <= 1e9:
+            raise ValueError(f"linger_us: expected microseconds from 0 to 1e9, got {linger_us!r}")
+        if attention_ranks is not None and len(attention_ranks) == 0:
+            raise ValueError("attention_ranks: expected at least one")
+        native = self._native.dispatch_recv(
+            layer,
+            microbatch,
+            linger_us or 0.0,
+            sorted(set(attention_ranks or ())),
+            self._timeout(timeout),
+        )
+        return None if native is None else Batch(native, self._window, self._library, self._counters)
+
+    def wait_work(self, timeout: float | None = None) -> tuple[int, int] | None:
+        """Sleeps until a message waits to be received; its (layer, microbatch), or None at the timeout (seconds)."""
+        return self._native.wait_work(self._timeout(timeout))
+
+    def combine_send(self, batch: Batch, y: Any, reduced: bool = False, stream: Any = None) -> None:
+        """Sends the results of a batch to the attention ranks they belong to.
+
+        Args:
+            batch: from `dispatch_recv`, once.
+            y: [P, hidden] expert-major, float32, bfloat16 or float16; unweighted. With `reduced` [num_rows, hidden]
+                in the order of arrival (batch.peers, then row): weighted and summed by the caller.
+
+        Raises:
+            ValueError, TypeError: naming the argument.
+        """
+        require_cpu("cpu", stream)
+        if not isinstance(batch, Batch):
+            raise TypeError(f"batch: expected m2n.Batch, got {type(batch).__name__}")
+        self._native.combine_send(batch._native, arrays.exportable(y), reduced)
+        batch._window = None
+
+    def wait_peer(self, rank: int, timeout: float | None = None) -> bool:
+        """Waits until an attention rank has joined; False at the timeout (seconds)."""
+        return self._native.wait_peer(require_int("rank", rank, 0), self._timeout(timeout))

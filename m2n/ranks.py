@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts ranks as threads or processes of this one, for examples, notebooks and tests. Needs numpy only."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any, cast
+
+from ._C import Error
+from .attention import AttentionComm
+from .expert import Batch, ExpertComm
+from .shape import Config, Placement, Shape
+
+RankFunction = Callable[[Any], Any]
+_Results = dict[tuple[str, int], Any]
+_POLL_S = 0.2
+
+
+def serve(comm: ExpertComm, attention: int, apply: Callable[[Batch], Any], linger_us: float = 50) -> int:
+    """An expert rank's loop: answers batches with apply(batch) until `attention` ranks have joined and left again.
+
+    Returns:
+        The number of batches.
+    """
+    num_batches = 0
+    while True:
+        batch = comm.dispatch_recv(linger_us=linger_us, timeout=_POLL_S)
+        if batch is not None:
+            comm.combine_send(batch, apply(batch))
+            num_batches += 1
+        elif len({peer.rank for peer in comm.peers() if peer.state != "live"}) >= attention:
+            return num_batches
+
+
+def _run_rank(role: str, rank: int, fn: RankFunction, options: dict[str, Any], opened: list[Any] | None = None) -> Any:
+    with (AttentionComm if role == "attention" else ExpertComm)(rank, **options) as comm:
+        if opened is not None:
+            opened.append(comm)
+        return fn(comm)
+
+
+def run_ranks(
+    fn: RankFunction | tuple[RankFunction, RankFunction],
+    attention: int = 2,
+    experts: int = 2,
+    *,
+    shape: Shape,
+    placement: Placement | None = None,
+    processes: bool = False,
+    timeout: float = 60.0,
+    name: str = "default",
+    max_peers: int = 64,
+    config: Config | None = None,
+) -> _Results:
+    """Runs fn(comm) on M attention and N expert ranks and waits for all.
+
+    Args:
+        fn: called with each rank's AttentionComm or ExpertComm (`comm.role` tells), or a pair of functions,
+            (for attention ranks, for expert ranks). With `processes` it must be importable (it is pickled).
+        attention, experts: M and N.
+        placement: default Placement.block(shape.num_experts, experts).
+        processes: spawned processes instead of threads of this one.
+        timeout: seconds for the whole run.
+
+    Returns:
+        fn's results by (role, rank).
+
+    Raises:
+        The first error of any rank; the others are ended. TimeoutError: the run took too long.
+    """
+    if attention < 1 or experts < 1:
+        raise ValueError(f"attention, experts: expected at least 1 of each, got {attention} and {experts}")
+    of_role = dict(zip(("attention", "expert"), fn if isinstance(fn, tuple) else (fn, fn)))
+    ranks = [("expert", rank) for rank in range(experts)] + [("attention", rank) for rank in range(attention)]
+    with tempfile.TemporaryDirectory(prefix="m2n-") as store:
+        options = {
+            "shape": shape,
+            "placement": placement or Placement.block(shape.num_experts, experts),
+            "store": store,
+            "name": name,
+            "max_peers": max_peers,
+            "config": config,
+        }
+        run = _run_processes if processes else _run_threads
+        return run(ranks, of_role, options, time.monotonic() + timeout)
+
+
+def _run_threads(
+    ranks: list[tuple[str, int]], of_role: dict[str, RankFunction], options: dict[str, Any], deadline: float
+) -> _Results:
+    results: _Results = {}
+    errors: list[BaseException] = []
+    opened: list[Any] = []
+    ended = threading.Semaphore(0)
+
+    def run(role: str, rank: int) -> None:
+        try:
+            results[role, rank] = _run_rank(role, rank, of_role[role], options, opened)
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            ended.release()
+
+    threads = [threading.Thread(target=run, args=rank, name=f"{rank[0]}-{rank[1]}", daemon=True) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for _ in threads:
+        if not ended.acquire(timeout=max(deadline - time.monotonic(), 0)):
+            errors.append(TimeoutError(f"run_ranks: {sorted(set(ranks) - set(results))} did not end in time"))
+        if errors:
+            break
+    if errors:
+        first = errors[0]
+        for comm in opened:  # what still waits ends with an error of its own
+            comm.close()
+        raise first
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def _process_main(connection: Connection, role: str, rank: int, fn: RankFunction, options: dict[str, Any]) -> None:
+    try:
+        outcome: tuple[str, Any] = ("result", _run_rank(role, rank, fn, options))
+    except BaseException as error:
+        if hasattr(error, "add_note"):  # Python 3.11
+            error.add_note("".join(traceback.format_exception(error)))
+        try:
+            pickle.loads(pickle.dumps(error))
+            outcome = ("error", error)
+        except Exception:
+            outcome = ("error", Error(f"{type(error).__name__}: {error}"))
+    connection.send(outcome)
+
+
+def _run_processes(
+    ranks: list[tuple[str, int]], of_role: dict[str, RankFunction], options: dict[str, Any], deadline: float
+) -> _Results:
+    context = multiprocessing.get_context("spawn")
+    results: _Results = {}
+    running: dict[Connection, tuple[tuple[str, int], Any]] = {}
+    try:
+        for role, rank in ranks:
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_process_main, args=(theirs, role, rank, of_role[role], options), daemon=True
+            )
+            process.start()
+            theirs.close()
+            running[ours] = ((role, rank), process)
+        while running:
+            ready = wait(list(running), timeout=max(deadline - time.monotonic(), 0))
+            if not ready:
+                raise TimeoutError(f"run_ranks: {sorted(rank for rank, _ in running.values())} did not end in time")
+            for connection in running.keys() & set(ready):
+                (role, rank), process = running[connection]
+                try:
+                    kind, value = connection.recv()
+                except EOFError:
+                    process.join(timeout=5)
+                    raise Error(f"{role} rank {rank} died with exit code {process.exitcode}") from None
+                if kind == "error":
+                    raise cast(BaseException, value)
+                results[role, rank] = value
+                process.join()
+                del running[connection]
+    finally:
+        for _, process in running.values():
+            process.kill()
+            process.join()
+    return results

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What both sides agree on before they talk: the shape, the placement, and the settings of a comm."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from . import _C
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _dtype_name(field: str, dtype: Any) -> str:
+    """The name of a dtype given by name or as a torch, numpy or ml_dtypes dtype."""
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or str(dtype)
+    name = name.removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"{field}: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    return name
+
+
+def require_int(field: str, value: Any, minimum: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{field}: expected an int, got {value!r}")
+    number = int(value.__index__())
+    if number < minimum:
+        raise ValueError(f"{field}: expected at least {minimum}, got {number}")
+    return number
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The shape of one exchange; equal on all ranks of a comm, or the handshake refuses.
+
+    Args:
+        hidden: elements of one token's hidden state.
+        num_experts: experts of one layer over all expert ranks; ids are global, 0 to num_experts - 1.
+        top_k: experts per token.
+        max_tokens: tokens of one dispatch at most; longer prefills are sent in chunks.
+        microbatches: how many dispatches of one rank may be in flight (paper section 4.1).
+        dispatch_dtype, combine_dtype: "float32", "bfloat16", "float16", or such a torch dtype.
+        reduce_at: "expert" (one reply row per token and expert rank: the weighted sum over that rank's experts; fewest
+            bytes) or "attention" (one reply row per token and expert; bits do not depend on the placement).
+
+    Raises:
+        ValueError, TypeError: naming the field.
+    """
+
+    hidden: int
+    num_experts: int
+    top_k: int
+    max_tokens: int
+    microbatches: int = 1
+    dispatch_dtype: Any = "bfloat16"
+    combine_dtype: Any = "bfloat16"
+    reduce_at: Literal["expert", "attention"] = "expert"
+
+    def __post_init__(self) -> None:
+        for field in ("hidden", "num_experts", "top_k", "max_tokens", "microbatches"):
+            object.__setattr__(self, field, require_int(field, getattr(self, field), minimum=1))
+        for field in ("dispatch_dtype", "combine_dtype"):
+            object.__setattr__(self, field, _dtype_name(field, getattr(self, field)))
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k: expected at most num_experts={self.num_experts}, got {self.top_k}")
+        if self.reduce_at not in ("expert", "attention"):
+            raise ValueError(f"reduce_at: expected 'expert' or 'attention', got {self.reduce_at!r}")
+
+    def _native(self) -> _C.Shape:
+        return _C.Shape(**dataclasses.asdict(self))
+
+
+class Placement:
+    """Which expert ranks host which expert: a plain value, ``Placement([[0], [0, 1], [1]])`` for three experts.
+
+    An expert with several ranks is replicated: an attention rank takes its replicas in turn, token by token (`home`).
+
+    Args:
+        ranks_of_expert: for each global expert id the expert ranks that host it, at least one.
+        num_expert_ranks: ranks in all; default: up to the highest that hosts anything.
+
+    Raises:
+        ValueError, TypeError: an expert without a rank, a rank twice, or below zero.
+    """
+
+    def __init__(self, ranks_of_expert: Iterable[Sequence[int]], num_expert_ranks: int | None = None) -> None:
+        table = tuple(tuple(require_int("placement", rank, 0) for rank in ranks) for ranks in ranks_of_expert)
+        if not table:
+            raise ValueError("placement: expected at least one expert")
+        for expert, ranks in enumerate(table):
+            if not ranks:
+                raise ValueError(f"placement: expert {expert} has no expert rank")
+            if len(set(ranks)) != len(ranks):
+                raise ValueError(f"placement: expert {expert} names an expert rank twice: {list(ranks)}")
+        highest = max(max(ranks) for ranks in table)
+        if num_expert_ranks is None:
+            num_expert_ranks = highest + 1
+        if num_expert_ranks <= highest:
+            raise ValueError(f"placement: expert rank {highest} does not exist, there are {num_expert_ranks}")
+        self.ranks_of_expert = table
+        self.num_expert_ranks = num_expert_ranks
+        self._offsets = [0]
+        for ranks in table:
+            self._offsets.append(self._offsets[-1] + len(ranks))
+        self._ranks = [rank for ranks in table for rank in ranks]
+
+    @classmethod
+    def block(cls, num_experts: int, expert_ranks: int) -> Placement:
+        """Neighbouring experts on one rank, in blocks whose sizes differ by at most one."""
+        num_experts = require_int("num_experts", num_experts, 1)
+        expert_ranks = require_int("expert_ranks", expert_ranks, 1)
+        return cls([[expert * expert_ranks // num_experts] for expert in range(num_experts)], expert_ranks)
+
+    @property
+    def num_experts(self) -> int:
+        """How many experts there are."""
+        return len(self.ranks_of_expert)
+
+    def experts_of(self, rank: int) -> list[int]:
+        """The global ids that `rank` hosts, ascending: the order of `Batch.expert_offsets`."""
+        return [expert for expert, ranks in enumerate(self.ranks_of_expert) if rank in ranks]
+
+    def home(self, expert: int, token: int, attention_rank: int) -> int:
+        """The expert rank that serves `expert` for the token at row `token` of attention rank `attention_rank`."""
+        ranks = self.ranks_of_expert[expert]
+        return ranks[(token + attention_rank) % len(ranks)]
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Placement)
+            and self.ranks_of_expert == other.ranks_of_expert
+            and self.num_expert_ranks == other.num_expert_ranks
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.ranks_of_expert, self.num_expert_ranks))
+
+    def __repr__(self) -> str:
+        return f"Placement({[list(ranks) for ranks in self.ranks_of_expert]}, {self.num_expert_ranks})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of a comm that its peers need not share. The only place that reads environment variables.
+
+    Args:
+        job: separates jobs that use one store; default: M2N_JOB or "default".
+        timeout_s: deadline of a verb that is given none, in seconds; no wait is endless.
+        connect_timeout_s: deadline for finding and joining all peers, in seconds.
+        transport: "auto" or "shm".
+        arrays: what an expert rank gets its batches as: "torch", "numpy", or "auto": torch if it was imported.
+    """
+
+    job: str = dataclasses.field(default_factory=lambda: os.environ.get("M2N_JOB", "default"))
+    timeout_s: float = 30.0
+    connect_timeout_s: float = 60.0
+    transport: str = "auto"
+    arrays: Literal["auto", "torch", "numpy"] = "auto"
+
+    def __post_init__(self) -> None:
+        for field in ("timeout_s", "connect_timeout_s"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{field}: expected seconds > 0, got {getattr(self, field)!r}")
+        if self.transport not in ("auto", "shm"):
+            raise ValueError(f"transport: expected 'auto' or 'shm', got {self.transport!r}")
+        if self.arrays not in ("auto", "torch", "numpy"):
+            raise ValueError(f"arrays: expected 'auto', 'torch' or 'numpy', got {self.arrays!r}")

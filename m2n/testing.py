@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The oracle: seeded workloads and dispatch/combine in plain torch. Tests, benchmarks and models compare with it.
+
+`m2n.testing.run_ranks` starts ranks for examples, notebooks and tests (it is defined in `m2n.ranks`, without torch).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .ranks import run_ranks, serve
+from .shape import Placement, Shape
+
+__all__ = [
+    "KINDS",
+    "Workload",
+    "apply_expert",
+    "expert_outputs",
+    "make_workload",
+    "oracle_combine",
+    "run_ranks",
+    "serve",
+]
+
+KINDS = ("uniform", "skewed", "one_expert", "zero_tokens", "one_token", "padded")
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What one attention rank dispatches: x [T, hidden], topk_ids int64 [T, top_k], topk_weights float32 [T, top_k]."""
+
+    x: Any
+    topk_ids: Any
+    topk_weights: Any
+
+
+def make_workload(shape: Shape, kind: str = "uniform", seed: int = 0, num_tokens: int | None = None) -> Workload:
+    """A seeded workload of one of KINDS.
+
+    Args:
+        kind: "uniform"; "skewed" (expert popularity falls as 1/rank); "one_expert" (everybody's first choice is the
+            same); "zero_tokens"; "one_token"; "padded" (a third of the ids are -1, some tokens have none).
+        num_tokens: T; default shape.max_tokens.
+    """
+    import torch
+
+    if kind not in KINDS:
+        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    generator = torch.Generator().manual_seed(seed)
+    tokens = {"zero_tokens": 0, "one_token": 1}.get(kind, shape.max_tokens if num_tokens is None else num_tokens)
+    popularity = torch.ones(shape.num_experts)
+    if kind == "skewed":
+        popularity = 1.0 / torch.arange(1, shape.num_experts + 1)
+    noise = torch.rand(tokens, shape.num_experts, generator=generator).clamp_min(1e-9)
+    scores = noise.log() / popularity  # the largest are a weighted sample without replacement
+    if kind == "one_expert" and tokens:
+        scores[:, shape.num_experts // 2] = 1.0
+    ids = scores.topk(shape.top_k, dim=-1).indices
+    weights = torch.rand(tokens, shape.top_k, generator=generator) + 0.01
+    weights = weights / weights.sum(-1, keepdim=True)
+    if kind == "padded":
+        ids = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.34, -1)
+    x = torch.randn(tokens, shape.hidden, generator=generator).to(getattr(torch, shape.dispatch_dtype))
+    return Workload(x, ids, weights)
+
+
+def apply_expert(expert: int, x_RH: Any) -> Any:
+    """A stand-in for an expert: element by element, so that its bits do not depend on how rows are batched.
+
+    Takes and returns torch or numpy rows [R, hidden]; the result has x's dtype.
+    """
+    return x_RH * (0.5 + 0.25 * (expert % 5)) + 0.125 * expert
+
+
+def expert_outputs(batch: Any, experts: Sequence[int], apply: Callable[[int, Any], Any] = apply_expert) -> Any:
+    """y [P, hidden] of a batch, expert-major, for the local `experts` (global ids, ascending)."""
+    offsets = batch.expert_offsets.tolist()
+    y_PH = batch.gather()
+    for expert, begin, end in zip(experts, offsets, offsets[1:]):
+        if end > begin:
+            y_PH[begin:end] = apply(expert, y_PH[begin:end])
+    return y_PH
+
+
+def oracle_combine(
+    workload: Workload,
+    shape: Shape,
+    placement: Placement,
+    attention_rank: int = 0,
+    apply: Callable[[int, Any], Any] = apply_expert,
+) -> Any:
+    """What combine_recv must return, bit for bit: [T, hidden] of shape.combine_dtype.
+
+    The arithmetic is fixed. reduce_at="expert": per home rank, from +0, in ascending expert id,
+    partial = partial + weight * float32(y), cast once to combine_dtype; the total adds the partials in float32 from
+    +0 in ascending home rank. reduce_at="attention": y is cast to combine_dtype, and the total adds weight * y in
+    top-k order. Every product and sum rounds separately.
+    """
+    import torch
+
+    combine_dtype = getattr(torch, shape.combine_dtype)
+    results = []
+    for token, (x_H, ids, weights) in enumerate(zip(workload.x, workload.topk_ids.tolist(), workload.topk_weights)):
+        pairs = [(expert, weights[k]) for k, expert in enumerate(ids) if expert >= 0]
+        outputs = {expert: apply(expert, x_H[None])[0] for expert, _ in pairs}
+        total_H = torch.zeros(shape.hidden)
+        if shape.reduce_at == "attention":
+            for expert, weight in pairs:
+                total_H = total_H + weight * outputs[expert].to(combine_dtype).float()
+        else:
+            partials: dict[int, Any] = {}
+            for expert, weight in sorted(pairs, key=lambda pair: pair[0]):
+                home = placement.home(expert, token, attention_rank)
+                partial_H = partials.get(home, torch.zeros(shape.hidden))
+                partials[home] = partial_H + weight * outputs[expert].float()
+            for home in sorted(partials):
+                total_H = total_H + partials[home].to(combine_dtype).float()
+        results.append(total_H.to(combine_dtype))
+    return torch.stack(results) if results else torch.empty(0, shape.hidden, dtype=combine_dtype)
