@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+# The ways in: `make demo` generates text, `make test` runs all tests. Both first make the environment .venv.
+#
+#   PYTHON=python3.12   another interpreter (3.10 or later)
+#   VENV=.venv          another place for the environment
+#   TORCH_INDEX=URL     package index for torch, where it has to be installed
+#   PIP_FLAGS="..."     more options for installing m2n itself, as: --no-deps --no-build-isolation
+#   M2N_CUDA=OFF        ON, OFF or AUTO: compile for CUDA
+
+SHELL := /bin/bash
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+export PYTHON VENV TORCH_INDEX PIP_FLAGS
+
+# Relative paths throughout: make cannot handle a space in the path of the repository.
+SOURCES := pyproject.toml CMakeLists.txt constraints-cpu.txt .ci/install $(sort $(shell find csrc bindings -type f))
+CXX_FILES := $(filter %.h %.cc %.cu,$(SOURCES))
+PYTHON_PATHS := m2n reference_model benchmarks tests
+# The extra `test` contains `model`: where it is installed, the demo needs nothing more.
+DEMO_READY := $(if $(wildcard $(VENV)/.installed-test),$(VENV)/.installed-test,$(VENV)/.installed-model)
+BIN := "$(VENV)/bin"
+
+.PHONY: help demo test test-fast lint format clean
+
+help:  ## what can be made
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 18
+
+demo: $(DEMO_READY)  ## text from two attention and two expert processes
+	$(BIN)/m2n-generate --attention-ranks 2 --expert-ranks 2 --microbatches 2 --max-new-tokens 64 \
+	  --prompt "In the beginning" --prompt "And it came to pass, that"
+
+test: $(VENV)/.installed-test  ## all tests, the fast ones first (about 15 minutes on two cores)
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+test-fast: $(VENV)/.installed-test  ## tests without the marker `slow` (under two minutes)
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
+
+lint: $(VENV)/.installed-test  ## ruff, clang-format, mypy
+	$(BIN)/ruff check $(PYTHON_PATHS)
+	$(BIN)/ruff format --check --quiet $(PYTHON_PATHS)
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-test  ## rewrites the sources in the house style
+	$(BIN)/ruff check --fix $(PYTHON_PATHS)
+	$(BIN)/ruff format $(PYTHON_PATHS)
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+clean:  ## removes the environment and everything built
+	rm -rf "$(VENV)" build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Sources in C++ are built at installation; Python sources are used where they lie.
+$(VENV)/.installed-%: $(SOURCES)
+	@bash .ci/install "$*"
+	@touch "$@"

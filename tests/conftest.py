@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What holds for every test: one thread for torch, nothing left behind, and a summary that names each tier."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+try:
+    import psutil
+except ImportError:  # without it nobody can look for leftovers; the summary says so
+    psutil = None
+
+# Inherited by every process that a test starts, at any depth: that is how its leftovers are found.
+SESSION_VARIABLE = "M2N_TEST_SESSION"
+SESSION = secrets.token_hex(8)
+SHARED_MEMORY = Path("/dev/shm")
+GRACE_S = 5.0
+
+# Two cores are shared by all ranks of a test: more threads per rank only make it slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def why_no_cuda_device() -> str | None:
+    """Why tests with the marker `cuda` cannot run here; None when they can."""
+    if not any(Path("/dev").glob("nvidia[0-9]*")):
+        return "no CUDA device on this machine"
+    return None
+
+
+def why_no_cuda_compiler() -> str | None:
+    """Why tests with the marker `nvcc` cannot run here; None when they can."""
+    return None if shutil.which("nvcc") else "no nvcc on PATH"
+
+
+# (tier, the marker that makes a test part of it, why it cannot run here). A test counts for every tier it is in.
+TIERS = (
+    ("fast", None, lambda: None),
+    ("slow", "slow", lambda: None),
+    ("sanitizers", "under_sanitizer", lambda: None),
+    ("CUDA compiler", "nvcc", why_no_cuda_compiler),
+    ("CUDA device", "cuda", why_no_cuda_device),
+    ("two hosts", "two_hosts", lambda: "needs a second machine"),
+)
+
+
+def tiers_of(item: pytest.Item) -> list[str]:
+    tiers = [tier for tier, marker, _ in TIERS if marker and item.get_closest_marker(marker)]
+    return tiers if "slow" in tiers else ["fast", *tiers]
+
+
+class TierReport:
+    """Counts outcomes and seconds per tier, as tests run."""
+
+    def __init__(self) -> None:
+        self.tiers: dict[str, list[str]] = {}
+        self.outcomes: dict[str, Counter[str]] = {tier: Counter() for tier, _, _ in TIERS}
+        self.seconds: Counter[str] = Counter()
+        self.known: Counter[str] = Counter()
+
+    def pytest_itemcollected(self, item: pytest.Item) -> None:
+        self.tiers[item.nodeid] = tiers_of(item)
+        self.known.update(self.tiers[item.nodeid])
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        tiers = self.tiers.get(report.nodeid, [])
+        self.seconds.update({tier: report.duration for tier in tiers})
+        is_error = report.failed and report.when != "call"
+        if report.when == "call" or report.skipped or is_error:
+            for tier in tiers:
+                self.outcomes[tier]["error" if is_error else report.outcome] += 1
+
+    def line(self, tier: str) -> str:
+        """What became of a tier, in words."""
+        reason = next(why() for name, _, why in TIERS if name == tier)
+        outcomes = self.outcomes[tier]
+        num_run = outcomes.total() - outcomes["skipped"]
+        if num_run:
+            counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
+            return f"{tier:14} ran {num_run} in {self.seconds[tier]:.0f} s: {counts}"
+        if reason is None:
+            reason = "not chosen" if self.known[tier] else "no test of it was collected"
+        return f"{tier:14} NOT RUN: {reason}"
+
+
+class Leftovers:
+    """Finds what the tests left behind: processes, and names in shared memory."""
+
+    def __init__(self) -> None:
+        self.names_before = self._names()
+        self.found: list[str] = []
+
+    @staticmethod
+    def _names() -> set[str]:
+        return {entry.name for entry in SHARED_MEMORY.iterdir()} if SHARED_MEMORY.is_dir() else set()
+
+    @staticmethod
+    def processes() -> list[psutil.Process]:
+        """Living processes that descend from this session, other than Python's own helper."""
+        # A forked child shows the variables of its parent's start; an orphan is nobody's child: look for both.
+        children = psutil.Process().children(recursive=True)
+        found = []
+        for process in psutil.process_iter():
+            try:
+                is_ours = process in children or process.environ().get(SESSION_VARIABLE) == SESSION
+                if not is_ours or process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
+                    continue
+                if "resource_tracker" not in " ".join(process.cmdline()):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def names(self) -> list[str]:
+        """New names in shared memory that are our user's and that no process of somebody else has mapped."""
+        left = []
+        for name in sorted(self._names() - self.names_before):
+            path = SHARED_MEMORY / name
+            try:
+                if path.stat().st_uid == os.getuid() and not _is_mapped_elsewhere(str(path)):
+                    left.append(str(path))
+            except FileNotFoundError:
+                continue
+        return left
+
+    def look(self) -> list[str]:
+        """Waits a little for what is ending, then says what is left, and ends it."""
+        deadline = time.monotonic() + GRACE_S
+        while (self.processes() or self.names()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        for process in self.processes():
+            with process.oneshot():
+                self.found.append(f"process {process.pid}: {' '.join(process.cmdline())[:200]}")
+            process.kill()
+        self.found += [f"shared memory {name}" for name in self.names()]
+        return self.found
+
+
+def _is_mapped_elsewhere(path: str) -> bool:
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(SESSION_VARIABLE) == SESSION:
+                continue
+            if any(mapping.path == path for mapping in process.memory_maps()):
+                return True
+        except psutil.Error:
+            continue
+    return False
+
+
+tier_report = TierReport()
+leftovers: Leftovers | None = None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    global leftovers
+    config.pluginmanager.register(tier_report, "m2n-tiers")
+    os.environ[SESSION_VARIABLE] = SESSION
+    if psutil is not None:
+        leftovers = Leftovers()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first: what breaks often is told early. Tests that cannot run here are skipped with the reason."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    for _, marker, why in TIERS:
+        reason = why() if marker else None
+        for item in items if reason else []:
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_torch_thread() -> Iterator[None]:
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(1)
+    yield
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if leftovers is not None and leftovers.look():
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.section("tiers")
+    for tier, _, _ in TIERS:
+        terminalreporter.line(tier_report.line(tier))
+    if leftovers is None:
+        terminalreporter.line("leftovers      NOT LOOKED FOR: psutil is not installed")
+    elif leftovers.found:
+        terminalreporter.section("LEFT BEHIND by the tests (the run has failed)", red=True, bold=True)
+        for thing in leftovers.found:
+            terminalreporter.line(thing, red=True)
