@@ -43,7 +43,6 @@ class AttentionEngine:
         self.scheduler.add(sequences)
         while self.scheduler.has_work:
             yield self.step()
-        self.experts.idle()
 
     def step(self) -> list[NewToken]:
         """Admit, compute one step, draw tokens, let finished sequences leave."""

@@ -33,9 +33,6 @@ class Experts(Protocol):
     def combine(self, microbatch: int) -> torch.Tensor:
         """The weighted sum over each token's experts [T, H]; frees the microbatch for its next dispatch."""
 
-    def idle(self) -> None:
-        """Nothing to send for now."""
-
 
 class ExpertWeights:
     """The weights of some experts for all layers; expert_ids are global, in the order of the outputs."""
@@ -111,9 +108,6 @@ class LocalExperts:
     def combine(self, microbatch: int) -> torch.Tensor:
         return self._answers.pop(microbatch)
 
-    def idle(self) -> None:
-        return
-
     def _per_expert(
         self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, layer: int
     ) -> torch.Tensor:
@@ -165,9 +159,6 @@ class RemoteExperts:
 
     def combine(self, microbatch: int) -> torch.Tensor:
         return self._waited(lambda: self.comm.combine_recv(microbatch=microbatch, timeout=self.timeout_s))
-
-    def idle(self) -> None:
-        self.comm.idle()
 
     def _waited(self, call: Callable[[], Any]) -> Any:
         started = time.perf_counter()

@@ -55,9 +55,7 @@ def save(model: Any, directory: Path, **options: Any) -> Path:
     return directory
 
 
-def make_checkpoint(
-    directory: Path, family: str, num_experts: int = 8, seed: int = 0, **options: Any
-) -> Path:
+def make_checkpoint(directory: Path, family: str, num_experts: int = 8, seed: int = 0, **options: Any) -> Path:
     """make_model and save in one."""
     return save(make_model(family, num_experts, seed, **options), directory)
 
@@ -93,3 +91,15 @@ def edit_config(directory: Path, **changes: Any) -> None:
         else:
             raw[name] = value
     path.write_text(json.dumps(raw))
+
+
+def add_tokenizer(directory: Path) -> Path:
+    """Write a tokenizer.json of one token per printable character (and one for all others)."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {chr(32 + idx): idx for idx in range(VOCAB - 1)} | {"¤": VOCAB - 1}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="¤"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""m2n-generate: text from attention ranks and expert ranks, from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from .result import RunResult
+    from .run_config import RunConfig
+    from .tokenizer import Tokenizer
+
+PROGRAM = "m2n-generate"
+DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "kjv-moe"
+EXTRAS = ("torch", "safetensors", "tokenizers", "rich", "numpy")
+
+_DESCRIPTION = """Generate text with a mixture-of-experts model whose attention and experts run in different
+processes and exchange their tokens through m2n. Exit status: 0 done, 1 a rank failed or --verify found a
+difference, 2 bad input, 128 + n ended by signal n."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All options of the command."""
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=_DESCRIPTION)
+    ranks = parser.add_argument_group("ranks")
+    ranks.add_argument("--attention-ranks", type=int, default=1, metavar="M", help="default 1")
+    ranks.add_argument("--expert-ranks", type=int, default=1, metavar="N", help="default 1")
+    ranks.add_argument(
+        "--microbatches", type=int, default=2, help="in flight on each attention rank, default 2"
+    )
+    ranks.add_argument(
+        "--reduce-at", choices=("expert", "attention"), default="expert",
+        help="who sums over a token's experts (default expert: fewest bytes)",
+    )  # fmt: skip
+    model = parser.add_argument_group("model and prompts")
+    model.add_argument(
+        "--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, metavar="DIR",
+        help="Hugging Face directory of a Mixtral, Qwen3-MoE or OLMoE (default: the small one that ships)",
+    )  # fmt: skip
+    model.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    model.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    model.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt per line")
+    sampling = parser.add_argument_group("generation")
+    sampling.add_argument("--max-new-tokens", type=int, default=64)
+    sampling.add_argument("--ignore-eos", action="store_true", help="go on after an end token")
+    sampling.add_argument(
+        "--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token"
+    )
+    sampling.add_argument("--top-p", type=float, default=1.0)
+    sampling.add_argument("--seed", type=int, default=0)
+    sampling.add_argument(
+        "--max-batch", type=int, default=8,
+        help="sequences at work on one attention rank (default 8); more wait and enter as others leave",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--max-tokens", type=int, default=256,
+        help="tokens of one microbatch (default 256); longer prompts are computed in pieces",
+    )  # fmt: skip
+    output = parser.add_argument_group("output")
+    output.add_argument("--verify", action="store_true", help="compare with the monolithic model")
+    output.add_argument("--json", type=Path, metavar="FILE", help="write sequences and summary")
+    output.add_argument(
+        "--record-routes", type=Path, metavar="FILE", help="write every token's experts (.npz)"
+    )
+    output.add_argument(
+        "--timeout", type=float, default=120.0, metavar="S", help="longest wait for a peer, default 120"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of m2n-generate; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    missing = _missing_extras()
+    if missing:
+        print(f"{PROGRAM} needs {', '.join(missing)}: pip install 'm2n[model]'", file=sys.stderr)
+        return 2
+    from .launcher import Interrupted, RankFailed
+
+    try:
+        return _generate(args)
+    except InputError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 2
+    except RankFailed as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 1
+    except Interrupted as interrupted:
+        print(f"{PROGRAM}: ended by {interrupted}", file=sys.stderr)
+        return interrupted.exit_status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of standard output has gone; nothing may be written to it at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _missing_extras() -> list[str]:
+    missing = []
+    for name in EXTRAS:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            missing.append(name)
+    return missing
+
+
+def _generate(args: argparse.Namespace) -> int:
+    """Check the input, run, report."""
+    from .checkpoint import Checkpoint, check
+    from .config import ModelConfig
+    from .run_config import check_prompts
+    from .tokenizer import Tokenizer
+    from .torchrun import global_rank, is_torchrun, run_under_torchrun
+
+    run, texts = _run_config(args), _prompt_texts(args)
+    for path in (args.json, args.record_routes):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise InputError(f"cannot write {path}: its directory does not exist")
+    # Everything that can be wrong with the input is found here, before any rank is started.
+    config = ModelConfig.from_directory(run.checkpoint)
+    run.check_model(config)
+    check(Checkpoint(run.checkpoint), config)
+    tokenizer = Tokenizer(run.checkpoint)
+    prompts = [tokenizer.encode(text) for text in texts]
+    check_prompts(prompts, config)
+    if is_torchrun():
+        result = run_under_torchrun(run, prompts)
+        if result is None:
+            return 0
+        assert global_rank() == 0
+        return _report(args, result, tokenizer, texts, is_shown=False)
+    return _report(args, _launch(run, tokenizer, texts, prompts), tokenizer, texts, is_shown=True)
+
+
+def _launch(run: RunConfig, tokenizer: Tokenizer, texts: list[str], prompts: list[list[int]]) -> RunResult:
+    from .display import Display
+    from .launcher import Launcher
+
+    launcher = Launcher(run, prompts)
+    with Display(tokenizer, texts, prompts, run.max_new_tokens) as display:
+        with contextlib.closing(launcher.events()) as events:
+            for event in events:
+                display.event(event)
+    return launcher.result
+
+
+def _run_config(args: argparse.Namespace) -> RunConfig:
+    from .run_config import RunConfig
+
+    num_ranks = max(1, args.attention_ranks + args.expert_ranks)
+    run = RunConfig(
+        checkpoint=str(args.checkpoint),
+        attention_ranks=args.attention_ranks,
+        expert_ranks=args.expert_ranks,
+        microbatches=args.microbatches,
+        max_new_tokens=args.max_new_tokens,
+        dtype=args.dtype,
+        ignore_eos=args.ignore_eos,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        max_batch=args.max_batch,
+        max_tokens=args.max_tokens,
+        reduce_at=args.reduce_at,
+        record_routes=args.record_routes is not None,
+        timeout_s=args.timeout,
+        num_threads=max(1, len(os.sched_getaffinity(0)) // num_ranks),
+    )
+    _ = run.sampling  # refuses temperature, top-p and seed out of range
+    return run
+
+
+def _prompt_texts(args: argparse.Namespace) -> list[str]:
+    texts = list(args.prompt)
+    if args.prompts is not None:
+        try:
+            lines = args.prompts.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read the prompts in {args.prompts}: {error}") from error
+        texts += [line for line in lines if line.strip()]
+    if not texts:
+        raise InputError('nothing to generate from: give --prompt "..." or --prompts FILE')
+    return texts
+
+
+def _report(
+    args: argparse.Namespace, result: RunResult, tokenizer: Tokenizer, texts: list[str], is_shown: bool
+) -> int:
+    """Print the numbers, write the files, verify; returns the exit status."""
+    from .config import ModelConfig
+    from .display import Display
+
+    display = Display(tokenizer, texts, result.prompts, result.run.max_new_tokens)
+    answers = [tokenizer.answer(prompt, answer) for prompt, answer in zip(result.prompts, result.answers)]
+    if not is_shown:
+        for text, answer in zip(texts, answers):
+            print(f"{text}{answer}\n")
+    summary: dict[str, Any] = result.summary()
+    display.summary(summary)
+    if args.record_routes is not None:
+        config = ModelConfig.from_directory(result.run.checkpoint)
+        num_routes = result.write_routes(str(args.record_routes), config)
+        display.lines([f"{num_routes} routes written to {args.record_routes}"])
+    if args.verify:
+        from .verify import describe, verify
+
+        summary["verify"] = verify(result)
+        display.lines(describe(summary["verify"]))
+    if args.json is not None:
+        sequences = [
+            {"prompt": text, "token_ids": answer_ids, "text": answer, "finish": finish}
+            for text, answer_ids, answer, finish in zip(texts, result.answers, answers, result.finishes)
+        ]
+        args.json.write_text(json.dumps({"sequences": sequences, "summary": summary}, indent=1) + "\n")
+    return 0 if not args.verify or summary["verify"]["identical"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RunResult: what the events of all ranks add up to: answers, times, bytes and routes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .config import ModelConfig
+from .routes import write_routes
+from .run_config import ATTENTION, RunConfig
+
+
+@dataclass
+class RunResult:
+    """Filled by `add`, one event at a time."""
+
+    run: RunConfig
+    prompts: list[list[int]]
+    answers: list[list[int]] = field(default_factory=list)
+    finishes: list[str | None] = field(default_factory=list)
+    ranks: list[dict[str, Any]] = field(default_factory=list)
+    routes: list[str] = field(default_factory=list)
+    num_ready: int = 0
+    started_at: float = 0.0
+    ended_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.answers = [[] for _ in self.prompts]
+        self.finishes = [None for _ in self.prompts]
+
+    def add(self, event: Mapping[str, Any], now: float | None = None) -> None:
+        """Take an event of a rank, with its role and rank."""
+        now = time.perf_counter() if now is None else now
+        if event["event"] == "ready" and event["role"] == ATTENTION:
+            # The clock runs from the first attention rank that can begin: loading is not generating.
+            self.started_at = now if self.num_ready == 0 else self.started_at
+            self.num_ready += 1
+        elif event["event"] == "tokens":
+            for idx, token_id, finish in event["tokens"]:
+                self.answers[idx].append(token_id)
+                self.finishes[idx] = finish
+            self.ended_at = now
+        elif event["event"] == "routes":
+            self.routes.append(event["routes"])
+        elif event["event"] == "done":
+            self.ranks.append({"role": event["role"], "rank": event["rank"], **event["stats"]})
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(answer) for answer in self.answers)
+
+    def summary(self) -> dict[str, Any]:
+        """Counts, seconds and bytes, per run and per rank."""
+        seconds = max(self.ended_at - self.started_at, 1e-9)
+        order = {role_rank: idx for idx, role_rank in enumerate(self.run.ranks)}
+        ranks = sorted(self.ranks, key=lambda about: order[about["role"], about["rank"]])
+        names = ("attention_ranks", "expert_ranks", "microbatches", "dtype", "reduce_at", "checkpoint")
+        return {
+            "sequences": len(self.prompts),
+            "prompt_tokens": sum(len(prompt) for prompt in self.prompts),
+            "tokens": self.num_tokens,
+            "seconds": round(seconds, 6),
+            "tokens_per_s": round(self.num_tokens / seconds, 3),
+            "bytes_moved": sum(about["bytes_sent"] for about in ranks),
+            **{name: getattr(self.run, name) for name in names},
+            "ranks": [
+                {key: round(value, 6) if isinstance(value, float) else value for key, value in about.items()}
+                for about in ranks
+            ],
+        }
+
+    def write_routes(self, path: str, config: ModelConfig) -> int:
+        """Write the recorded routes of all attention ranks; the format is described in routes.py."""
+        scalars = {
+            "num_experts": config.num_experts,
+            "top_k": config.top_k,
+            "num_layers": config.num_layers,
+            "attention_ranks": self.run.attention_ranks,
+            "expert_ranks": self.run.expert_ranks,
+            "microbatches": self.run.microbatches,
+        }
+        return write_routes(path, self.routes, scalars)

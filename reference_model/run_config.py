@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RunConfig: one disaggregated run, as the command line, the launcher and every rank understand it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import m2n
+
+from .config import ModelConfig
+from .errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from .sampling import SamplingConfig
+
+DTYPES = ("float32", "bfloat16", "float16")
+ATTENTION, EXPERT = "attention", "expert"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What all ranks of a run must agree on; plain values only, so that it travels as JSON."""
+
+    checkpoint: str
+    attention_ranks: int = 1
+    expert_ranks: int = 1
+    microbatches: int = 2
+    max_new_tokens: int = 64
+    dtype: str = "float32"
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    max_batch: int = 8  # sequences at work on one attention rank
+    max_tokens: int = 256  # tokens of one microbatch; longer prompts are computed in pieces
+    reduce_at: str = "expert"
+    record_routes: bool = False
+    job: str = "generate"
+    timeout_s: float = 120.0
+    connect_timeout_s: float = 600.0  # ranks load their weights before they connect
+    num_threads: int = 1
+
+    def __post_init__(self) -> None:
+        counts = (
+            "attention_ranks",
+            "expert_ranks",
+            "microbatches",
+            "max_new_tokens",
+            "max_batch",
+            "max_tokens",
+        )
+        for name in counts:
+            value = getattr(self, name)
+            if value < 1:
+                raise InputError(f"{name.replace('_', '-')} must be at least 1, not {value}")
+        if self.dtype not in DTYPES:
+            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        if self.reduce_at not in ("expert", "attention"):
+            raise InputError(f"reduce-at must be expert or attention, not {self.reduce_at!r}")
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        import torch
+
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.dtype]
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        from .sampling import SamplingConfig
+
+        return SamplingConfig(self.temperature, self.top_p, self.seed)
+
+    @property
+    def ranks(self) -> list[tuple[str, int]]:
+        """(role, rank) of every process: attention ranks first."""
+        attention = [(ATTENTION, rank) for rank in range(self.attention_ranks)]
+        return attention + [(EXPERT, rank) for rank in range(self.expert_ranks)]
+
+    def check_model(self, config: ModelConfig) -> None:
+        """Refuse what the model cannot do."""
+        if self.expert_ranks > config.num_experts:
+            raise InputError(
+                f"{self.expert_ranks} expert ranks, but the model has {config.num_experts} experts"
+            )
+
+    def shape(self, config: ModelConfig) -> m2n.Shape:
+        """What travels between the ranks of this run."""
+        return m2n.Shape(
+            hidden=config.hidden,
+            num_experts=config.num_experts,
+            top_k=config.top_k,
+            max_tokens=self.max_tokens,
+            microbatches=self.microbatches,
+            dispatch_dtype=self.dtype,
+            combine_dtype=self.dtype,
+            reduce_at=self.reduce_at,
+        )
+
+    def placement(self, config: ModelConfig) -> m2n.Placement:
+        """Contiguous blocks of experts, sizes differing by at most one."""
+        return m2n.Placement.block(config.num_experts, self.expert_ranks)
+
+    def expert_groups(self, config: ModelConfig) -> list[list[int]]:
+        """The global expert ids of each expert rank."""
+        placement = self.placement(config)
+        return [list(placement.experts_of(rank)) for rank in range(self.expert_ranks)]
+
+    def share(self, attention_rank: int, num_prompts: int) -> list[int]:
+        """The prompts (by number) that an attention rank takes."""
+        return list(range(attention_rank, num_prompts, self.attention_ranks))
+
+
+def check_prompts(prompts: list[list[int]], config: ModelConfig) -> None:
+    """Refuse token ids that the model cannot continue, by the number of the prompt."""
+    if not prompts:
+        raise InputError("no prompts")
+    for idx, token_ids in enumerate(prompts):
+        if not token_ids:
+            raise InputError(f"prompt {idx} has no tokens")
+        if len(token_ids) >= config.context:
+            raise InputError(
+                f"prompt {idx} has {len(token_ids)} tokens; the context of the model is {config.context}, "
+                "the answer included"
+            )
+        if max(token_ids) >= config.vocab_size or min(token_ids) < 0:
+            raise InputError(f"prompt {idx} has token ids outside the vocabulary of {config.vocab_size}")

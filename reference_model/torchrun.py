@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs under torchrun: each process takes its role from its rank, and the first one reports for all."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import timedelta
+from typing import Any
+
+from .errors import InputError
+from .result import RunResult
+from .run_config import ATTENTION, RunConfig
+from .worker import run_rank
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def is_torchrun() -> bool:
+    """Was this process started by torchrun (or by something that speaks like it)?"""
+    return all(name in os.environ for name in _VARIABLES)
+
+
+def global_rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def run_under_torchrun(run: RunConfig, prompts: list[list[int]]) -> RunResult | None:
+    """Be one rank of the run: 0 to M - 1 are attention ranks, the rest expert ranks.
+
+    Returns the result of all in the process of rank 0, and None in the others.
+    """
+    rank, world_size = global_rank(), int(os.environ["WORLD_SIZE"])
+    if world_size != len(run.ranks):
+        raise InputError(
+            f"torchrun started {world_size} processes; {run.attention_ranks} attention ranks and "
+            f"{run.expert_ranks} expert ranks need {len(run.ranks)}"
+        )
+    role, role_rank = run.ranks[rank]
+    store = _store(rank, run)
+    events: list[dict[str, Any]] = []
+    result = RunResult(run, prompts)
+
+    def emit(event: dict[str, Any]) -> None:
+        events.append({**event, "role": role, "rank": role_rank})
+        if rank == 0:
+            result.add(events[-1])
+
+    share = run.share(role_rank, len(prompts)) if role == ATTENTION else []
+    run_rank(run, role, role_rank, {idx: prompts[idx] for idx in share}, store, emit)
+    if rank != 0:
+        store.set(f"result/{rank}", json.dumps(events))
+        store.wait(["end"], timedelta(seconds=run.connect_timeout_s))
+        return None
+    for other in range(1, world_size):
+        # The others may still be generating: torchrun ends this process if one of them fails.
+        store.wait([f"result/{other}"], timedelta(days=1))
+        for event in json.loads(store.get(f"result/{other}")):
+            result.add(event)
+    store.set("end", "1")
+    return result
+
+
+def _store(rank: int, run: RunConfig) -> Any:
+    """torchrun's own store where it keeps one, or one that rank 0 serves."""
+    from torch.distributed import PrefixStore, TCPStore
+
+    is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(
+        host,
+        port,
+        is_master=rank == 0 and not is_agents,
+        timeout=timedelta(seconds=run.connect_timeout_s),
+        wait_for_workers=False,
+    )
+    # A restarted run must not find the addresses of the one before.
+    return PrefixStore(f"m2n/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The disaggregated model: for any M, N and m its tokens are those of transformers and of the monolithic one."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import tiny_checkpoints as tiny  # noqa: E402
+from m2n.reference_model.config import ModelConfig  # noqa: E402
+from m2n.reference_model.launcher import Launcher  # noqa: E402
+from m2n.reference_model.monolithic import MonolithicModel  # noqa: E402
+from m2n.reference_model.result import RunResult  # noqa: E402
+from m2n.reference_model.run_config import RunConfig  # noqa: E402
+from m2n.reference_model.verify import verify  # noqa: E402
+from m2n.reference_model.worker import load_decoder, load_experts, run_attention, run_expert  # noqa: E402
+
+import m2n.testing  # noqa: E402
+
+NUM_NEW = 6
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": {"sliding_window": 9},
+    "qwen3_moe": {"num_hidden_layers": 3, "mlp_only_layers": [1], "norm_topk_prob": True},
+    "olmoe": {"clip_qkv": 2.0},
+}
+# (M, N): 2 and 1 divide the 8 experts of the even checkpoints, 3 does not; 7 experts are divided by nothing.
+RANKS = [(1, 1), (2, 1), (1, 2), (2, 3), (3, 2)]
+PROMPTS = tiny.prompts(4, longest=30)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@functools.cache
+def checkpoint_and_tokens(root: Path, family: str, num_experts: int) -> tuple[Path, list[list[int]]]:
+    """A checkpoint with the greedy tokens that transformers and the monolithic model agree on."""
+    model = tiny.make_model(family, num_experts, seed=num_experts, **FAMILIES[family])
+    directory = tiny.save(model, root / f"{family}-{num_experts}")
+    tokens = [tiny.reference_tokens(model, prompt, NUM_NEW) for prompt in PROMPTS]
+    assert MonolithicModel(directory).generate(PROMPTS, NUM_NEW, ignore_eos=True) == tokens
+    return directory, tokens
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+def run_as_threads(run: RunConfig, prompts: list[list[int]]) -> RunResult:
+    """The whole run with its ranks as threads of this process."""
+    config = ModelConfig.from_directory(run.checkpoint)
+    placement, result = run.placement(config), RunResult(run, prompts)
+
+    def rank_main(comm: Any) -> None:
+        def emit(event: dict[str, Any]) -> None:
+            result.add({**event, "role": comm.role, "rank": comm.rank})
+
+        if comm.role == "attention":
+            share = {idx: prompts[idx] for idx in run.share(comm.rank, len(prompts))}
+            run_attention(comm, run, load_decoder(run.checkpoint, run.torch_dtype), share, emit)
+        else:
+            experts = load_experts(run.checkpoint, list(placement.experts_of(comm.rank)), run.torch_dtype)
+            run_expert(comm, run, experts, emit)
+
+    m2n.testing.run_ranks(
+        rank_main,
+        attention=run.attention_ranks,
+        experts=run.expert_ranks,
+        shape=run.shape(config),
+        placement=placement,
+        max_peers=4,
+    )
+    return result
+
+
+def make_run(directory: Path, num_attention: int, num_experts: int, microbatches: int, **options: Any) -> RunConfig:
+    options = {"max_tokens": 16, "max_batch": 2, "max_new_tokens": NUM_NEW, "ignore_eos": True, **options}
+    return RunConfig(
+        checkpoint=str(directory),
+        attention_ranks=num_attention,
+        expert_ranks=num_experts,
+        microbatches=microbatches,
+        timeout_s=30.0,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 3])
+@pytest.mark.parametrize("ranks", RANKS, ids=lambda ranks: f"{ranks[0]}x{ranks[1]}")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_thread_ranks_generate_the_tokens_of_transformers(
+    family: str, ranks: tuple[int, int], microbatches: int, root: Path
+) -> None:
+    directory, expected = checkpoint_and_tokens(root, family, 8 if microbatches != 2 else 7)
+    result = run_as_threads(make_run(directory, *ranks, microbatches), PROMPTS)
+    assert result.answers == expected
+
+
+@pytest.mark.parametrize("reduce_at", ["expert", "attention"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_both_places_of_the_sum_and_all_types_agree_with_the_monolithic_arithmetic(
+    dtype: str, reduce_at: str, root: Path
+) -> None:
+    directory, _ = checkpoint_and_tokens(root, "mixtral", 8)
+    run = make_run(directory, 2, 3, 2, dtype=dtype, reduce_at=reduce_at)
+    report = verify(run_as_threads(run, PROMPTS))
+    # In half precision the number of rows of a matrix product may move a result across a rounding edge.
+    limit = 0.0 if dtype == "float32" else 0.2
+    assert all(abs(about["logit_gap"]) <= limit for about in report["differences"]), report
+
+
+def test_sampled_text_is_the_same_for_every_split(root: Path) -> None:
+    directory, _ = checkpoint_and_tokens(root, "olmoe", 8)
+    sampling: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "seed": 3}
+    model = MonolithicModel(directory)
+    for ranks in ((1, 2), (3, 1)):
+        run = make_run(directory, *ranks, 2, **sampling)
+        expected = model.generate(PROMPTS, NUM_NEW, run.sampling, ignore_eos=True)
+        assert run_as_threads(run, PROMPTS).answers == expected
+
+
+def test_an_attention_rank_without_prompts_delays_nobody(root: Path) -> None:
+    directory, expected = checkpoint_and_tokens(root, "mixtral", 8)
+    result = run_as_threads(make_run(directory, 3, 2, 2), PROMPTS[:2])
+    assert result.answers == expected[:2]
+    idle = next(about for about in result.ranks if about["role"] == "attention" and about["rank"] == 2)
+    assert idle["steps"] == 0
+
+
+def test_a_model_with_dense_layers_only_needs_no_dispatch(tmp_path: Path) -> None:
+    model = tiny.make_model("qwen3_moe", mlp_only_layers=[0, 1])
+    directory = tiny.save(model, tmp_path)
+    expected = [tiny.reference_tokens(model, prompt, NUM_NEW) for prompt in PROMPTS[:2]]
+    assert run_as_threads(make_run(directory, 1, 1, 1), PROMPTS[:2]).answers == expected
+
+
+def test_recorded_routes_name_every_token_of_every_layer(root: Path, tmp_path: Path) -> None:
+    directory, expected = checkpoint_and_tokens(root, "qwen3_moe", 8)
+    run = make_run(directory, 2, 2, 2, record_routes=True)
+    result, config = run_as_threads(run, PROMPTS), ModelConfig.from_directory(directory)
+    assert result.answers == expected
+    num_rows = result.write_routes(str(tmp_path / "routes.npz"), config)
+    routes = np.load(tmp_path / "routes.npz")
+    # The last token of an answer is never computed: nothing follows it.
+    num_tokens = [len(prompt) + NUM_NEW - 1 for prompt in PROMPTS]
+    keys = [
+        (sequence, position, layer)
+        for sequence, count in enumerate(num_tokens)
+        for position in range(count)
+        for layer in (0, 2)
+    ]
+    assert list(zip(routes["sequence"], routes["position"], routes["layer"])) == keys
+    assert num_rows == len(keys) and routes["topk_ids"].shape == (num_rows, config.top_k)
+    assert (routes["attention_rank"] == routes["sequence"] % 2).all()
+    assert (routes["topk_ids"] >= 0).all() and (routes["topk_ids"] < 8).all()
+    np.testing.assert_allclose(routes["topk_weights"].sum(1), 1, atol=1e-6)
+    assert (int(routes["num_experts"]), int(routes["expert_ranks"])) == (8, 2)
+
+
+def test_each_side_reads_only_its_own_tensors(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from m2n.reference_model.checkpoint import Checkpoint
+
+    directory, _ = checkpoint_and_tokens(root, "mixtral", 8)
+    read: list[str] = []
+    original = Checkpoint.tensor
+    monkeypatch.setattr(
+        Checkpoint, "tensor", lambda self, name, dtype: read.append(name) or original(self, name, dtype)
+    )
+    load_decoder(directory, torch.float32)
+    assert read and not [name for name in read if ".experts." in name]
+    read.clear()
+    load_experts(directory, [2, 5], torch.float32)
+    assert {name.split(".experts.")[1].split(".")[0] for name in read} == {"2", "5"}
+
+
+# (1, 1) and (2, 3) run as processes in test_generate.py.
+@pytest.mark.parametrize(
+    ("family", "ranks", "microbatches"),
+    [
+        ("qwen3_moe", (1, 2), 2),
+        ("olmoe", (2, 1), 3),
+        pytest.param("mixtral", (3, 2), 1, marks=pytest.mark.slow),
+    ],
+    ids=lambda value: f"{value[0]}x{value[1]}" if isinstance(value, tuple) else None,
+)
+def test_process_ranks_generate_the_tokens_of_transformers(
+    family: str, ranks: tuple[int, int], microbatches: int, root: Path
+) -> None:
+    directory, expected = checkpoint_and_tokens(root, family, 8)
+    launcher = Launcher(make_run(directory, *ranks, microbatches), PROMPTS)
+    for _ in launcher.events():
+        pass
+    assert launcher.result.answers == expected
+    assert len(launcher.result.ranks) == sum(ranks)
+    assert all(child.process.returncode == 0 for child in launcher.children)

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""m2n-generate: its output, its refusals, and that nothing survives it, however it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+psutil = pytest.importorskip("psutil")
+
+import tiny_checkpoints as tiny  # noqa: E402
+
+from m2n.reference_model import generate  # noqa: E402
+from m2n.reference_model.errors import InputError  # noqa: E402
+from m2n.reference_model.launcher import Launcher, RankFailed  # noqa: E402
+from m2n.reference_model.run_config import RunConfig  # noqa: E402
+from m2n.reference_model.tokenizer import TextStream, Tokenizer  # noqa: E402
+
+# The bound that a failing run must keep.
+FAILURE_S = 10.0
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def reference() -> Any:
+    return tiny.make_model("mixtral", num_experts=8)
+
+
+@pytest.fixture(scope="session")
+def directory(reference: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("generate") / "a path with spaces"
+    return tiny.add_tokenizer(tiny.save(reference, directory))
+
+
+def command(*arguments: object) -> list[str]:
+    script = "from m2n.reference_model.generate import main; exit(main())"
+    return [sys.executable, "-c", script, *map(str, arguments)]
+
+
+def wait_until_gone(processes: list[Any], timeout_s: float) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=timeout_s)
+    assert not alive
+
+
+def test_one_command_generates_verifies_and_writes_what_was_asked_for(
+    reference: Any, directory: Path, tmp_path: Path
+) -> None:
+    prompts = ["In the beginning", "a", "And the evening and the morning", "xyz", "Let there be", "q and"]
+    (tmp_path / "prompts.txt").write_text("\n\n".join(prompts[1:]) + "\n")
+    options = shlex.split("--attention-ranks 2 --expert-ranks 3 --microbatches 2 --max-new-tokens 9 --max-batch 2")
+    options += shlex.split("--max-tokens 7 --ignore-eos --verify --json out.json --record-routes routes.npz")
+    options += ["--checkpoint", str(directory), "--prompt", prompts[0], "--prompts", "prompts.txt"]
+    done = subprocess.run(command(*options), cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "tokens/s" in done.stderr and "attention 1" in done.stderr and "expert 2" in done.stderr
+    assert "equal those of the monolithic model" in done.stderr
+
+    written, tokenizer = json.loads((tmp_path / "out.json").read_text()), Tokenizer(directory)
+    prompt_ids = [tokenizer.encode(prompt) for prompt in prompts]
+    expected = [tiny.reference_tokens(reference, ids, 9) for ids in prompt_ids]
+    assert [sequence["prompt"] for sequence in written["sequences"]] == prompts
+    assert [sequence["token_ids"] for sequence in written["sequences"]] == expected
+    for idx, sequence in enumerate(written["sequences"]):
+        assert sequence["text"] == tokenizer.decode(expected[idx])
+        assert f"[{idx}] {prompts[idx]}{sequence['text']}\n" in done.stdout
+    summary = written["summary"]
+    assert (summary["tokens"], summary["sequences"], summary["verify"]["identical"]) == (54, 6, True)
+    assert [(rank["role"], rank["rank"]) for rank in summary["ranks"]] == [
+        *(("attention", rank) for rank in range(2)),
+        *(("expert", rank) for rank in range(3)),
+    ]
+    for rank in summary["ranks"]:
+        assert rank["busy_s"] > 0 and rank["wait_s"] >= 0 and rank["bytes_sent"] > 0 and rank["bytes_received"] > 0
+    routes = np.load(tmp_path / "routes.npz")
+    assert len(routes["layer"]) == 2 * sum(len(ids) + 8 for ids in prompt_ids)
+
+
+def test_a_single_prompt_is_streamed_and_sampling_repeats_with_its_seed(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = shlex.split("--prompt Noah --max-new-tokens 7 --temperature 1 --top-p 0.95 --seed 5")
+    options += ["--ignore-eos", "--verify", "--checkpoint", str(directory)]
+    assert generate.main(options) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("Noah") and len(printed.out) == len("Noah") + 7 + 1
+    assert "equal those of the monolithic model" in printed.err
+
+
+def test_a_difference_from_the_monolithic_model_is_shown_and_fails(
+    directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from m2n.reference_model import launcher
+
+    def events_of_a_wrong_run(self: Any) -> Any:
+        for token_id, finish in ((1, None), (2, "length")):
+            self.result.add({"event": "tokens", "tokens": [[0, token_id, finish]]})
+        yield {"event": "tokens", "tokens": [[0, 1, None], [0, 2, "length"]]}
+
+    monkeypatch.setattr(launcher.Launcher, "events", events_of_a_wrong_run)
+    options = ["--prompt", "Noah", "--max-new-tokens", "2", "--verify", "--checkpoint", str(directory)]
+    assert generate.main(options) == 1
+    assert "sequence 0, token 0: expected" in capsys.readouterr().err
+
+
+# ---- ends
+
+
+def long_run(directory: Path, **options: Any) -> RunConfig:
+    settings: dict[str, Any] = {"max_new_tokens": 200, "max_batch": 1, "ignore_eos": True, **options}
+    return RunConfig(checkpoint=str(directory), **settings)
+
+
+LONG_PROMPTS = [[idx % tiny.VOCAB] for idx in range(2000)]
+
+
+@pytest.mark.parametrize(
+    ("victim", "name"), [(1, "expert rank 0"), pytest.param(0, "attention rank 0", marks=pytest.mark.slow)]
+)
+def test_a_killed_rank_ends_the_run_with_its_name(victim: int, name: str, directory: Path) -> None:
+    launcher = Launcher(long_run(directory), LONG_PROMPTS)
+    killed_at = 0.0
+    with pytest.raises(RankFailed, match=f"{name} was killed by SIGKILL"):
+        for event in launcher.events():
+            if event["event"] == "tokens" and not killed_at:
+                killed_at = time.monotonic()
+                launcher.children[victim].process.kill()
+    assert time.monotonic() - killed_at < FAILURE_S
+    assert all(child.process.returncode is not None for child in launcher.children)
+
+
+def test_an_interrupted_run_says_so_and_leaves_no_process(
+    directory: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a\n" * 2000)
+    options = ["--prompts", str(tmp_path / "prompts.txt"), "--max-new-tokens", "200", "--max-batch", "1"]
+    children: list[Any] = []
+
+    def interrupt_when_text_appears() -> None:
+        while not capfd.readouterr().out:
+            time.sleep(0.1)
+        children.extend(psutil.Process().children())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt_when_text_appears, daemon=True)
+    thread.start()
+    assert generate.main([*options, "--ignore-eos", "--checkpoint", str(directory)]) == 130
+    thread.join()
+    assert len(children) == 2
+    wait_until_gone(children, FAILURE_S)
+
+
+def test_ranks_do_not_outlive_a_killed_launcher(directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a\n" * 2000)
+    options = shlex.split("--prompts prompts.txt --max-new-tokens 200 --max-batch 1 --ignore-eos")
+    full_command = command(*options, "--checkpoint", directory)
+    launcher = subprocess.Popen(full_command, cwd=tmp_path, stdout=subprocess.PIPE)
+    assert launcher.stdout is not None and launcher.stdout.readline()
+    children = psutil.Process(launcher.pid).children()
+    assert len(children) == 2
+    launcher.kill()
+    launcher.wait()
+    launcher.stdout.close()
+    wait_until_gone(children, FAILURE_S)
+
+
+def test_the_error_of_a_rank_is_the_error_of_the_run(directory: Path, tmp_path: Path) -> None:
+    with pytest.raises(RankFailed, match="rank 0 failed: RuntimeError: .*positive"):
+        list(Launcher(long_run(directory, num_threads=0), LONG_PROMPTS[:1]).events())
+    with pytest.raises(InputError, match=r"rank 0: cannot read .*config\.json"):
+        list(Launcher(long_run(tmp_path / "nowhere"), LONG_PROMPTS[:1]).events())
+
+
+@pytest.mark.slow
+def test_it_runs_under_torchrun(directory: Path, tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = tmp_path / "run.py"
+    script.write_text("from m2n.reference_model.generate import main\nexit(main())\n")
+    options = ["--prompt", "Noah", "--max-new-tokens", "6", "--verify", "--ignore-eos", "--json", "out.json"]
+    options += ["--checkpoint", str(directory)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*torchrun, str(script), *options],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Noah") and "equal those of the monolithic model" in done.stderr
+    assert len(json.loads((tmp_path / "out.json").read_text())["sequences"][0]["token_ids"]) == 6
+
+
+# ---- bad input
+
+
+def refused(capsys: pytest.CaptureFixture[str], *options: object) -> str:
+    """The message of a command that must fail for its input, before any rank is started."""
+    try:
+        status = generate.main([str(option) for option in options])
+    except SystemExit as ended:  # argparse
+        status = ended.code if isinstance(ended.code, int) else 1
+    assert status == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--attention-ranks", 0], "attention-ranks must be at least 1, not 0"),
+        (["--expert-ranks", 0], "expert-ranks must be at least 1, not 0"),
+        (["--expert-ranks", 9], "9 expert ranks, but the model has 8 experts"),
+        (["--microbatches", 0], "microbatches must be at least 1"),
+        (["--max-new-tokens", -3], "max-new-tokens must be at least 1"),
+        (["--max-batch", "many"], "--max-batch"),
+        (["--dtype", "int8"], "--dtype"),
+        (["--temperature", -1], "temperature"),
+        (["--top-p", 0], "top-p"),
+        (["--prompt", ""], "prompt 1 has no tokens"),
+        (["--prompt", "x" * 256], "prompt 1 has 256 tokens; the context of the model is 256"),
+        (["--prompts", "/nowhere/prompts.txt"], "cannot read the prompts"),
+        (["--json", "/nowhere/out.json"], "its directory does not exist"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_bad_options_are_refused_with_their_name(
+    options: list[object], expected: str, directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert expected in refused(capsys, "--checkpoint", directory, "--prompt", "Noah", *options)
+
+
+def test_a_bad_checkpoint_is_refused_before_any_rank_starts(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_bytes((directory / name).read_bytes())
+    options = ["--prompt", "Noah", "--checkpoint", tmp_path]
+    assert "config.json: No such file" in refused(capsys, "--prompt", "x", "--checkpoint", tmp_path / "x")
+    (tmp_path / "tokenizer.json").unlink()
+    assert "no tokenizer" in refused(capsys, *options)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-10])
+    assert "is truncated: tensor" in refused(capsys, *options)
+    (tmp_path / "model.safetensors").write_bytes(whole)
+    tiny.edit_config(tmp_path, num_hidden_layers=3)
+    assert "lacks tensor model.layers.2." in refused(capsys, *options)
+    tiny.edit_config(tmp_path, architectures=["GPT2LMHeadModel"], model_type="gpt2")
+    assert "unknown architecture 'GPT2LMHeadModel'" in refused(capsys, *options)
+
+
+def test_without_prompts_the_command_says_what_to_give(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--prompt" in refused(capsys, "--checkpoint", directory)
+
+
+def test_without_its_extras_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert "needs tokenizers: pip install 'm2n[model]'" in refused(capsys, "--prompt", "Noah")
+
+
+def test_streamed_pieces_add_up_to_the_text_and_no_character_is_cut(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as HuggingFaceTokenizer
+    from tokenizers import decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    byte_level = HuggingFaceTokenizer(models.BPE({char: idx for idx, char in enumerate(alphabet)}, []))
+    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level.decoder = decoders.ByteLevel()
+    byte_level.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path)
+    text = " naïve — déjà 光 vu"
+    prompt, answer = tokenizer.encode("The"), tokenizer.encode(text)
+    stream = TextStream(tokenizer, prompt)
+    pieces = [stream.add(token_id) for token_id in answer]
+    assert "".join(pieces) == text and "" in pieces
+    assert tokenizer.answer(prompt, answer) == text
