@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
@@ -56,9 +56,7 @@ class ExpertWeights:
         gate_up, down = self._by_layer[layer][local_idx]
         return gated_ffn(x_TH, gate_up, down, self.config.hidden_act)
 
-    def outputs(
-        self, layer: int, x_RH: torch.Tensor, rows_P: torch.Tensor, offsets: Sequence[int]
-    ) -> torch.Tensor:
+    def outputs(self, layer: int, x_RH: torch.Tensor, rows_P: torch.Tensor, offsets: Sequence[int]) -> torch.Tensor:
         """One output row per (row, expert) [P, H], expert-major: offsets[i] : offsets[i + 1] is expert i."""
         y_PH = torch.empty((rows_P.shape[0], self.config.hidden), dtype=self.dtype)
         for local_idx in range(len(self.expert_ids)):
@@ -122,9 +120,7 @@ class LocalExperts:
             total_TH += partial_TH.to(x_TH.dtype).to(torch.float32)
         return total_TH.to(x_TH.dtype)
 
-    def _per_pair(
-        self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, layer: int
-    ) -> torch.Tensor:
+    def _per_pair(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, layer: int) -> torch.Tensor:
         y_TKH = torch.zeros((*ids_TK.shape, x_TH.shape[1]), dtype=x_TH.dtype)
         for local_idx, expert_id in enumerate(self.weights.expert_ids):
             rows, k_idx = torch.where(ids_TK == expert_id)
@@ -153,16 +149,13 @@ class RemoteExperts:
         return next((microbatch for microbatch in microbatches if self.comm.ready(microbatch)), None)
 
     def wait_ready(self, microbatches: Sequence[int]) -> int:
-        microbatch = self._waited(lambda: self.comm.wait_ready(list(microbatches), self.timeout_s))
+        started = time.perf_counter()
+        microbatch = self.comm.wait_ready(list(microbatches), self.timeout_s)
+        self.wait_s += time.perf_counter() - started
         # Nobody in time: combine_recv of the oldest says which peer is missing.
         return microbatches[0] if microbatch is None else microbatch
 
     def combine(self, microbatch: int) -> torch.Tensor:
-        return self._waited(lambda: self.comm.combine_recv(microbatch=microbatch, timeout=self.timeout_s))
-
-    def _waited(self, call: Callable[[], Any]) -> Any:
-        started = time.perf_counter()
-        try:
-            return call()
-        finally:
-            self.wait_s += time.perf_counter() - started
+        # It was ready, or has been waited for as long as anybody should.
+        y_TH: torch.Tensor = self.comm.combine_recv(microbatch=microbatch, timeout=0.0)
+        return y_TH

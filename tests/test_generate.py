@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,48 +123,48 @@ def test_a_difference_from_the_monolithic_model_is_shown_and_fails(
 # ---- ends
 
 
-def long_run(directory: Path, **options: Any) -> RunConfig:
-    settings: dict[str, Any] = {"max_new_tokens": 200, "max_batch": 1, "ignore_eos": True, **options}
-    return RunConfig(checkpoint=str(directory), **settings)
+def main_with(directory: Path, tmp_path: Path, capfd: Any, act: Callable[[list[Any]], None]) -> tuple[int, str, float]:
+    """Run the command on work for minutes; act(children) once text appears.
 
-
-LONG_PROMPTS = [[idx % tiny.VOCAB] for idx in range(2000)]
-
-
-@pytest.mark.parametrize(
-    ("victim", "name"), [(1, "expert rank 0"), pytest.param(0, "attention rank 0", marks=pytest.mark.slow)]
-)
-def test_a_killed_rank_ends_the_run_with_its_name(victim: int, name: str, directory: Path) -> None:
-    launcher = Launcher(long_run(directory), LONG_PROMPTS)
-    killed_at = 0.0
-    with pytest.raises(RankFailed, match=f"{name} was killed by SIGKILL"):
-        for event in launcher.events():
-            if event["event"] == "tokens" and not killed_at:
-                killed_at = time.monotonic()
-                launcher.children[victim].process.kill()
-    assert time.monotonic() - killed_at < FAILURE_S
-    assert all(child.process.returncode is not None for child in launcher.children)
-
-
-def test_an_interrupted_run_says_so_and_leaves_no_process(
-    directory: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+    Returns exit status, standard error and the seconds from the act to the end.
+    """
     (tmp_path / "prompts.txt").write_text("a\n" * 2000)
-    options = ["--prompts", str(tmp_path / "prompts.txt"), "--max-new-tokens", "200", "--max-batch", "1"]
+    options = ["--prompts", str(tmp_path / "prompts.txt"), "--checkpoint", str(directory)]
     children: list[Any] = []
+    acted_at: list[float] = []
 
-    def interrupt_when_text_appears() -> None:
+    def act_when_text_appears() -> None:
         while not capfd.readouterr().out:
             time.sleep(0.1)
         children.extend(psutil.Process().children())
-        os.kill(os.getpid(), signal.SIGINT)
+        acted_at.append(time.monotonic())
+        act(children)
 
-    thread = threading.Thread(target=interrupt_when_text_appears, daemon=True)
+    thread = threading.Thread(target=act_when_text_appears, daemon=True)
     thread.start()
-    assert generate.main([*options, "--ignore-eos", "--checkpoint", str(directory)]) == 130
+    status = generate.main([*options, *shlex.split("--max-new-tokens 200 --max-batch 1 --ignore-eos")])
+    seconds = time.monotonic() - acted_at[0]
     thread.join()
     assert len(children) == 2
     wait_until_gone(children, FAILURE_S)
+    return status, capfd.readouterr().err, seconds
+
+
+@pytest.mark.parametrize("role", ["expert", pytest.param("attention", marks=pytest.mark.slow)])
+def test_a_killed_rank_ends_the_run_with_its_name(role: str, directory: Path, tmp_path: Path, capfd: Any) -> None:
+    # The launcher starts the attention ranks first.
+    def kill(children: list[Any]) -> None:
+        sorted(children, key=lambda child: child.pid)[role == "expert"].kill()
+
+    status, said, seconds = main_with(directory, tmp_path, capfd, kill)
+    assert status == 1 and f"{role} rank 0 was killed by SIGKILL" in said
+    assert seconds < FAILURE_S
+
+
+def test_an_interrupted_run_says_so_and_leaves_no_process(directory: Path, tmp_path: Path, capfd: Any) -> None:
+    status, said, seconds = main_with(directory, tmp_path, capfd, lambda _: os.kill(os.getpid(), signal.SIGINT))
+    assert status == 128 + signal.SIGINT and "ended by SIGINT" in said
+    assert seconds < FAILURE_S
 
 
 def test_ranks_do_not_outlive_a_killed_launcher(directory: Path, tmp_path: Path) -> None:
@@ -181,10 +182,10 @@ def test_ranks_do_not_outlive_a_killed_launcher(directory: Path, tmp_path: Path)
 
 
 def test_the_error_of_a_rank_is_the_error_of_the_run(directory: Path, tmp_path: Path) -> None:
-    with pytest.raises(RankFailed, match="rank 0 failed: RuntimeError: .*positive"):
-        list(Launcher(long_run(directory, num_threads=0), LONG_PROMPTS[:1]).events())
     with pytest.raises(InputError, match=r"rank 0: cannot read .*config\.json"):
-        list(Launcher(long_run(tmp_path / "nowhere"), LONG_PROMPTS[:1]).events())
+        list(Launcher(RunConfig(checkpoint=str(tmp_path)), [[1]]).events())
+    with pytest.raises(RankFailed, match="rank 0 failed: RuntimeError: .*positive"):
+        list(Launcher(RunConfig(checkpoint=str(directory), num_threads=0), [[1]]).events())
 
 
 @pytest.mark.slow
