@@ -72,7 +72,7 @@ class TierReport:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         tiers = self.tiers.get(report.nodeid, [])
-        self.seconds.update({tier: report.duration for tier in tiers})
+        self.seconds.update(dict.fromkeys(tiers, report.duration))
         is_error = report.failed and report.when != "call"
         if report.when == "call" or report.skipped or is_error:
             for tier in tiers:
