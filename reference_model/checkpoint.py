@@ -64,15 +64,11 @@ class Checkpoint:
                 raise CheckpointError(f"{index.name} names {file}, which is missing from {self.directory}")
             for name, entry in _read_header(path).items():
                 if shards.get(name) != file:
-                    raise CheckpointError(
-                        f"{path} holds tensor {name}, which {index.name} does not place there"
-                    )
+                    raise CheckpointError(f"{path} holds tensor {name}, which {index.name} does not place there")
                 self.entries[name] = entry
         for name, file in shards.items():
             if name not in self.entries:
-                raise CheckpointError(
-                    f"{self.directory / file} lacks tensor {name}, which {index.name} places there"
-                )
+                raise CheckpointError(f"{self.directory / file} lacks tensor {name}, which {index.name} places there")
 
     def tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """Read one tensor, converted to dtype."""
@@ -100,18 +96,14 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
             prefix = file.read(8)
             header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
             if 8 + header_bytes > size or header_bytes > _MAX_HEADER_BYTES:
-                raise CheckpointError(
-                    f"{path} is truncated or no safetensors file: {size} bytes, header cut short"
-                )
+                raise CheckpointError(f"{path} is truncated or no safetensors file: {size} bytes, header cut short")
             header = json.loads(file.read(header_bytes))
         header.pop("__metadata__", None)
         entries: dict[str, TensorEntry] = {}
         for name, about in header.items():
             end = 8 + header_bytes + int(about["data_offsets"][1])
             if end > size:
-                raise CheckpointError(
-                    f"{path} is truncated: tensor {name} ends at byte {end}, the file at byte {size}"
-                )
+                raise CheckpointError(f"{path} is truncated: tensor {name} ends at byte {end}, the file at byte {size}")
             entries[name] = TensorEntry(path, tuple(about["shape"]), str(about["dtype"]))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
@@ -218,19 +210,13 @@ def check(checkpoint: Checkpoint, config: ModelConfig) -> ExpertNames:
         if entry is None:
             raise CheckpointError(f"{checkpoint.directory} lacks tensor {name} {list(shape)}")
         if entry.shape != shape:
-            raise CheckpointError(
-                f"{entry.path}: tensor {name} has shape {list(entry.shape)}, expected {list(shape)}"
-            )
+            raise CheckpointError(f"{entry.path}: tensor {name} has shape {list(entry.shape)}, expected {list(shape)}")
         if entry.dtype not in _FLOAT_TYPES:
             known = ", ".join(_FLOAT_TYPES)
-            raise CheckpointError(
-                f"{entry.path}: tensor {name} has type {entry.dtype}; supported are {known}"
-            )
+            raise CheckpointError(f"{entry.path}: tensor {name} has type {entry.dtype}; supported are {known}")
     for name, entry in checkpoint.entries.items():
-        # Old files carry a buffer of frequencies, and tied files may carry the tied copy.
-        is_copy = name.endswith(".rotary_emb.inv_freq") or (
-            name == "lm_head.weight" and config.tie_word_embeddings
-        )
+        # Old files carry the rotary frequencies, and tied files may carry the tied copy.
+        is_copy = name.endswith(".rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)
         if name not in shapes and not is_copy:
             raise CheckpointError(f"{entry.path} holds tensor {name}, which {config.family} does not have")
     return names

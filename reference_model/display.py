@@ -23,9 +23,7 @@ class Display:
     bar with the last words of each running sequence is shown where standard error is a terminal.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, texts: list[str], prompts: list[list[int]], max_new: int
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, texts: list[str], prompts: list[list[int]], max_new: int) -> None:
         self._texts = texts
         self._streams = [TextStream(tokenizer, prompt) for prompt in prompts]
         self._answers = ["" for _ in prompts]
@@ -35,13 +33,16 @@ class Display:
         self._console = Console(stderr=True, highlight=False)
         self._tasks: dict[int, TaskID] = {}
         self._progress: Progress | None = None
-        if len(prompts) > 1 and self._console.is_terminal:
+        if self._console.is_terminal:
             columns = (
                 TextColumn("{task.description}", markup=False),
                 BarColumn(20),
                 TextColumn("{task.completed}/{task.total}"),
             )
-            self._progress = Progress(*columns, TimeElapsedColumn(), console=self._console, transient=True)
+            # Without the last argument rich would send standard output to its own console, which is standard error.
+            self._progress = Progress(
+                *columns, TimeElapsedColumn(), console=self._console, transient=True, redirect_stdout=False
+            )
             self._tasks[-1] = self._progress.add_task("sequences", total=len(prompts))
 
     def __enter__(self) -> Display:
@@ -50,8 +51,12 @@ class Display:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._stop_progress()
+
+    def _stop_progress(self) -> None:
         if self._progress is not None:
             self._progress.stop()
+            self._progress = None
 
     def event(self, event: dict[str, Any]) -> None:
         """Show what an event of a rank brings."""
@@ -67,6 +72,7 @@ class Display:
             new_text += self._streams[idx].rest()
         self._answers[idx] += new_text
         if len(self._texts) == 1:
+            self._stop_progress()  # it has bridged the loading; the text itself shows progress now
             head = self._texts[0] if self._num_printed == 0 else ""
             self._num_printed = 1
             sys.stdout.write(head + new_text + ("\n" if is_last else ""))

@@ -35,9 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     ranks = parser.add_argument_group("ranks")
     ranks.add_argument("--attention-ranks", type=int, default=1, metavar="M", help="default 1")
     ranks.add_argument("--expert-ranks", type=int, default=1, metavar="N", help="default 1")
-    ranks.add_argument(
-        "--microbatches", type=int, default=2, help="in flight on each attention rank, default 2"
-    )
+    ranks.add_argument("--microbatches", type=int, default=2, help="in flight on each attention rank, default 2")
     ranks.add_argument(
         "--reduce-at", choices=("expert", "attention"), default="expert",
         help="who sums over a token's experts (default expert: fewest bytes)",
@@ -53,9 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     sampling = parser.add_argument_group("generation")
     sampling.add_argument("--max-new-tokens", type=int, default=64)
     sampling.add_argument("--ignore-eos", action="store_true", help="go on after an end token")
-    sampling.add_argument(
-        "--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token"
-    )
+    sampling.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
     sampling.add_argument("--top-p", type=float, default=1.0)
     sampling.add_argument("--seed", type=int, default=0)
     sampling.add_argument(
@@ -70,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     output.add_argument("--verify", action="store_true", help="compare with the monolithic model")
     output.add_argument("--json", type=Path, metavar="FILE", help="write sequences and summary")
     output.add_argument(
-        "--record-routes", type=Path, metavar="FILE", help="write every token's experts (.npz)"
+        "--record-routes", type=Path, metavar="FILE", help="write every token's experts as .npz, described in routes.py"
     )
     output.add_argument(
         "--timeout", type=float, default=120.0, metavar="S", help="longest wait for a peer, default 120"
@@ -195,9 +191,7 @@ def _prompt_texts(args: argparse.Namespace) -> list[str]:
     return texts
 
 
-def _report(
-    args: argparse.Namespace, result: RunResult, tokenizer: Tokenizer, texts: list[str], is_shown: bool
-) -> int:
+def _report(args: argparse.Namespace, result: RunResult, tokenizer: Tokenizer, texts: list[str], is_shown: bool) -> int:
     """Print the numbers, write the files, verify; returns the exit status."""
     from .config import ModelConfig
     from .display import Display

@@ -13,11 +13,11 @@ from .result import RunResult
 from .run_config import ATTENTION, RunConfig
 from .worker import run_rank
 
-_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_VARIABLES = ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def is_torchrun() -> bool:
-    """Was this process started by torchrun (or by something that speaks like it)?"""
+    """Was this process started by torchrun?"""
     return all(name in os.environ for name in _VARIABLES)
 
 

@@ -293,3 +293,31 @@ def test_streamed_pieces_add_up_to_the_text_and_no_character_is_cut(tmp_path: Pa
     pieces = [stream.add(token_id) for token_id in answer]
     assert "".join(pieces) == text and "" in pieces
     assert tokenizer.answer(prompt, answer) == text
+
+
+def test_a_terminal_sees_progress_and_then_every_answer_in_order(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from m2n.reference_model.display import Display
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    tokenizer = Tokenizer(directory)
+    texts = ["one", "two"]
+    with Display(tokenizer, texts, [tokenizer.encode(text) for text in texts], max_new=2) as display:
+        display.event({"event": "stderr", "role": "expert", "rank": 1, "text": "waiting for [somebody]"})
+        for idx, char, finish in ((1, "b", "stop"), (0, "a", None), (0, "c", "length")):
+            token_id = tokenizer.encode(char)[0]
+            display.event({"event": "tokens", "role": "attention", "rank": 0, "tokens": [[idx, token_id, finish]]})
+    printed = capsys.readouterr()
+    assert printed.out == "[0] oneac\n\n[1] twob\n\n"
+    assert "[expert 1] waiting for [somebody]" in printed.err and "sequences" in printed.err
+
+
+def test_torchrun_with_another_number_of_processes_is_refused(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "localhost"}
+    for name, value in {**environment, "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    said = refused(capsys, "--prompt", "Noah", "--checkpoint", directory)
+    assert "torchrun started 3 processes; 1 attention ranks and 1 expert ranks need 2" in said
