@@ -20,22 +20,20 @@ void make_error_types(py::module_& module) {
   auto* types = new ErrorTypes;
   const auto make = [&](const char* name, const py::object& base, const char* doc) {
     const std::string full_name = std::string("m2n.") + name;
-    auto type = py::reinterpret_steal<py::object>(
-        PyErr_NewExceptionWithDoc(full_name.c_str(), doc, base.ptr(), nullptr));
+    auto type =
+        py::reinterpret_steal<py::object>(PyErr_NewExceptionWithDoc(full_name.c_str(), doc, base.ptr(), nullptr));
     type.attr("peer") = py::none();
     module.attr(name) = type;
     return type;
   };
   const auto runtime_error = py::reinterpret_borrow<py::object>(PyExc_RuntimeError);
   types->error = make("Error", runtime_error, "Base of all errors of m2n. `peer`: the peer's rank, or None.");
-  types->peer_lost =
-      make("PeerLost", types->error, "A peer died, was cut off, or left while it owed a reply.");
+  types->peer_lost = make("PeerLost", types->error, "A peer died, was cut off, or left while it owed a reply.");
   types->timeout =
       make("Timeout", types->error, "A deadline passed while the peer was alive; the call can be repeated.");
-  types->protocol = make("ProtocolError", types->error,
-                         "A peer sent something that the protocol does not allow, or refused.");
-  types->setup =
-      make("SetupError", types->error, "Memory, connections or the store are not as they must be.");
+  types->protocol =
+      make("ProtocolError", types->error, "A peer sent something that the protocol does not allow, or refused.");
+  types->setup = make("SetupError", types->error, "Memory, connections or the store are not as they must be.");
   types->slot_busy = make("SlotBusy", types->error, "A dispatch into a microbatch that is still in flight.");
   g_error_types = types;
 }

@@ -34,9 +34,8 @@ class MaybeRelease {
   std::optional<py::gil_scoped_release> release_;
 };
 
-Shape make_shape(uint32_t hidden, uint32_t num_experts, uint32_t top_k, uint32_t max_tokens,
-                 uint32_t microbatches, const std::string& dispatch_dtype, const std::string& combine_dtype,
-                 const std::string& reduce_at) {
+Shape make_shape(uint32_t hidden, uint32_t num_experts, uint32_t top_k, uint32_t max_tokens, uint32_t microbatches,
+                 const std::string& dispatch_dtype, const std::string& combine_dtype, const std::string& reduce_at) {
   Shape shape;
   shape.hidden = hidden;
   shape.num_experts = num_experts;
@@ -61,11 +60,10 @@ struct TopK {
 TopK read_topk(const Shape& shape, const py::object& topk_ids, const py::object& topk_weights) {
   const Tensor ids(topk_ids, "topk_ids");
   const Tensor weights(topk_weights, "topk_weights");
-  TopK topk{ids.read_ids(shape.top_k), weights.read_floats(shape.top_k),
-            static_cast<uint32_t>(ids.num_rows())};
+  TopK topk{ids.read_ids(shape.top_k), weights.read_floats(shape.top_k), static_cast<uint32_t>(ids.num_rows())};
   if (ids.num_rows() != weights.num_rows()) {
-    throw py::value_error("topk_weights: expected " + std::to_string(ids.num_rows()) +
-                          " rows as in topk_ids, got " + std::to_string(weights.num_rows()));
+    throw py::value_error("topk_weights: expected " + std::to_string(ids.num_rows()) + " rows as in topk_ids, got " +
+                          std::to_string(weights.num_rows()));
   }
   if (topk.num_tokens > shape.max_tokens) {
     throw py::value_error("topk_ids: " + std::to_string(topk.num_tokens) + " tokens, but max_tokens is " +
@@ -75,8 +73,8 @@ TopK read_topk(const Shape& shape, const py::object& topk_ids, const py::object&
 }
 
 void build_from_topk(Route& route, const py::object& topk_ids, const py::object& topk_weights,
-                     const std::vector<int32_t>& rank_offsets, const std::vector<int32_t>& ranks,
-                     uint32_t num_ranks, uint32_t own_rank) {
+                     const std::vector<int32_t>& rank_offsets, const std::vector<int32_t>& ranks, uint32_t num_ranks,
+                     uint32_t own_rank) {
   const TopK topk = read_topk(route.shape(), topk_ids, topk_weights);
   route.prepare(topk.num_tokens, num_ranks);
   route.build_from_topk(topk.ids.data(), topk.weights.data(), rank_offsets, ranks, own_rank);
@@ -100,8 +98,8 @@ void attention_dispatch_send(AttentionComm& comm, const py::object& x, std::shar
   const Tensor rows(x, "x");
   rows.require_rows(comm.shape().dispatch_dtype, comm.shape().hidden);
   if (rows.num_rows() != route->view().num_tokens) {
-    throw py::value_error("x: the route is for " + std::to_string(route->view().num_tokens) +
-                          " tokens, x has " + std::to_string(rows.num_rows()) + " rows");
+    throw py::value_error("x: the route is for " + std::to_string(route->view().num_tokens) + " tokens, x has " +
+                          std::to_string(rows.num_rows()) + " rows");
   }
   const uint64_t bytes = route->num_rows() * comm.layout().dispatch_rows.row_bytes;
   const int64_t deadline_ns = deadline_after(timeout_s);
@@ -133,20 +131,18 @@ std::shared_ptr<Batch> expert_dispatch_recv(ExpertComm& comm, std::optional<uint
   return comm.dispatch_recv(wanted, deadline_ns);
 }
 
-void expert_combine_send(ExpertComm& comm, const std::shared_ptr<Batch>& batch, const py::object& y,
-                         bool reduced) {
+void expert_combine_send(ExpertComm& comm, const std::shared_ptr<Batch>& batch, const py::object& y, bool reduced) {
   const Tensor rows(y, "y");
   const DType dtype = rows.float_dtype();
   rows.require_rows(dtype, comm.shape().hidden);
   if (reduced && comm.shape().reduce_at == ReduceAt::kAttention) {
-    throw py::value_error(
-        "reduced: with reduce_at='attention' the attention rank sums, so y must hold every pair");
+    throw py::value_error("reduced: with reduce_at='attention' the attention rank sums, so y must hold every pair");
   }
   const uint32_t num_rows = reduced ? batch->num_rows() : batch->num_pairs();
   if (rows.num_rows() != num_rows) {
     throw py::value_error("y: expected " + std::to_string(num_rows) +
-                          (reduced ? " rows, one per received row" : " rows, one per (row, expert) pair") +
-                          ", got " + std::to_string(rows.num_rows()));
+                          (reduced ? " rows, one per received row" : " rows, one per (row, expert) pair") + ", got " +
+                          std::to_string(rows.num_rows()));
   }
   const MaybeRelease release(num_rows * comm.layout().combine_rows.row_bytes >= kLargeCopyBytes);
   comm.combine_send(*batch, rows.data(), rows.row_stride_bytes(), dtype, reduced);
@@ -252,12 +248,11 @@ void bind_comm(py::module_& module) {
 
 void bind_attention(py::module_& module) {
   py::class_<AttentionComm, Comm, std::shared_ptr<AttentionComm>> type(module, "AttentionComm");
-  type.def(py::init<const Shape&, uint32_t, uint32_t, const std::string&>(), py::arg("shape"),
-           py::arg("rank"), py::arg("max_peers"), py::arg("transport"));
+  type.def(py::init<const Shape&, uint32_t, uint32_t, const std::string&>(), py::arg("shape"), py::arg("rank"),
+           py::arg("max_peers"), py::arg("transport"));
   type.def("dispatch_send", &attention_dispatch_send, py::arg("x"), py::arg("route"), py::arg("microbatch"),
            py::arg("layer"), py::arg("timeout_s"));
-  type.def("combine_recv", &attention_combine_recv, py::arg("out"), py::arg("microbatch"),
-           py::arg("timeout_s"));
+  type.def("combine_recv", &attention_combine_recv, py::arg("out"), py::arg("microbatch"), py::arg("timeout_s"));
   type.def("num_tokens", &AttentionComm::num_tokens, py::arg("microbatch"));
   type.def("is_busy", &AttentionComm::is_busy, py::arg("microbatch"));
   type.def("ready", &AttentionComm::is_ready, py::arg("microbatch"));
@@ -282,11 +277,10 @@ void bind_attention(py::module_& module) {
 
 void bind_expert(py::module_& module) {
   py::class_<ExpertComm, Comm, std::shared_ptr<ExpertComm>> type(module, "ExpertComm");
-  type.def(py::init<const Shape&, uint32_t, uint32_t, const std::string&, std::vector<uint32_t>>(),
-           py::arg("shape"), py::arg("rank"), py::arg("max_peers"), py::arg("transport"),
-           py::arg("local_experts"));
-  type.def("dispatch_recv", &expert_dispatch_recv, py::arg("layer"), py::arg("microbatch"),
-           py::arg("linger_us"), py::arg("attention_ranks"), py::arg("timeout_s"));
+  type.def(py::init<const Shape&, uint32_t, uint32_t, const std::string&, std::vector<uint32_t>>(), py::arg("shape"),
+           py::arg("rank"), py::arg("max_peers"), py::arg("transport"), py::arg("local_experts"));
+  type.def("dispatch_recv", &expert_dispatch_recv, py::arg("layer"), py::arg("microbatch"), py::arg("linger_us"),
+           py::arg("attention_ranks"), py::arg("timeout_s"));
   type.def(
       "wait_work",
       [](ExpertComm& comm, double timeout_s) -> std::optional<std::pair<uint32_t, uint32_t>> {
@@ -304,15 +298,13 @@ void bind_expert(py::module_& module) {
 
 void bind_values(py::module_& module) {
   py::class_<Shape>(module, "Shape")
-      .def(py::init(&make_shape), py::arg("hidden"), py::arg("num_experts"), py::arg("top_k"),
-           py::arg("max_tokens"), py::arg("microbatches"), py::arg("dispatch_dtype"),
-           py::arg("combine_dtype"), py::arg("reduce_at"));
+      .def(py::init(&make_shape), py::arg("hidden"), py::arg("num_experts"), py::arg("top_k"), py::arg("max_tokens"),
+           py::arg("microbatches"), py::arg("dispatch_dtype"), py::arg("combine_dtype"), py::arg("reduce_at"));
   py::class_<Route, std::shared_ptr<Route>>(module, "Route")
       .def(py::init<const Shape&>(), py::arg("shape"))
-      .def("build_from_topk", &build_from_topk, py::arg("topk_ids"), py::arg("topk_weights"),
-           py::arg("rank_offsets"), py::arg("ranks"), py::arg("num_ranks"), py::arg("own_rank"))
-      .def("build_from_splits", &build_from_splits, py::arg("splits"), py::arg("topk_ids"),
-           py::arg("topk_weights"))
+      .def("build_from_topk", &build_from_topk, py::arg("topk_ids"), py::arg("topk_weights"), py::arg("rank_offsets"),
+           py::arg("ranks"), py::arg("num_ranks"), py::arg("own_rank"))
+      .def("build_from_splits", &build_from_splits, py::arg("splits"), py::arg("topk_ids"), py::arg("topk_weights"))
       .def_property_readonly("num_tokens", [](const Route& route) { return route.view().num_tokens; })
       .def_property_readonly("num_rows", &Route::num_rows)
       .def_property_readonly("rows_per_rank", [](const Route& route) {
@@ -337,13 +329,11 @@ void bind_values(py::module_& module) {
       .def_readonly("ranks", &Batch::ranks)
       .def_property_readonly("num_rows", &Batch::num_rows)
       .def_property_readonly("num_pairs", &Batch::num_pairs)
-      .def_property_readonly(
-          "row_index_by_expert",
-          [](const std::shared_ptr<Batch>& b) { return list_array(b, b->row_index_by_expert); })
+      .def_property_readonly("row_index_by_expert",
+                             [](const std::shared_ptr<Batch>& b) { return list_array(b, b->row_index_by_expert); })
       .def_property_readonly("expert_offsets",
                              [](const std::shared_ptr<Batch>& b) { return list_array(b, b->expert_offsets); })
-      .def_property_readonly("weights",
-                             [](const std::shared_ptr<Batch>& b) { return list_array(b, b->weights); });
+      .def_property_readonly("weights", [](const std::shared_ptr<Batch>& b) { return list_array(b, b->weights); });
 }
 
 }  // namespace

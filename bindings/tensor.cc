@@ -32,16 +32,14 @@ py::object call_dlpack(const py::object& object, const char* argument) {
 Tensor::Tensor(const py::object& object, const char* argument)
     : argument_(argument), capsule_(call_dlpack(object, argument)) {
   if (PyCapsule_IsValid(capsule_.ptr(), kVersioned)) {
-    tensor_ =
-        &static_cast<DLManagedTensorVersioned*>(PyCapsule_GetPointer(capsule_.ptr(), kVersioned))->tensor;
+    tensor_ = &static_cast<DLManagedTensorVersioned*>(PyCapsule_GetPointer(capsule_.ptr(), kVersioned))->tensor;
   } else if (PyCapsule_IsValid(capsule_.ptr(), kPlain)) {
     tensor_ = &static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule_.ptr(), kPlain))->tensor;
   } else {
     throw py::type_error(std::string(argument) + ": __dlpack__ gave no DLPack capsule");
   }
   if (tensor_->device.device_type != kCpu) {
-    throw py::value_error(std::string(argument) +
-                          ": this comm is on the CPU, the tensor is not (DLPack device type " +
+    throw py::value_error(std::string(argument) + ": this comm is on the CPU, the tensor is not (DLPack device type " +
                           std::to_string(tensor_->device.device_type) + "); move it there first");
   }
 }
@@ -50,8 +48,7 @@ Tensor::Tensor(const py::object& object, const char* argument)
 Tensor::~Tensor() = default;
 
 bool Tensor::is(Kind kind, uint8_t bits) const {
-  return tensor_->dtype.code == static_cast<uint8_t>(kind) && tensor_->dtype.bits == bits &&
-         tensor_->dtype.lanes == 1;
+  return tensor_->dtype.code == static_cast<uint8_t>(kind) && tensor_->dtype.bits == bits && tensor_->dtype.lanes == 1;
 }
 
 std::string Tensor::describe() const {
@@ -74,8 +71,8 @@ int64_t Tensor::stride(int dim) const {
 
 void Tensor::require_matrix(uint32_t columns) const {
   if (tensor_->ndim == 2 && tensor_->shape[1] == columns) return;
-  throw py::value_error(std::string(argument_) + ": expected shape [T, " + std::to_string(columns) +
-                        "], got " + describe());
+  throw py::value_error(std::string(argument_) + ": expected shape [T, " + std::to_string(columns) + "], got " +
+                        describe());
 }
 
 DType Tensor::float_dtype() const {
@@ -88,11 +85,8 @@ DType Tensor::float_dtype() const {
 void Tensor::require_rows(DType dtype, uint32_t hidden) const {
   require_matrix(hidden);
   if (float_dtype() != dtype) {
-    const char* name = dtype == DType::kFloat32   ? "float32"
-                       : dtype == DType::kFloat16 ? "float16"
-                                                  : "bfloat16";
-    throw py::type_error(std::string(argument_) + ": expected dtype " + name + " as in the Shape, got " +
-                         describe());
+    const char* name = dtype == DType::kFloat32 ? "float32" : dtype == DType::kFloat16 ? "float16" : "bfloat16";
+    throw py::type_error(std::string(argument_) + ": expected dtype " + name + " as in the Shape, got " + describe());
   }
   if (tensor_->shape[0] != 0 && (stride(1) != 1 || (tensor_->shape[0] > 1 && stride(0) < hidden))) {
     throw py::value_error(
@@ -102,9 +96,7 @@ void Tensor::require_rows(DType dtype, uint32_t hidden) const {
   }
 }
 
-uint64_t Tensor::row_stride_bytes() const {
-  return static_cast<uint64_t>(stride(0)) * (tensor_->dtype.bits / 8);
-}
+uint64_t Tensor::row_stride_bytes() const { return static_cast<uint64_t>(stride(0)) * (tensor_->dtype.bits / 8); }
 
 std::vector<int32_t> Tensor::read_ids(uint32_t top_k) const {
   require_matrix(top_k);
@@ -183,8 +175,7 @@ DType parse_dtype(const std::string& name, const char* argument) {
   if (name == "float32") return DType::kFloat32;
   if (name == "bfloat16") return DType::kBFloat16;
   if (name == "float16") return DType::kFloat16;
-  throw py::value_error(std::string(argument) + ": expected 'float32', 'bfloat16' or 'float16', got '" +
-                        name + "'");
+  throw py::value_error(std::string(argument) + ": expected 'float32', 'bfloat16' or 'float16', got '" + name + "'");
 }
 
 }  // namespace m2n::bindings

@@ -10,6 +10,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
+from . import arrays
 from .ranks import run_ranks, serve
 from .shape import Placement, Shape
 
@@ -69,9 +72,12 @@ def make_workload(shape: Shape, kind: str = "uniform", seed: int = 0, num_tokens
 def apply_expert(expert: int, x_RH: Any) -> Any:
     """A stand-in for an expert: element by element, so that its bits do not depend on how rows are batched.
 
-    Takes and returns torch or numpy rows [R, hidden]; the result has x's dtype.
+    Takes and returns torch or numpy rows [R, hidden]; computed in float32, the result has x's dtype.
     """
-    return x_RH * (0.5 + 0.25 * (expert % 5)) + 0.125 * expert
+    scale, bias = 0.5 + 0.25 * (expert % 5), 0.125 * expert
+    if arrays.is_torch(x_RH):
+        return (x_RH.float() * scale + bias).to(x_RH.dtype)
+    return (x_RH.astype("float32") * np.float32(scale) + np.float32(bias)).astype(x_RH.dtype)
 
 
 def expert_outputs(batch: Any, experts: Sequence[int], apply: Callable[[int, Any], Any] = apply_expert) -> Any:

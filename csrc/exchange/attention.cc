@@ -6,8 +6,7 @@
 
 namespace m2n {
 
-AttentionComm::AttentionComm(const Shape& shape, uint32_t rank, uint32_t max_peers,
-                             const std::string& transport)
+AttentionComm::AttentionComm(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport)
     : Comm(Role::kAttention, shape, rank, max_peers, transport),
       send_seqs_(static_cast<size_t>(max_peers) * layout_.num_slots),
       slots_(layout_.num_slots) {}
@@ -15,8 +14,8 @@ AttentionComm::AttentionComm(const Shape& shape, uint32_t rank, uint32_t max_pee
 void AttentionComm::require_microbatch(uint32_t microbatch) const {
   require_usable();
   if (microbatch >= shape_.microbatches) {
-    throw Error(Failure::kArgument, "microbatch: expected 0 to " + std::to_string(shape_.microbatches - 1) +
-                                        ", got " + std::to_string(microbatch));
+    throw Error(Failure::kArgument, "microbatch: expected 0 to " + std::to_string(shape_.microbatches - 1) + ", got " +
+                                        std::to_string(microbatch));
   }
 }
 
@@ -66,8 +65,7 @@ void AttentionComm::finish_empty_messages(uint32_t slot_idx, int64_t deadline_ns
   for (uint32_t peer_idx = 0; peer_idx < num_links(); ++peer_idx) {
     if (!send_seq(peer_idx, slot_idx).awaits_reply()) continue;
     throw Error(Failure::kTimeout,
-                "dispatch_send(microbatch=" + std::to_string(slot_idx) +
-                    "): " + peer_name(links_[peer_idx].rank) +
+                "dispatch_send(microbatch=" + std::to_string(slot_idx) + "): " + peer_name(links_[peer_idx].rank) +
                     " has not answered the last, empty message on this slot; is it still serving batches?",
                 static_cast<int>(links_[peer_idx].rank));
   }
@@ -104,16 +102,14 @@ void AttentionComm::send_to_peer(uint32_t peer_idx, uint32_t slot_idx, const Hea
               sizeof(Header) + send.header.num_rows * (layout_.dispatch_rows.row_bytes + ids_bytes));
 }
 
-void AttentionComm::dispatch_send(const unsigned char* x, uint64_t x_stride_bytes,
-                                  std::shared_ptr<const Route> route, uint32_t microbatch, uint32_t layer,
-                                  int64_t deadline_ns) {
+void AttentionComm::dispatch_send(const unsigned char* x, uint64_t x_stride_bytes, std::shared_ptr<const Route> route,
+                                  uint32_t microbatch, uint32_t layer, int64_t deadline_ns) {
   require_microbatch(microbatch);
   Slot& slot = slots_[microbatch];
   if (slot.is_busy) {
     throw Error(Failure::kSlotBusy, "dispatch_send: microbatch " + std::to_string(microbatch) +
                                         " is in flight since layer " + std::to_string(slot.layer) +
-                                        "; call combine_recv(microbatch=" + std::to_string(microbatch) +
-                                        ") first");
+                                        "; call combine_recv(microbatch=" + std::to_string(microbatch) + ") first");
   }
   std::vector<int32_t> peer_of_rank;
   finish_empty_messages(microbatch, deadline_ns);
@@ -145,8 +141,8 @@ AttentionComm::ReplyState AttentionComm::reply_state(uint32_t peer_idx, uint32_t
   }
   if (arrival == Arrival::kNext) return ReplyState::kArrived;
   const Signal seen = load_relaxed(own_signal(peer_idx, slot));  // relaxed: for the message only
-  raise_violation(peer_idx, "microbatch " + std::to_string(slot) + ": expected reply " +
-                                std::to_string(seq.sent) + ", saw " + std::to_string(signal_seq(seen)));
+  raise_violation(peer_idx, "microbatch " + std::to_string(slot) + ": expected reply " + std::to_string(seq.sent) +
+                                ", saw " + std::to_string(signal_seq(seen)));
 }
 
 bool AttentionComm::owes_rows(const Slot& slot, uint32_t rank) const {
@@ -184,8 +180,7 @@ int AttentionComm::wait_ready(const std::vector<uint32_t>& microbatches, int64_t
 void AttentionComm::wait_replies(Slot& slot, uint32_t slot_idx, int64_t deadline_ns) {
   if (wait([&] { return is_ready(slot_idx); }, deadline_ns) == WaitResult::kTimeout) {
     for (uint32_t rank = 0; rank < slot.peer_of_rank.size(); ++rank) {
-      if (!owes_rows(slot, rank) || reply_state(slot.peer_of_rank[rank], slot_idx) != ReplyState::kPending)
-        continue;
+      if (!owes_rows(slot, rank) || reply_state(slot.peer_of_rank[rank], slot_idx) != ReplyState::kPending) continue;
       throw Error(Failure::kTimeout,
                   "combine_recv(microbatch=" + std::to_string(slot_idx) + "): " + peer_name(rank) +
                       " is alive but has not replied to layer " + std::to_string(slot.layer) +
@@ -195,8 +190,7 @@ void AttentionComm::wait_replies(Slot& slot, uint32_t slot_idx, int64_t deadline
   }
   for (uint32_t rank = 0; rank < slot.peer_of_rank.size(); ++rank) {
     if (owes_rows(slot, rank) && reply_state(slot.peer_of_rank[rank], slot_idx) == ReplyState::kGone) {
-      raise_lost(links_[slot.peer_of_rank[rank]],
-                 "combine_recv(microbatch=" + std::to_string(slot_idx) + ")");
+      raise_lost(links_[slot.peer_of_rank[rank]], "combine_recv(microbatch=" + std::to_string(slot_idx) + ")");
     }
   }
 }
@@ -211,13 +205,13 @@ void AttentionComm::take_replies(Slot& slot, uint32_t slot_idx) {
     const uint32_t num_rows = signal_rows(poll_signal(own_signal(peer_idx, slot_idx)));
     const Header header = own_header(peer_idx, slot_idx);
     if (num_rows == kRefusedRows) {
-      refusal = "expert rank " + std::to_string(rank) + " does not host expert " +
-                std::to_string(header.detail) + " and refused layer " + std::to_string(slot.layer) +
-                " of microbatch " + std::to_string(slot_idx) + "; give both sides the same placement";
+      refusal = "expert rank " + std::to_string(rank) + " does not host expert " + std::to_string(header.detail) +
+                " and refused layer " + std::to_string(slot.layer) + " of microbatch " + std::to_string(slot_idx) +
+                "; give both sides the same placement";
       refused_by = rank;
     } else if (num_rows != seq.reply_rows || header.num_rows != num_rows) {
-      raise_violation(peer_idx, "expected a reply of " + std::to_string(seq.reply_rows) + " rows, got " +
-                                    std::to_string(num_rows));
+      raise_violation(
+          peer_idx, "expected a reply of " + std::to_string(seq.reply_rows) + " rows, got " + std::to_string(num_rows));
     }
     seq.consumed = seq.sent;
     add_relaxed(&stats_.messages_received, uint64_t{1});
@@ -230,8 +224,7 @@ void AttentionComm::take_replies(Slot& slot, uint32_t slot_idx) {
   throw Error(Failure::kProtocol, refusal, static_cast<int>(refused_by));
 }
 
-void AttentionComm::combine_recv(unsigned char* y, uint64_t y_stride_bytes, uint32_t microbatch,
-                                 int64_t deadline_ns) {
+void AttentionComm::combine_recv(unsigned char* y, uint64_t y_stride_bytes, uint32_t microbatch, int64_t deadline_ns) {
   num_tokens(microbatch);  // something must be in flight
   Slot& slot = slots_[microbatch];
   wait_replies(slot, microbatch, deadline_ns);
@@ -259,21 +252,13 @@ void AttentionComm::idle(int64_t deadline_ns) {
     header.flags = kFlagIdleNext;
     slot.route.reset();
     for (uint32_t peer_idx = 0; peer_idx < num_links(); ++peer_idx) {
-      if (state_of(links_[peer_idx]) == PeerState::kLive)
-        send_to_peer(peer_idx, slot_idx, header, slot, nullptr, 0);
+      if (state_of(links_[peer_idx]) == PeerState::kLive) send_to_peer(peer_idx, slot_idx, header, slot, nullptr, 0);
     }
   }
 }
 
 void AttentionComm::recover(uint32_t expert_rank) {
-  require_usable();
-  Link* link = find_link(expert_rank);
-  if (link == nullptr || state_of(*link) == PeerState::kLive) {
-    throw Error(Failure::kArgument, "recover: expert rank " + std::to_string(expert_rank) +
-                                        " is not lost; only a peer that is lost or has left can be given up");
-  }
-  link->is_recovered = true;
-  const uint32_t peer_idx = static_cast<uint32_t>(link - links_.data());
+  const uint32_t peer_idx = give_up(expert_rank);
   for (uint32_t slot_idx = 0; slot_idx < layout_.num_slots; ++slot_idx) {
     SendSeq& seq = send_seq(peer_idx, slot_idx);
     seq.consumed = seq.sent;

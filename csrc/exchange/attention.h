@@ -21,12 +21,10 @@ class Route {
   void prepare(uint32_t num_tokens, uint32_t num_ranks);
 
   // Each pair goes to one of its expert's ranks: `ranks_of_expert` [offsets[e] .. offsets[e + 1]).
-  void build_from_topk(const int32_t* topk_ids, const float* topk_weights,
-                       const std::vector<int32_t>& rank_offsets, const std::vector<int32_t>& ranks,
-                       uint32_t own_rank);
+  void build_from_topk(const int32_t* topk_ids, const float* topk_weights, const std::vector<int32_t>& rank_offsets,
+                       const std::vector<int32_t>& ranks, uint32_t own_rank);
   // Rows are sorted by destination already: splits[r] of them go to rank r, with all their experts.
-  void build_from_splits(const int32_t* topk_ids, const float* topk_weights,
-                         const std::vector<uint32_t>& splits);
+  void build_from_splits(const int32_t* topk_ids, const float* topk_weights, const std::vector<uint32_t>& splits);
 
   const RouteView& view() const { return view_; }
   const Shape& shape() const { return shape_; }
@@ -74,9 +72,7 @@ class AttentionComm final : public Comm {
 
   enum class ReplyState { kPending, kArrived, kGone };
 
-  SendSeq& send_seq(uint32_t peer_idx, uint32_t slot) {
-    return send_seqs_[peer_idx * layout_.num_slots + slot];
-  }
+  SendSeq& send_seq(uint32_t peer_idx, uint32_t slot) { return send_seqs_[peer_idx * layout_.num_slots + slot]; }
   void require_microbatch(uint32_t microbatch) const;
   ReplyState reply_state(uint32_t peer_idx, uint32_t slot);
   bool owes_rows(const Slot& slot, uint32_t rank) const;

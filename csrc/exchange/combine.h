@@ -22,8 +22,7 @@ inline constexpr uint32_t kSpan = 256;  // elements summed at a time: in registe
 // add), cast once into `out`. Both products and sums round separately. `weight_at(i)` nullptr-free variant:
 // see kUnweighted.
 template <bool kWeighted, class In, class Out, class RowAt, class WeightAt>
-M2N_HD void sum_span(Out* out, uint32_t begin, uint32_t end, uint32_t num_rows, RowAt&& row_at,
-                     WeightAt&& weight_at) {
+M2N_HD void sum_span(Out* out, uint32_t begin, uint32_t end, uint32_t num_rows, RowAt&& row_at, WeightAt&& weight_at) {
   float total[kSpan];
   for (uint32_t h = begin; h < end; ++h) total[h - begin] = 0.0f;
   for (uint32_t i = 0; i < num_rows; ++i) {
@@ -39,8 +38,7 @@ M2N_HD void sum_span(Out* out, uint32_t begin, uint32_t end, uint32_t num_rows, 
 }
 
 template <class Body>
-M2N_HD void for_each_span(uint32_t worker, uint32_t num_workers, uint32_t num_rows, uint32_t hidden,
-                          Body&& body) {
+M2N_HD void for_each_span(uint32_t worker, uint32_t num_workers, uint32_t num_rows, uint32_t hidden, Body&& body) {
   const uint32_t spans = (hidden + kSpan - 1) / kSpan;
   for (uint64_t i = worker; i < static_cast<uint64_t>(num_rows) * spans; i += num_workers) {
     const uint32_t begin = static_cast<uint32_t>(i % spans) * kSpan;
@@ -73,22 +71,21 @@ M2N_HD const In* row_of(const unsigned char* base, uint64_t stride_bytes, uint64
 // reduce_at=expert: one reply row per row, the weighted sum over its experts in ascending global expert id.
 template <class In, class Out, class Exec>
 M2N_HD void put_reduced_rows(Exec& exec, const CombineSend& send, uint32_t hidden, Out* out) {
-  for_each_span(exec.worker(), exec.num_workers(), send.num_rows, hidden,
-                [&](uint32_t row, uint32_t begin, uint32_t end) {
-                  Out* to = out + static_cast<uint64_t>(row) * hidden;
-                  if (send.is_reduced) {
-                    const In* from = row_of<In>(send.y, send.y_stride_bytes, send.first_row + row);
-                    for (uint32_t h = begin; h < end; ++h) to[h] = from_float<Out>(to_float(from[h]));
-                    return;
-                  }
-                  const int32_t* pair = send.pair_position + send.pair_begin[send.first_row + row];
-                  const uint32_t num_pairs = static_cast<uint32_t>(send.pair_begin[send.first_row + row + 1] -
-                                                                   send.pair_begin[send.first_row + row]);
-                  sum_span<true, In>(
-                      to, begin, end, num_pairs,
-                      [&](uint32_t i) { return row_of<In>(send.y, send.y_stride_bytes, pair[i]); },
-                      [&](uint32_t i) { return send.weights[pair[i]]; });
-                });
+  for_each_span(
+      exec.worker(), exec.num_workers(), send.num_rows, hidden, [&](uint32_t row, uint32_t begin, uint32_t end) {
+        Out* to = out + static_cast<uint64_t>(row) * hidden;
+        if (send.is_reduced) {
+          const In* from = row_of<In>(send.y, send.y_stride_bytes, send.first_row + row);
+          for (uint32_t h = begin; h < end; ++h) to[h] = from_float<Out>(to_float(from[h]));
+          return;
+        }
+        const int32_t* pair = send.pair_position + send.pair_begin[send.first_row + row];
+        const uint32_t num_pairs =
+            static_cast<uint32_t>(send.pair_begin[send.first_row + row + 1] - send.pair_begin[send.first_row + row]);
+        sum_span<true, In>(
+            to, begin, end, num_pairs, [&](uint32_t i) { return row_of<In>(send.y, send.y_stride_bytes, pair[i]); },
+            [&](uint32_t i) { return send.weights[pair[i]]; });
+      });
 }
 
 // reduce_at=attention: one reply row per (row, expert), unweighted, in wire order.
@@ -127,8 +124,8 @@ M2N_HD void combine_send(Exec& exec, const Layout& layout, const Shape& shape, c
 
 // A reply without rows: to an empty message, or a refusal.
 template <class Exec>
-M2N_HD void send_empty_reply(Exec& exec, const Layout& layout, const PeerView& peer, uint32_t slot,
-                             uint32_t seq, const Header& header) {
+M2N_HD void send_empty_reply(Exec& exec, const Layout& layout, const PeerView& peer, uint32_t slot, uint32_t seq,
+                             const Header& header) {
   put(exec, peer.small + layout.combine_small.header(slot), &header, sizeof(Header));
   drain(exec);
   auto* word = reinterpret_cast<Signal*>(peer.small + layout.combine_small.signal(slot));

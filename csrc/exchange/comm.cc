@@ -14,8 +14,7 @@ namespace {
 void check_shape(const Shape& shape, uint32_t max_peers, const Rows& rows) {
   const auto refuse = [](const std::string& text) { throw Error(Failure::kArgument, text); };
   if (shape.microbatches + 1 > kMaxSlots) {
-    refuse("microbatches: at most " + std::to_string(kMaxSlots - 1) + ", got " +
-           std::to_string(shape.microbatches));
+    refuse("microbatches: at most " + std::to_string(kMaxSlots - 1) + ", got " + std::to_string(shape.microbatches));
   }
   if (max_peers == 0 || max_peers > kMaxPeers) {
     refuse("max_peers: expected 1 to " + std::to_string(kMaxPeers) + ", got " + std::to_string(max_peers));
@@ -70,10 +69,6 @@ Comm::~Comm() {
 
 Comm::Offer Comm::offer(uint32_t peer_rank, uint64_t life) {
   require_usable();
-  for (uint32_t i = 0; i < num_links(); ++i) {
-    if (links_[i].rank == peer_rank && state_of(links_[i]) == PeerState::kLive)
-      drop_peer(i, LossCause::kReplaced);
-  }
   std::lock_guard lock(membership_mutex_);
   const uint32_t peer_idx = num_links_;
   if (peer_idx == max_peers_) {
@@ -118,14 +113,22 @@ void Comm::watch(uint32_t peer_idx, int connection_fd, int pidfd) {
   store_release(&link.state, static_cast<uint32_t>(PeerState::kLive));  // SYNC: peer-state
   // After LIVE: the watcher may report the end of the link at once.
   link.ticket = watch_peer(shared_from_this(), peer_idx, connection_fd, pidfd);
+  for (uint32_t i = 0; i < peer_idx; ++i) {
+    if (links_[i].rank == link.rank) drop_locked(links_[i], i, LossCause::kReplaced);
+  }
   exec_.wake(own_wake_);
 }
 
 void Comm::drop_peer(uint32_t peer_idx, LossCause cause) {
   std::lock_guard lock(membership_mutex_);
-  Link& link = links_.at(peer_idx);
-  if (link.ticket != 0) unwatch_peer(link.ticket, /*say_goodbye=*/false);
-  if (state_of(link) == PeerState::kLive) peer_gone(peer_idx, PeerState::kLost, cause);
+  drop_locked(links_.at(peer_idx), peer_idx, cause);
+}
+
+void Comm::drop_locked(Link& link, uint32_t peer_idx, LossCause cause) {
+  // A goodbye that nobody has read yet still counts: it left before it was dropped.
+  const bool has_left = link.ticket != 0 && unwatch_peer(link.ticket, /*say_goodbye=*/false);
+  if (state_of(link) != PeerState::kLive) return;
+  peer_gone(peer_idx, has_left ? PeerState::kLeft : PeerState::kLost, has_left ? LossCause::kNone : cause);
 }
 
 void Comm::peer_gone(uint32_t peer_idx, PeerState state, LossCause cause) {
@@ -149,15 +152,31 @@ void Comm::close() {
 void Comm::check() const {
   require_usable();
   for (uint32_t i = 0; i < num_links(); ++i) {
-    if (state_of(links_[i]) == PeerState::kLost && !links_[i].is_recovered) raise_lost(links_[i], "check()");
+    if (is_lost(links_[i])) raise_lost(links_[i], "check()");
   }
 }
 
-Comm::Link* Comm::find_link(uint32_t peer_rank) {
+const Comm::Link* Comm::find_link(uint32_t peer_rank) const {
   for (uint32_t i = num_links(); i-- > 0;) {
     if (links_[i].rank == peer_rank && state_of(links_[i]) != PeerState::kUnused) return &links_[i];
   }
   return nullptr;
+}
+
+bool Comm::is_lost(const Link& link) const {
+  return state_of(link) == PeerState::kLost && !link.is_recovered && find_link(link.rank) == &link;
+}
+
+uint32_t Comm::give_up(uint32_t peer_rank) {
+  require_usable();
+  const Link* link = find_link(peer_rank);
+  if (link == nullptr || state_of(*link) == PeerState::kLive) {
+    throw Error(Failure::kArgument, "recover: " + peer_name(peer_rank) +
+                                        " is not lost; only a peer that is lost or has left can be given up");
+  }
+  const auto peer_idx = static_cast<uint32_t>(link - links_.data());
+  links_[peer_idx].is_recovered = true;
+  return peer_idx;
 }
 
 bool Comm::wait_peer(uint32_t peer_rank, int64_t deadline_ns) {
@@ -172,8 +191,10 @@ std::vector<PeerInfo> Comm::peers() const {
   std::vector<PeerInfo> infos;
   for (uint32_t i = 0; i < num_links(); ++i) {
     const PeerState state = state_of(links_[i]);
-    if (state != PeerState::kUnused)
-      infos.push_back({links_[i].rank, links_[i].life, state, links_[i].cause});
+    if (state == PeerState::kUnused) continue;
+    // The cause is written before the state that needs one, and may be under way as long as the peer is LIVE.
+    const LossCause cause = state == PeerState::kLive ? LossCause::kNone : links_[i].cause;
+    infos.push_back({links_[i].rank, links_[i].life, state, cause});
   }
   return infos;
 }
@@ -193,10 +214,9 @@ Stats Comm::stats() const {
 
 void Comm::require_usable() const {
   if (fork_count_ != m2n::fork_count()) {
-    throw Error(Failure::kSetup,
-                own_name() +
-                    ": this comm was made before fork() and cannot be used in the child; make a "
-                    "comm in the child, or start processes with 'spawn'");
+    throw Error(Failure::kSetup, own_name() +
+                                     ": this comm was made before fork() and cannot be used in the child; make a "
+                                     "comm in the child, or start processes with 'spawn'");
   }
   if (is_closed()) throw Error(Failure::kSetup, own_name() + ": the comm is closed");
 }
@@ -212,9 +232,8 @@ std::string Comm::own_name() const {
 void Comm::raise_lost(const Link& link, const std::string& doing) const {
   const bool has_left = state_of(link) == PeerState::kLeft;
   throw Error(Failure::kPeerLost,
-              doing + ": " + peer_name(link.rank) + (has_left ? " has left: " : " is lost: ") +
-                  describe(link.cause) + "; call recover(" + std::to_string(link.rank) +
-                  ") to go on without it",
+              doing + ": " + peer_name(link.rank) + (has_left ? " has left: " : " is lost: ") + describe(link.cause) +
+                  "; call recover(" + std::to_string(link.rank) + ") to go on without it",
               static_cast<int>(link.rank));
 }
 

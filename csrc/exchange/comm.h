@@ -92,7 +92,11 @@ class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
   };
 
   // The newest link to a rank, or nullptr.
-  Link* find_link(uint32_t peer_rank);
+  const Link* find_link(uint32_t peer_rank) const;
+  // LOST, not given up, and no newer life of the rank has joined: the caller must know.
+  bool is_lost(const Link& link) const;
+  // Marks a lost or left rank as known to the caller; its peer index.
+  uint32_t give_up(uint32_t peer_rank);
   PeerState state_of(const Link& link) const {
     return static_cast<PeerState>(load_acquire(&link.state));  // SYNC: peer-state
   }
@@ -125,9 +129,7 @@ class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
   }
 
   const Rows& rows() const { return role_ == Role::kExpert ? layout_.dispatch_rows : layout_.combine_rows; }
-  const Small& small() const {
-    return role_ == Role::kExpert ? layout_.dispatch_small : layout_.combine_small;
-  }
+  const Small& small() const { return role_ == Role::kExpert ? layout_.dispatch_small : layout_.combine_small; }
 
   const Role role_;
   const Shape shape_;
@@ -139,6 +141,8 @@ class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
   Stats stats_;
 
  private:
+  void drop_locked(Link& link, uint32_t peer_idx, LossCause cause);
+
   std::unique_ptr<Transport> transport_;
   std::shared_ptr<Window> rows_window_;
   std::shared_ptr<Window> small_window_;

@@ -19,10 +19,9 @@ __global__ void dispatch_send_kernel(Layout layout, DispatchSend send) {
   dispatch_send(exec, layout, send);
 }
 
-__global__ void dispatch_recv_kernel(Layout layout, ArrivedMessage* messages, uint32_t num_messages,
-                                     int32_t* ids, float* weights, const int32_t* expert_idx,
-                                     uint32_t num_local_experts, int32_t* next, BatchView batch,
-                                     uint32_t num_experts, RecvResult* result) {
+__global__ void dispatch_recv_kernel(Layout layout, ArrivedMessage* messages, uint32_t num_messages, int32_t* ids,
+                                     float* weights, const int32_t* expert_idx, uint32_t num_local_experts,
+                                     int32_t* next, BatchView batch, uint32_t num_experts, RecvResult* result) {
   if (threadIdx.x != 0) return;
   *result = take_ids(messages[0], layout.top_k, num_experts, expert_idx, ids, weights);
   count_pairs(ids, messages[0].num_rows, layout.top_k, expert_idx, batch.expert_offsets);

@@ -80,8 +80,7 @@ M2N_HD inline RecvResult take_ids(const ArrivedMessage& message, uint32_t top_k,
       const float weight = load_relaxed(message.window_weights + from + k);
       ids[from + k] = id;
       weights[from + k] = weight;
-      if (id == kNone && k == 0)
-        return {RecvError::kIdRange, row, id};  // a row is sent for at least one expert
+      if (id == kNone && k == 0) return {RecvError::kIdRange, row, id};  // a row is sent for at least one expert
       if (id == kNone) break;
       if (id < 0 || static_cast<uint32_t>(id) >= num_experts) return {RecvError::kIdRange, row, id};
       if (!(weight - weight == 0.0f)) return {RecvError::kWeight, row, id};
@@ -103,8 +102,8 @@ struct BatchView {
 };
 
 // Adds the pairs of one message to the counts in expert_offsets[e + 1]; returns how many there are.
-M2N_HD inline uint32_t count_pairs(const int32_t* ids, uint32_t num_rows, uint32_t top_k,
-                                   const int32_t* expert_idx, int32_t* expert_offsets) {
+M2N_HD inline uint32_t count_pairs(const int32_t* ids, uint32_t num_rows, uint32_t top_k, const int32_t* expert_idx,
+                                   int32_t* expert_offsets) {
   uint32_t num_pairs = 0;
   for (uint32_t row = 0; row < num_rows; ++row) {
     for (uint32_t k = 0; k < top_k && ids[row * uint64_t{top_k} + k] != kNone; ++k) {
@@ -129,8 +128,8 @@ M2N_HD inline void dispatch_recv(const Layout& layout, const ArrivedMessage* mes
   for (uint32_t i = 0; i < num_messages; ++i) {
     for (uint32_t row = 0; row < messages[i].num_rows; ++row, ++row_of_batch) {
       const uint64_t from = static_cast<uint64_t>(row_of_batch) * layout.top_k;
-      const auto window_row = static_cast<int32_t>(
-          layout.dispatch_rows.row_in_window(messages[i].peer_idx, messages[i].slot, row));
+      const auto window_row =
+          static_cast<int32_t>(layout.dispatch_rows.row_in_window(messages[i].peer_idx, messages[i].slot, row));
       batch.pair_begin[row_of_batch] = pair;
       for (uint32_t k = 0; k < layout.top_k && ids[from + k] != kNone; ++k) {
         const int32_t position = next[expert_idx[ids[from + k]]]++;

@@ -31,9 +31,7 @@ M2N_HD inline uint32_t float_to_bits(float value) { return std::bit_cast<uint32_
 
 M2N_HD inline float to_float(float value) { return value; }
 
-M2N_HD inline float to_float(BFloat16 value) {
-  return bits_to_float(static_cast<uint32_t>(value.bits) << 16);
-}
+M2N_HD inline float to_float(BFloat16 value) { return bits_to_float(static_cast<uint32_t>(value.bits) << 16); }
 
 M2N_HD inline float to_float(Float16 value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;

@@ -23,8 +23,7 @@ ExpertComm::ExpertComm(const Shape& shape, uint32_t rank, uint32_t max_peers, co
       expert_idx_(shape.num_experts, kNone),
       inboxes_(static_cast<size_t>(max_peers) * layout_.num_slots),
       next_(local_experts.size()) {
-  for (uint32_t i = 0; i < num_local_experts_; ++i)
-    expert_idx_.at(local_experts[i]) = static_cast<int32_t>(i);
+  for (uint32_t i = 0; i < num_local_experts_; ++i) expert_idx_.at(local_experts[i]) = static_cast<int32_t>(i);
 }
 
 bool ExpertComm::is_served(uint32_t peer_idx) const { return state_of(links_[peer_idx]) == PeerState::kLive; }
@@ -46,8 +45,8 @@ void ExpertComm::note_arrival(uint32_t peer_idx, uint32_t slot, Signal signal) {
   Inbox& box = inbox(peer_idx, slot);
   const Header header = own_header(peer_idx, slot);
   const auto refuse = [&](const char* field, uint32_t value) {
-    raise_violation(peer_idx, "message " + std::to_string(signal_seq(signal)) + " on slot " +
-                                  std::to_string(slot) + ": bad " + field + " " + std::to_string(value));
+    raise_violation(peer_idx, "message " + std::to_string(signal_seq(signal)) + " on slot " + std::to_string(slot) +
+                                  ": bad " + field + " " + std::to_string(value));
   };
   if (signal_rows(signal) > shape_.max_tokens) refuse("number of rows", signal_rows(signal));
   if (header.num_rows != signal_rows(signal)) refuse("number of rows in the header", header.num_rows);
@@ -76,8 +75,7 @@ void ExpertComm::scan() {
       if (arrival == Arrival::kNone) continue;
       if (arrival == Arrival::kViolation || box.seq.accepted != box.seq.replied) {
         raise_violation(peer_idx, "slot " + std::to_string(slot) + ": expected message " +
-                                      std::to_string(box.seq.accepted + 1) +
-                                      " after the reply to the last one, saw " +
+                                      std::to_string(box.seq.accepted + 1) + " after the reply to the last one, saw " +
                                       std::to_string(signal_seq(signal)));
       }
       note_arrival(peer_idx, slot, signal);
@@ -110,8 +108,7 @@ bool ExpertComm::is_complete(const Work& work, const RecvWanted& wanted, int64_t
 }
 
 // The complete (layer, microbatch) whose first message came first.
-std::optional<Work> ExpertComm::find_complete(const RecvWanted& wanted, int64_t* linger_until_ns,
-                                              bool* is_started) {
+std::optional<Work> ExpertComm::find_complete(const RecvWanted& wanted, int64_t* linger_until_ns, bool* is_started) {
   std::optional<Work> found;
   int64_t found_seen_ns = kNever;
   *linger_until_ns = kNever;
@@ -140,8 +137,7 @@ std::shared_ptr<Batch> ExpertComm::dispatch_recv(const RecvWanted& wanted, int64
     const auto look = [&] {
       std::lock_guard lock(inbox_mutex_);
       scan();
-      if (const auto work = find_complete(wanted, &linger_until_ns, &is_started))
-        batch = collect(*work, wanted);
+      if (const auto work = find_complete(wanted, &linger_until_ns, &is_started)) batch = collect(*work, wanted);
       if (batch == nullptr) raise_if_lost(wanted);
       return batch != nullptr;
     };
@@ -214,11 +210,10 @@ bool ExpertComm::take_message(Batch& batch, uint32_t peer_idx, uint32_t slot) {
   const size_t from = ids_.size();
   ids_.resize(from + message.num_rows * size_t{shape_.top_k}, kNone);
   row_weights_.resize(ids_.size());
-  const RecvResult result = take_ids(message, shape_.top_k, shape_.num_experts, expert_idx_.data(),
-                                     ids_.data() + from, row_weights_.data() + from);
+  const RecvResult result = take_ids(message, shape_.top_k, shape_.num_experts, expert_idx_.data(), ids_.data() + from,
+                                     row_weights_.data() + from);
   if (result.error == RecvError::kNone) {
-    count_pairs(ids_.data() + from, message.num_rows, shape_.top_k, expert_idx_.data(),
-                batch.expert_offsets.data());
+    count_pairs(ids_.data() + from, message.num_rows, shape_.top_k, expert_idx_.data(), batch.expert_offsets.data());
     batch.messages.push_back({message, box.seq.accepted, first_row});
     batch.ranks.push_back(links_[peer_idx].rank);
     return true;
@@ -247,8 +242,8 @@ void ExpertComm::build_lists(Batch& batch) {
   for (const Batch::Message& message : batch.messages) arrived.push_back(message.arrived);
   const BatchView view{batch.pair_begin.data(), batch.pair_position.data(), batch.row_index_by_expert.data(),
                        batch.expert_offsets.data(), batch.weights.data()};
-  m2n::dispatch_recv(layout_, arrived.data(), static_cast<uint32_t>(arrived.size()), ids_.data(),
-                     row_weights_.data(), expert_idx_.data(), num_local_experts_, next_.data(), view);
+  m2n::dispatch_recv(layout_, arrived.data(), static_cast<uint32_t>(arrived.size()), ids_.data(), row_weights_.data(),
+                     expert_idx_.data(), num_local_experts_, next_.data(), view);
   add_relaxed(&stats_.rows_received, uint64_t{batch.num_rows()});
   const uint64_t row_bytes = layout_.dispatch_rows.row_bytes + 2 * sizeof(int32_t) * uint64_t{shape_.top_k};
   add_relaxed(&stats_.bytes_received, arrived.size() * sizeof(Header) + batch.num_rows() * row_bytes);
@@ -270,10 +265,10 @@ void ExpertComm::combine_send(Batch& batch, const unsigned char* y, uint64_t y_s
     send.header.microbatch = batch.microbatch;
     send.first_row = first_row;
     send.num_rows = message.arrived.num_rows;
-    send.header.num_rows = shape_.reduce_at == ReduceAt::kExpert
-                               ? send.num_rows
-                               : static_cast<uint32_t>(batch.pair_begin[first_row + send.num_rows] -
-                                                       batch.pair_begin[first_row]);
+    send.header.num_rows =
+        shape_.reduce_at == ReduceAt::kExpert
+            ? send.num_rows
+            : static_cast<uint32_t>(batch.pair_begin[first_row + send.num_rows] - batch.pair_begin[first_row]);
     send.y = y;
     send.y_stride_bytes = y_stride_bytes;
     send.y_dtype = y_dtype;
@@ -294,23 +289,16 @@ void ExpertComm::combine_send(Batch& batch, const unsigned char* y, uint64_t y_s
 }
 
 void ExpertComm::recover(uint32_t attention_rank) {
-  require_usable();
-  Link* link = find_link(attention_rank);
-  if (link == nullptr || state_of(*link) == PeerState::kLive) {
-    throw Error(Failure::kArgument, "recover: attention rank " + std::to_string(attention_rank) +
-                                        " is not lost; only a peer that is lost or has left can be given up");
-  }
   std::lock_guard lock(inbox_mutex_);
-  link->is_recovered = true;
+  give_up(attention_rank);
 }
 
 // A lost peer ends a wait that would otherwise go on: once no batch is ready, the caller must know.
 void ExpertComm::raise_if_lost(const RecvWanted& wanted) {
   for (uint32_t peer_idx = 0; peer_idx < num_links(); ++peer_idx) {
     const Link& link = links_[peer_idx];
-    const PeerState state = state_of(link);
     const bool is_awaited = contains(wanted.attention_ranks, link.rank) && find_link(link.rank) == &link;
-    if ((state == PeerState::kLost && !link.is_recovered) || (state == PeerState::kLeft && is_awaited)) {
+    if (is_lost(link) || (is_awaited && state_of(link) == PeerState::kLeft)) {
       raise_lost(link, "dispatch_recv");
     }
   }
@@ -324,15 +312,13 @@ void ExpertComm::raise_timeout(const RecvWanted& wanted) {
       is_here |= matches(inbox(static_cast<uint32_t>(link - links_.data()), slot), wanted);
     }
     if (is_here) continue;
-    throw Error(
-        Failure::kTimeout,
-        "dispatch_recv: attention rank " + std::to_string(rank) +
-            (link == nullptr ? " has not connected" : " has not dispatched") +
-            " in time, others have; with attention_ranks= every listed rank must send, if only zero rows",
-        static_cast<int>(rank));
+    throw Error(Failure::kTimeout,
+                "dispatch_recv: attention rank " + std::to_string(rank) +
+                    (link == nullptr ? " has not connected" : " has not dispatched") +
+                    " in time, others have; with attention_ranks= every listed rank must send, if only zero rows",
+                static_cast<int>(rank));
   }
-  throw Error(Failure::kTimeout,
-              "dispatch_recv: the listed attention ranks are at different layers or microbatches");
+  throw Error(Failure::kTimeout, "dispatch_recv: the listed attention ranks are at different layers or microbatches");
 }
 
 }  // namespace m2n

@@ -58,8 +58,7 @@ class ExpertComm final : public Comm {
   // The (layer, microbatch) of the first message that waits to be received.
   std::optional<Work> wait_work(int64_t deadline_ns);
   // y: [P][hidden] expert-major, or with is_reduced [R][hidden] in wire order, already weighted and summed.
-  void combine_send(Batch& batch, const unsigned char* y, uint64_t y_stride_bytes, DType y_dtype,
-                    bool is_reduced);
+  void combine_send(Batch& batch, const unsigned char* y, uint64_t y_stride_bytes, DType y_dtype, bool is_reduced);
   // Gives up an attention rank that is lost or has left: nothing of it is waited for or served.
   void recover(uint32_t attention_rank);
 

@@ -94,8 +94,8 @@ constexpr Layout make_layout(const Shape& shape) {
   const uint64_t ids_per_slot = static_cast<uint64_t>(shape.max_tokens) * shape.top_k;
   const uint32_t reply_rows =
       shape.reduce_at == ReduceAt::kExpert ? shape.max_tokens : static_cast<uint32_t>(ids_per_slot);
-  layout.dispatch_rows = make_rows(layout.num_slots, shape.max_tokens,
-                                   shape.hidden * uint64_t{dtype_bytes(shape.dispatch_dtype)});
+  layout.dispatch_rows =
+      make_rows(layout.num_slots, shape.max_tokens, shape.hidden * uint64_t{dtype_bytes(shape.dispatch_dtype)});
   layout.dispatch_small = make_small(layout.num_slots, ids_per_slot);
   layout.combine_rows =
       make_rows(layout.num_slots, reply_rows, shape.hidden * uint64_t{dtype_bytes(shape.combine_dtype)});

@@ -36,17 +36,14 @@ void Route::build_from_topk(const int32_t* topk_ids, const float* topk_weights,
   raise(build_route(view_, shape_, topk_ids, topk_weights, rank_of));
 }
 
-void Route::build_from_splits(const int32_t* topk_ids, const float* topk_weights,
-                              const std::vector<uint32_t>& splits) {
+void Route::build_from_splits(const int32_t* topk_ids, const float* topk_weights, const std::vector<uint32_t>& splits) {
   std::vector<uint32_t> rank_of_row;
-  for (uint32_t rank = 0; rank < splits.size(); ++rank)
-    rank_of_row.insert(rank_of_row.end(), splits[rank], rank);
+  for (uint32_t rank = 0; rank < splits.size(); ++rank) rank_of_row.insert(rank_of_row.end(), splits[rank], rank);
   const auto rank_of = [&](uint32_t token, uint32_t) { return rank_of_row[token]; };
   raise(build_route(view_, shape_, topk_ids, topk_weights, rank_of));
   if (num_rows() != view_.num_tokens) {
-    throw Error(Failure::kArgument,
-                "topk_ids: with ready-made splits every row needs at least one expert, but " +
-                    std::to_string(view_.num_tokens - num_rows()) + " rows have only -1");
+    throw Error(Failure::kArgument, "topk_ids: with ready-made splits every row needs at least one expert, but " +
+                                        std::to_string(view_.num_tokens - num_rows()) + " rows have only -1");
   }
 }
 
@@ -57,15 +54,13 @@ void Route::raise(const RouteResult& result) const {
       return;
     case RouteError::kIdRange:
       throw Error(Failure::kArgument, "topk_ids: expert id " + std::to_string(result.value) + where +
-                                          " is out of range; expected 0 to " +
-                                          std::to_string(shape_.num_experts - 1) +
+                                          " is out of range; expected 0 to " + std::to_string(shape_.num_experts - 1) +
                                           ", or -1 for a padded entry");
     case RouteError::kIdTwice:
-      throw Error(Failure::kArgument, "topk_ids: expert id " + std::to_string(result.value) + " comes twice" +
-                                          where + "; the experts of a token must differ");
+      throw Error(Failure::kArgument, "topk_ids: expert id " + std::to_string(result.value) + " comes twice" + where +
+                                          "; the experts of a token must differ");
     case RouteError::kWeight:
-      throw Error(Failure::kArgument,
-                  "topk_weights: not finite" + where + ", k=" + std::to_string(result.value));
+      throw Error(Failure::kArgument, "topk_weights: not finite" + where + ", k=" + std::to_string(result.value));
     case RouteError::kRank:
       throw Error(Failure::kArgument, "placement: expert id " + std::to_string(result.value) + where +
                                           " lives on an expert rank that does not exist");

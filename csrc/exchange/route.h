@@ -23,9 +23,9 @@ struct RouteView {
   int32_t* token_of_row;  // [R]
   int32_t* ids;           // [R][top_k]: the experts rank r applies to the row, -1 behind the last one
   float* weights;         // [R][top_k]
-  int32_t* source_rank;  // [T][top_k]: whose reply row to add next (ascending rank, or top-k order); -1: none
-  int32_t* source_row;   // [T][top_k]: row in that rank's reply
-  float* source_weight;  // [T][top_k]: with reduce_at=attention; else the expert rank has applied it
+  int32_t* source_rank;   // [T][top_k]: whose reply row to add next (ascending rank, or top-k order); -1: none
+  int32_t* source_row;    // [T][top_k]: row in that rank's reply
+  float* source_weight;   // [T][top_k]: with reduce_at=attention; else the expert rank has applied it
 };
 
 enum class RouteError : uint32_t { kNone, kIdRange, kIdTwice, kWeight, kRank };
@@ -37,12 +37,11 @@ struct RouteResult {
 };
 
 // The checks of one token's ids and weights; -1 is padding.
-M2N_HD inline RouteResult check_token(const int32_t* ids, const float* weights, uint32_t top_k,
-                                      uint32_t num_experts, uint32_t token) {
+M2N_HD inline RouteResult check_token(const int32_t* ids, const float* weights, uint32_t top_k, uint32_t num_experts,
+                                      uint32_t token) {
   for (uint32_t k = 0; k < top_k; ++k) {
     if (ids[k] == kNone) continue;
-    if (ids[k] < 0 || static_cast<uint32_t>(ids[k]) >= num_experts)
-      return {RouteError::kIdRange, token, ids[k]};
+    if (ids[k] < 0 || static_cast<uint32_t>(ids[k]) >= num_experts) return {RouteError::kIdRange, token, ids[k]};
     for (uint32_t j = 0; j < k; ++j) {
       if (ids[j] == ids[k]) return {RouteError::kIdTwice, token, ids[k]};
     }
@@ -81,8 +80,7 @@ M2N_HD RouteResult count_rows(const RouteView& route, const Shape& shape, const 
 
 // Adds a pair to a row: with reduce_at=expert in ascending expert id, the order of its sum, else in top-k
 // order.
-M2N_HD inline void add_pair(const RouteView& route, const Shape& shape, uint32_t row, int32_t id,
-                            float weight) {
+M2N_HD inline void add_pair(const RouteView& route, const Shape& shape, uint32_t row, int32_t id, float weight) {
   int32_t* ids = route.ids + static_cast<uint64_t>(row) * shape.top_k;
   float* weights = route.weights + static_cast<uint64_t>(row) * shape.top_k;
   uint32_t at = 0;
@@ -109,8 +107,8 @@ M2N_HD inline void add_source(const RouteView& route, uint64_t from, uint32_t ra
 
 // Second pass, one token: appends its rows and pairs.
 template <class RankOf>
-M2N_HD void fill_token(const RouteView& route, const Shape& shape, const int32_t* topk_ids,
-                       const float* topk_weights, uint32_t token, RankOf&& rank_of) {
+M2N_HD void fill_token(const RouteView& route, const Shape& shape, const int32_t* topk_ids, const float* topk_weights,
+                       uint32_t token, RankOf&& rank_of) {
   const uint64_t from = static_cast<uint64_t>(token) * shape.top_k;
   for (uint32_t k = 0; k < shape.top_k; ++k) route.source_rank[from + k] = kNone;
   for (uint32_t k = 0; k < shape.top_k; ++k) {

@@ -83,8 +83,8 @@ class ShmWindow final : public Window, public std::enable_shared_from_this<ShmWi
     handle.bytes = object_bytes_;
     handle.fd = make_sealed_memfd(object_bytes_);
     unsigned char* data = base_ + stride_bytes_ * peer_idx;
-    if (mmap(data, object_bytes_, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | MAP_POPULATE, handle.fd,
-             0) == MAP_FAILED) {
+    if (mmap(data, object_bytes_, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | MAP_POPULATE, handle.fd, 0) ==
+        MAP_FAILED) {
       const int error_number = errno;
       close(handle.fd);
       fail("cannot map an object", error_number);
@@ -108,8 +108,7 @@ class ShmWindow final : public Window, public std::enable_shared_from_this<ShmWi
 
 class LocalMapping final : public Mapping {
  public:
-  LocalMapping(std::shared_ptr<ShmWindow> window, unsigned char* data)
-      : window_(std::move(window)), data_(data) {}
+  LocalMapping(std::shared_ptr<ShmWindow> window, unsigned char* data) : window_(std::move(window)), data_(data) {}
   unsigned char* data() const override { return data_; }
 
  private:
@@ -145,8 +144,7 @@ class ShmTransport final : public Transport {
  public:
   const char* name() const override { return "shm"; }
 
-  std::shared_ptr<Window> make_window(uint64_t object_bytes, uint64_t stride_bytes,
-                                      uint32_t max_peers) override {
+  std::shared_ptr<Window> make_window(uint64_t object_bytes, uint64_t stride_bytes, uint32_t max_peers) override {
     return std::make_shared<ShmWindow>(object_bytes, stride_bytes, max_peers);
   }
 

@@ -43,8 +43,7 @@ class Transport {
   virtual ~Transport() = default;
   virtual const char* name() const = 0;
   // `object_bytes` and `stride_bytes` are rounded up to whole pages by the caller.
-  virtual std::shared_ptr<Window> make_window(uint64_t object_bytes, uint64_t stride_bytes,
-                                              uint32_t max_peers) = 0;
+  virtual std::shared_ptr<Window> make_window(uint64_t object_bytes, uint64_t stride_bytes, uint32_t max_peers) = 0;
   // `process` is the maker's process_nonce(): inside one process both sides share one mapping. Takes the fd.
   virtual std::shared_ptr<Mapping> attach(const Handle& handle, uint64_t process) = 0;
 };

@@ -2,6 +2,7 @@
 // The watcher's loop: control connections and pidfds in one epoll set.
 #include "transport/watcher.h"
 
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <sys/epoll.h>
@@ -35,8 +36,7 @@ constexpr uint64_t kPidfdBit = 1;
 class Watcher {
  public:
   Watcher() : epoll_fd_(epoll_create1(EPOLL_CLOEXEC)) {
-    if (epoll_fd_ < 0)
-      throw Error(Failure::kSetup, std::string("watcher: epoll_create1: ") + std::strerror(errno));
+    if (epoll_fd_ < 0) throw Error(Failure::kSetup, std::string("watcher: epoll_create1: ") + std::strerror(errno));
     // Signals belong to the program's own threads.
     sigset_t all, before;
     sigfillset(&all);
@@ -59,15 +59,18 @@ class Watcher {
     return ticket;
   }
 
-  void remove(uint64_t ticket, bool say_goodbye) {
+  bool remove(uint64_t ticket, bool say_goodbye) {
     std::lock_guard lock(mutex_);
     const auto found = watched_.find(ticket);
-    if (found == watched_.end()) return;  // the peer went first
+    if (found == watched_.end()) return false;  // the peer went first
+    char byte = 0;
+    const bool has_left = recv(found->second.connection_fd, &byte, 1, MSG_DONTWAIT) == 1 && byte == kGoodbye;
     if (say_goodbye) {
       (void)!send(found->second.connection_fd, &kGoodbye, 1, MSG_NOSIGNAL | MSG_DONTWAIT);
     }
     close_both(found->second);
     watched_.erase(found);
+    return has_left;
   }
 
  private:
@@ -110,7 +113,7 @@ class Watcher {
     const bool is_open = num_read < 0 && (errno == EAGAIN || errno == EINTR);
     if (is_open && (key & kPidfdBit) == 0) return;
     PeerState state = PeerState::kLost;
-    LossCause cause = is_open ? LossCause::kProcessDied : LossCause::kConnectionClosed;
+    LossCause cause = has_died(watched.pidfd) ? LossCause::kProcessDied : LossCause::kConnectionClosed;
     if (num_read == 1) {
       state = byte == kGoodbye ? PeerState::kLeft : PeerState::kLost;
       cause = byte == kGoodbye ? LossCause::kNone : LossCause::kProtocol;
@@ -118,6 +121,13 @@ class Watcher {
     close_both(watched);
     watched_.erase(found);
     watched.listener->peer_gone(watched.peer_idx, state, cause);
+  }
+
+  // A dying process closes its connection a moment before its pidfd tells; the moment buys the right cause.
+  static bool has_died(int pidfd) {
+    constexpr int kMomentMs = 20;
+    pollfd poll_fd{pidfd, POLLIN, 0};
+    return pidfd >= 0 && poll(&poll_fd, 1, kMomentMs) == 1;
   }
 
   int epoll_fd_;
@@ -145,6 +155,6 @@ uint64_t watch_peer(std::shared_ptr<PeerListener> listener, uint32_t peer_idx, i
   return watcher().add({std::move(listener), peer_idx, connection_fd, pidfd});
 }
 
-void unwatch_peer(uint64_t ticket, bool say_goodbye) { watcher().remove(ticket, say_goodbye); }
+bool unwatch_peer(uint64_t ticket, bool say_goodbye) { return watcher().remove(ticket, say_goodbye); }
 
 }  // namespace m2n

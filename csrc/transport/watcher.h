@@ -25,6 +25,7 @@ uint64_t watch_peer(std::shared_ptr<PeerListener> listener, uint32_t peer_idx, i
 
 // Stops watching, says goodbye if asked to, and closes the connection. No call to the listener comes after it
 // returns.
-void unwatch_peer(uint64_t ticket, bool say_goodbye);
+// True when the peer's own goodbye was waiting to be read.
+bool unwatch_peer(uint64_t ticket, bool say_goodbye);
 
 }  // namespace m2n

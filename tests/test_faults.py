@@ -1,0 +1,489 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loss, lateness, garbage, and the end of things: the right error at the right side, in time, and nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import math
+import mmap
+import multiprocessing
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import bodies
+import numpy as np
+import psutil
+import pytest
+
+import m2n
+from m2n import _C, bootstrap
+from m2n.ranks import run_ranks
+from m2n.testing import expert_outputs
+
+SHAPE = m2n.Shape(
+    hidden=64, num_experts=4, top_k=2, max_tokens=8, microbatches=2, dispatch_dtype="float32", combine_dtype="float32"
+)
+ONE = m2n.Placement.block(4, 1)
+TWO = m2n.Placement.block(4, 2)
+IDS = np.array([[0, 1], [2, 3], [0, 3]], np.int32)
+WEIGHTS = np.full((3, 2), 0.5, np.float32)
+X = np.arange(3 * 64, dtype=np.float32).reshape(3, 64)
+# A loss is noticed in milliseconds; these machines are busy, and 6x says nothing under a second.
+SOON_S = 5.0
+
+context = multiprocessing.get_context("spawn")
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Any]:
+    """start(main, rank, shape, placement, to_do) starts a process on the store in tmp_path; all are ended afterwards."""
+    processes = []
+
+    def begin(main: Any, rank: int, placement: m2n.Placement, to_do: str) -> Any:
+        process = context.Process(target=main, args=(rank, str(tmp_path), SHAPE, placement, to_do))
+        process.start()
+        processes.append(process)
+        return process
+
+    yield begin
+    for process in processes:
+        process.kill()
+        process.join()
+
+
+def attention(tmp_path: Path, placement: m2n.Placement = ONE, rank: int = 0, **options: Any) -> m2n.AttentionComm:
+    return m2n.AttentionComm(rank, SHAPE, placement, tmp_path, config=bodies.NUMPY, **options)
+
+
+def expert(tmp_path: Path, placement: m2n.Placement = ONE, rank: int = 0, **options: Any) -> m2n.ExpertComm:
+    return m2n.ExpertComm(rank, SHAPE, placement, tmp_path, config=bodies.NUMPY, **options)
+
+
+def dispatch(comm: m2n.AttentionComm, microbatch: int = 0) -> None:
+    comm.dispatch_send(X, comm.route(IDS, WEIGHTS), microbatch=microbatch)
+
+
+def answer(comm: m2n.ExpertComm) -> None:
+    batch = comm.dispatch_recv()
+    comm.combine_send(batch, expert_outputs(batch, comm.placement.experts_of(comm.rank)))
+
+
+def test_killed_expert_process_is_peer_lost_and_the_others_go_on(start: Any, tmp_path: Path) -> None:
+    start(bodies.expert_main, 1, TWO, "die")
+    with expert(tmp_path, TWO, 0) as survivor, attention(tmp_path, TWO) as comm:
+        dispatch(comm)
+        answer(survivor)
+        began = time.monotonic()
+        with pytest.raises(m2n.PeerLost, match="expert rank 1 is lost: its process died") as caught:
+            comm.combine_recv()
+        assert time.monotonic() - began < SOON_S and caught.value.peer == 1
+        with pytest.raises(m2n.PeerLost, match="expert rank 1"):
+            comm.check()
+        with pytest.raises(m2n.PeerLost):  # a failed wait changes nothing
+            comm.combine_recv()
+        comm.recover(1)
+        comm.check()
+        y = comm.combine_recv()
+        assert np.isfinite(y[0]).all()  # experts 0 and 1 live on rank 0
+        assert np.isnan(y[1]).all() and np.isnan(y[2]).all()  # never silently without the lost share
+        with pytest.raises(m2n.PeerLost, match="expert rank 1"):
+            dispatch(comm)
+        comm.dispatch_send(X[:1], comm.route(IDS[:1], WEIGHTS[:1]))
+        answer(survivor)
+        assert np.isfinite(comm.combine_recv()).all()
+
+
+def test_a_complete_reply_of_a_dead_peer_counts(start: Any, tmp_path: Path) -> None:
+    process = start(bodies.expert_main, 0, ONE, "answer_and_die")
+    with attention(tmp_path) as comm:
+        dispatch(comm)
+        process.join()
+        while comm.peers()[0].state == "live":
+            time.sleep(0.01)
+        assert np.isfinite(comm.combine_recv()).all()
+        with pytest.raises(m2n.PeerLost):
+            dispatch(comm)
+
+
+def test_killed_attention_process_is_peer_lost_and_the_others_are_served(start: Any, tmp_path: Path) -> None:
+    with expert(tmp_path) as comm:
+        process = start(bodies.attention_main, 7, ONE, "hold")
+        batch = comm.dispatch_recv()
+        process.kill()
+        began = time.monotonic()
+        with pytest.raises(m2n.PeerLost, match="attention rank 7 is lost"):
+            comm.dispatch_recv()
+        assert time.monotonic() - began < SOON_S
+        comm.combine_send(batch, batch.gather())  # into memory that is still mapped: harmless
+        comm.recover(7)
+        with attention(tmp_path) as other:
+            dispatch(other)
+            answer(comm)
+            assert np.isfinite(other.combine_recv()).all()
+
+
+def test_strict_lockstep_ends_when_a_listed_rank_dies(start: Any, tmp_path: Path) -> None:
+    with expert(tmp_path) as comm:
+        start(bodies.attention_main, 1, ONE, "die")
+        with pytest.raises(m2n.PeerLost, match="attention rank 1"):
+            comm.dispatch_recv(linger_us=None, attention_ranks=[0, 1])
+
+
+def test_a_stopped_launcher_of_children_leaves_no_orphan_link(start: Any, tmp_path: Path) -> None:
+    """A forked child holds the dead rank's socket open: the pidfd tells all the same."""
+    with expert(tmp_path) as comm:
+        code = (
+            "import os, sys, time; sys.path.insert(0, sys.argv[2]); import bodies, m2n\n"
+            "from test_faults import SHAPE, ONE\n"
+            "comm = m2n.AttentionComm(0, SHAPE, ONE, sys.argv[1], config=bodies.NUMPY)\n"
+            "child = os.fork()\n"
+            "if child == 0: time.sleep(30); os._exit(0)\n"
+            "print(child, flush=True); os.kill(os.getpid(), 9)\n"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        try:
+            with pytest.raises(m2n.PeerLost, match="its process died"):
+                comm.dispatch_recv()
+        finally:
+            os.kill(child, 9)
+            process.wait()
+
+
+def test_leaving_is_no_loss_unless_a_reply_is_owed(tmp_path: Path) -> None:
+    server = expert(tmp_path)
+    with attention(tmp_path) as comm:
+        dispatch(comm)
+        answer(server)
+        comm.combine_recv()
+        dispatch(comm)
+        server.close()
+        with pytest.raises(m2n.PeerLost, match="expert rank 0 has left"):
+            comm.combine_recv()
+        comm.check()  # leaving is not a loss
+        assert comm.peers()[0].state == "left"
+
+
+def test_an_attention_rank_that_left_is_not_an_error(tmp_path: Path) -> None:
+    with expert(tmp_path) as comm:
+        with attention(tmp_path) as other:
+            dispatch(other)
+        while comm.peers()[0].state == "live":
+            time.sleep(0.01)
+        assert comm.dispatch_recv(timeout=0.05) is None
+        comm.check()
+
+
+def test_a_late_peer_is_a_timeout_and_the_call_can_be_repeated(tmp_path: Path) -> None:
+    with expert(tmp_path) as server, attention(tmp_path) as comm:
+        dispatch(comm)
+        with pytest.raises(m2n.Timeout, match="expert rank 0 is alive but has not replied") as caught:
+            comm.combine_recv(timeout=0.05)
+        assert caught.value.peer == 0
+        answer(server)
+        assert np.isfinite(comm.combine_recv()).all()
+
+
+def test_strict_lockstep_names_who_is_late(tmp_path: Path) -> None:
+    with expert(tmp_path) as server, attention(tmp_path, rank=0) as comm, attention(tmp_path, rank=1):
+        dispatch(comm)
+        with pytest.raises(m2n.Timeout, match="attention rank 1 has not dispatched"):
+            server.dispatch_recv(linger_us=None, attention_ranks=[0, 1], timeout=0.1)
+        assert server.dispatch_recv(linger_us=None, attention_ranks=[0]).peers == [0]
+
+
+def test_an_unanswered_empty_message_is_a_timeout_of_the_next_dispatch(tmp_path: Path) -> None:
+    config = m2n.Config(timeout_s=0.2, arrays="numpy")
+    with expert(tmp_path), m2n.AttentionComm(0, SHAPE, ONE, tmp_path, config=config) as comm:
+        comm.dispatch_send(X[:0], comm.route(IDS[:0], WEIGHTS[:0]))
+        assert comm.combine_recv().shape == (0, 64)  # not awaited here
+        with pytest.raises(m2n.Timeout, match="has not answered the last, empty message"):
+            dispatch(comm)
+
+
+def test_an_expert_that_is_not_hosted_is_refused_by_name(tmp_path: Path) -> None:
+    """Two sides with different placements: until failover exists, a refusal is an error, and the slot is free again."""
+    wrong = m2n.Placement([[0], [0], [0], [1]])
+    with expert(tmp_path, wrong, 0) as server, expert(tmp_path, wrong, 1) as other, attention(tmp_path, TWO) as comm:
+        dispatch(comm)  # thinks that expert 2 is on rank 1
+        threads = [threading.Thread(target=c.dispatch_recv, kwargs={"timeout": 1.0}) for c in (other,)]
+        for thread in threads:
+            thread.start()
+        answer(server)
+        with pytest.raises(m2n.ProtocolError, match="expert rank 1 does not host expert 2") as caught:
+            comm.combine_recv()
+        assert caught.value.peer == 1
+        for thread in threads:
+            thread.join()
+        comm.dispatch_send(X[:1], comm.route(IDS[:1], WEIGHTS[:1]))
+        answer(server)
+        assert np.isfinite(comm.combine_recv()).all()
+
+
+def test_closing_ends_a_wait_in_another_thread(tmp_path: Path) -> None:
+    comm = expert(tmp_path)
+    errors: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            comm.dispatch_recv(timeout=30)
+        except m2n.Error as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    time.sleep(0.1)
+    comm.close()
+    thread.join(SOON_S)
+    assert isinstance(errors[0], m2n.SetupError) and "closed" in str(errors[0])
+    with pytest.raises(m2n.SetupError, match="closed"):
+        comm.dispatch_recv()
+    comm.close()  # twice is no error
+
+
+def test_views_outlive_the_comm(tmp_path: Path) -> None:
+    with expert(tmp_path) as server, attention(tmp_path) as comm:
+        dispatch(comm)
+        batch = server.dispatch_recv()
+        window, index = batch.x, batch.row_index_by_expert
+    del batch, server, comm
+    gc.collect()
+    assert np.array_equal(window[index[0]], X[0])
+
+
+def test_use_after_fork_is_refused_and_says_no_goodbye(tmp_path: Path) -> None:
+    with expert(tmp_path) as server, attention(tmp_path) as comm:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                try:
+                    dispatch(comm)
+                except m2n.SetupError as error:
+                    comm.close()
+                    os._exit(0 if "fork" in str(error) else 2)
+                os._exit(3)
+            finally:
+                os._exit(4)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        dispatch(comm)
+        answer(server)
+        assert np.isfinite(comm.combine_recv()).all()
+
+
+def test_ctrl_c_ends_a_wait(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[2]); import bodies, m2n\n"
+        "from test_faults import SHAPE, ONE\n"
+        "comm = m2n.ExpertComm(0, SHAPE, ONE, sys.argv[1], config=bodies.NUMPY)\n"
+        "print('ready', flush=True)\n"
+        "comm.dispatch_recv(timeout=60)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=SOON_S)
+    assert "KeyboardInterrupt" in errors and process.returncode != 0
+
+
+def test_peer_indices_are_never_used_again(tmp_path: Path) -> None:
+    with expert(tmp_path, max_peers=2) as comm:
+        for _ in range(2):
+            with attention(tmp_path) as other:
+                dispatch(other)
+                answer(comm)
+                other.combine_recv()
+        with pytest.raises(m2n.SetupError, match="used up its max_peers=2"):
+            attention(tmp_path)
+        assert [peer.state for peer in comm.peers()] == ["left", "left"]
+
+
+def test_a_new_life_of_a_rank_replaces_the_old_one(start: Any, tmp_path: Path) -> None:
+    with expert(tmp_path) as comm:
+        start(bodies.attention_main, 0, ONE, "hold")
+        assert comm.wait_peer(0)
+        with attention(tmp_path) as newer:  # the old process is still there
+            while comm.peers()[0].state == "live":
+                time.sleep(0.01)
+            assert [peer.cause for peer in comm.peers()][0] == "a newer life of the same rank has joined"
+            comm.check()
+            dispatch(newer)
+            answer(comm)
+            assert np.isfinite(newer.combine_recv()).all()
+
+
+def open_files() -> list[str]:
+    """What this process holds open, by kind; the spawn context's own pipes are not ours."""
+    names = []
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            names.append(os.readlink(f"/proc/self/fd/{fd}"))
+    return sorted(name.split(":[")[0] for name in names if not name.startswith("pipe:"))
+
+
+def test_nothing_is_left_behind(start: Any, tmp_path: Path) -> None:
+    """No descriptor, mapping, shared-memory name or abstract socket, whether ranks close or are killed."""
+    run_ranks(bodies.pair([[]]), 1, 1, shape=SHAPE, config=bodies.NUMPY)  # the watcher's own descriptors stay
+    gc.collect()
+    files_before, shm_before = open_files(), set(os.listdir("/dev/shm"))
+    with expert(tmp_path) as comm:
+        address = json.loads(next(tmp_path.iterdir()).read_text())["address"]
+        assert f"@{address}" in Path("/proc/net/unix").read_text()
+        process = start(bodies.attention_main, 0, ONE, "die")
+        process.join()
+        with contextlib.suppress(m2n.PeerLost):  # its message may or may not be seen before its death
+            answer(comm)
+    del comm
+    gc.collect()
+    assert open_files() == files_before
+    assert "memfd:m2n" not in Path("/proc/self/maps").read_text()
+    assert set(os.listdir("/dev/shm")) == shm_before
+    assert f"@{address}" not in Path("/proc/net/unix").read_text()
+    assert not [child for child in psutil.Process().children() if "bodies" in " ".join(child.cmdline())]
+
+
+class FakePeer:
+    """An attention rank that writes what it likes into an expert rank's window."""
+
+    def __init__(self, server: m2n.ExpertComm, store: Path) -> None:
+        self._native = _C.AttentionComm(SHAPE._native(), 0, 4, "shm")
+        identity = bootstrap.Identity("default", "default", "attention", 0, SHAPE)
+        entry = bootstrap.json.loads(bootstrap.look_up(bootstrap_store(store), identity.store_key("expert", 0), 5.0))
+        self.connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.connection.connect("\0" + entry["address"])
+        offer = self._native.offer(0, entry["life"])
+        fds = [fd for fd, _ in offer["objects"]]
+        introduction = {**bootstrap._introduction(identity, offer), "to_life": entry["life"]}
+        bootstrap._send(self.connection, introduction, fds)
+        message, theirs = bootstrap._receive(self.connection)
+        assert "error" not in message
+        self.small = mmap.mmap(theirs[1], 0)
+        for fd in [*fds, *theirs]:
+            os.close(fd)
+        assert server.wait_peer(0)
+
+    def write(
+        self,
+        seq: int = 1,
+        num_rows: int = 1,
+        header_rows: int | None = None,
+        microbatch: int = 0,
+        flags: int = 0,
+        ids: tuple[int, ...] = (0, 1),
+        weights: tuple[float, ...] = (0.5, 0.5),
+    ) -> None:
+        num_slots = SHAPE.microbatches + 1
+        header_rows = num_rows if header_rows is None else header_rows
+        struct.pack_into("<6I", self.small, num_slots * 128, 0, microbatch, 0, flags, header_rows, 0)
+        ids_at = 2 * num_slots * 128
+        struct.pack_into("<2i", self.small, ids_at, *ids)
+        struct.pack_into("<2f", self.small, ids_at + num_slots * 128, *weights)
+        struct.pack_into("<Q", self.small, 0, num_rows << 32 | seq)
+
+
+def bootstrap_store(path: Path) -> Any:
+    from m2n.store import PathStore
+
+    return PathStore(path)
+
+
+@pytest.mark.parametrize(
+    "garbage, words",
+    [
+        ({"seq": 2}, "expected message 1"),
+        ({"seq": 0xFFFFFFFF}, "expected message 1"),
+        ({"num_rows": 9}, "bad number of rows 9"),
+        ({"num_rows": 0xFFFFFFFF}, "bad number of rows"),
+        ({"header_rows": 3}, "bad number of rows in the header 3"),
+        ({"microbatch": 1}, "bad microbatch 1"),
+        ({"flags": 128}, "bad flags 128"),
+        ({"ids": (4, 0)}, "expert id out of range: 4"),
+        ({"ids": (-2, 0)}, "expert id out of range: -2"),
+        ({"ids": (2**31 - 1, 0)}, "expert id out of range"),
+        ({"ids": (-1, 0)}, "expert id out of range: -1"),
+        ({"weights": (math.nan, 0.0)}, "weight not finite"),
+        ({"weights": (0.5, math.inf)}, "weight not finite"),
+    ],
+    ids=str,
+)
+def test_garbage_from_a_peer_is_a_protocol_error_and_the_peer_is_told(
+    garbage: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with expert(tmp_path) as server:
+        fake = FakePeer(server, tmp_path)
+        fake.write(**garbage)
+        with pytest.raises(m2n.ProtocolError, match=words) as caught:
+            server.dispatch_recv()
+        assert caught.value.peer == 0
+        fake.connection.settimeout(SOON_S)
+        assert fake.connection.recv(1) == b""  # the connection was closed: it knows
+        fake.connection.close()
+        server.recover(0)
+        with attention(tmp_path, rank=1) as comm:  # the others go on
+            dispatch(comm)
+            answer(server)
+            assert np.isfinite(comm.combine_recv()).all()
+
+
+def test_a_message_before_the_reply_is_a_protocol_error(tmp_path: Path) -> None:
+    with expert(tmp_path) as server:
+        fake = FakePeer(server, tmp_path)
+        fake.write()
+        batch = server.dispatch_recv()
+        fake.write(seq=2)
+        with pytest.raises(m2n.ProtocolError, match="after the reply to the last one"):
+            server.dispatch_recv()
+        server.combine_send(batch, batch.gather())
+        fake.connection.close()
+
+
+def test_garbage_at_the_listener_keeps_nobody_out(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with expert(tmp_path) as server:
+        identity = bootstrap.Identity("default", "default", "attention", 0, SHAPE)
+        entry = bootstrap.json.loads(bootstrap.look_up(bootstrap_store(tmp_path), identity.store_key("expert", 0), 5.0))
+        for garbage in (
+            b"",
+            b"\xff\xfe",
+            b"[]",
+            b"{}",
+            b'{"m2n": 1}',
+            b'{"m2n": 1, "shape": 3}',
+            b"[" * 60000,
+            b"1" * 65536,
+        ):
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            connection.connect("\0" + entry["address"])
+            try:
+                connection.send(garbage)
+                connection.settimeout(SOON_S)
+                connection.recv(4096)
+            except OSError:
+                pass
+            connection.close()
+        stuck = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        stuck.connect("\0" + entry["address"])
+        with attention(tmp_path) as comm:
+            dispatch(comm)
+            answer(server)
+            assert np.isfinite(comm.combine_recv()).all()
+        stuck.close()
+    assert "a peer could not join" in capfd.readouterr().err
