@@ -1,18 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loss, lateness, garbage, and the end of things: the right error at the right side, in time, and nothing left behind."""
+"""Loss, lateness, and the end of things: the right error at the right side, in time, and nothing left behind."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 import json
-import math
-import mmap
 import multiprocessing
 import os
 import signal
-import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -27,7 +23,6 @@ import psutil
 import pytest
 
 import m2n
-from m2n import _C, bootstrap
 from m2n.ranks import run_ranks
 from m2n.testing import expert_outputs
 
@@ -47,7 +42,7 @@ context = multiprocessing.get_context("spawn")
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Any]:
-    """start(main, rank, shape, placement, to_do) starts a process on the store in tmp_path; all are ended afterwards."""
+    """start(main, rank, placement, to_do) starts a process on the store in tmp_path; all are ended afterwards."""
     processes = []
 
     def begin(main: Any, rank: int, placement: m2n.Placement, to_do: str) -> Any:
@@ -359,131 +354,3 @@ def test_nothing_is_left_behind(start: Any, tmp_path: Path) -> None:
     assert set(os.listdir("/dev/shm")) == shm_before
     assert f"@{address}" not in Path("/proc/net/unix").read_text()
     assert not [child for child in psutil.Process().children() if "bodies" in " ".join(child.cmdline())]
-
-
-class FakePeer:
-    """An attention rank that writes what it likes into an expert rank's window."""
-
-    def __init__(self, server: m2n.ExpertComm, store: Path) -> None:
-        self._native = _C.AttentionComm(SHAPE._native(), 0, 4, "shm")
-        identity = bootstrap.Identity("default", "default", "attention", 0, SHAPE)
-        entry = bootstrap.json.loads(bootstrap.look_up(bootstrap_store(store), identity.store_key("expert", 0), 5.0))
-        self.connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.connection.connect("\0" + entry["address"])
-        offer = self._native.offer(0, entry["life"])
-        fds = [fd for fd, _ in offer["objects"]]
-        introduction = {**bootstrap._introduction(identity, offer), "to_life": entry["life"]}
-        bootstrap._send(self.connection, introduction, fds)
-        message, theirs = bootstrap._receive(self.connection)
-        assert "error" not in message
-        self.small = mmap.mmap(theirs[1], 0)
-        for fd in [*fds, *theirs]:
-            os.close(fd)
-        assert server.wait_peer(0)
-
-    def write(
-        self,
-        seq: int = 1,
-        num_rows: int = 1,
-        header_rows: int | None = None,
-        microbatch: int = 0,
-        flags: int = 0,
-        ids: tuple[int, ...] = (0, 1),
-        weights: tuple[float, ...] = (0.5, 0.5),
-    ) -> None:
-        num_slots = SHAPE.microbatches + 1
-        header_rows = num_rows if header_rows is None else header_rows
-        struct.pack_into("<6I", self.small, num_slots * 128, 0, microbatch, 0, flags, header_rows, 0)
-        ids_at = 2 * num_slots * 128
-        struct.pack_into("<2i", self.small, ids_at, *ids)
-        struct.pack_into("<2f", self.small, ids_at + num_slots * 128, *weights)
-        struct.pack_into("<Q", self.small, 0, num_rows << 32 | seq)
-
-
-def bootstrap_store(path: Path) -> Any:
-    from m2n.store import PathStore
-
-    return PathStore(path)
-
-
-@pytest.mark.parametrize(
-    "garbage, words",
-    [
-        ({"seq": 2}, "expected message 1"),
-        ({"seq": 0xFFFFFFFF}, "expected message 1"),
-        ({"num_rows": 9}, "bad number of rows 9"),
-        ({"num_rows": 0xFFFFFFFF}, "bad number of rows"),
-        ({"header_rows": 3}, "bad number of rows in the header 3"),
-        ({"microbatch": 1}, "bad microbatch 1"),
-        ({"flags": 128}, "bad flags 128"),
-        ({"ids": (4, 0)}, "expert id out of range: 4"),
-        ({"ids": (-2, 0)}, "expert id out of range: -2"),
-        ({"ids": (2**31 - 1, 0)}, "expert id out of range"),
-        ({"ids": (-1, 0)}, "expert id out of range: -1"),
-        ({"weights": (math.nan, 0.0)}, "weight not finite"),
-        ({"weights": (0.5, math.inf)}, "weight not finite"),
-    ],
-    ids=str,
-)
-def test_garbage_from_a_peer_is_a_protocol_error_and_the_peer_is_told(
-    garbage: dict[str, Any], words: str, tmp_path: Path
-) -> None:
-    with expert(tmp_path) as server:
-        fake = FakePeer(server, tmp_path)
-        fake.write(**garbage)
-        with pytest.raises(m2n.ProtocolError, match=words) as caught:
-            server.dispatch_recv()
-        assert caught.value.peer == 0
-        fake.connection.settimeout(SOON_S)
-        assert fake.connection.recv(1) == b""  # the connection was closed: it knows
-        fake.connection.close()
-        server.recover(0)
-        with attention(tmp_path, rank=1) as comm:  # the others go on
-            dispatch(comm)
-            answer(server)
-            assert np.isfinite(comm.combine_recv()).all()
-
-
-def test_a_message_before_the_reply_is_a_protocol_error(tmp_path: Path) -> None:
-    with expert(tmp_path) as server:
-        fake = FakePeer(server, tmp_path)
-        fake.write()
-        batch = server.dispatch_recv()
-        fake.write(seq=2)
-        with pytest.raises(m2n.ProtocolError, match="after the reply to the last one"):
-            server.dispatch_recv()
-        server.combine_send(batch, batch.gather())
-        fake.connection.close()
-
-
-def test_garbage_at_the_listener_keeps_nobody_out(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with expert(tmp_path) as server:
-        identity = bootstrap.Identity("default", "default", "attention", 0, SHAPE)
-        entry = bootstrap.json.loads(bootstrap.look_up(bootstrap_store(tmp_path), identity.store_key("expert", 0), 5.0))
-        for garbage in (
-            b"",
-            b"\xff\xfe",
-            b"[]",
-            b"{}",
-            b'{"m2n": 1}',
-            b'{"m2n": 1, "shape": 3}',
-            b"[" * 60000,
-            b"1" * 65536,
-        ):
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            connection.connect("\0" + entry["address"])
-            try:
-                connection.send(garbage)
-                connection.settimeout(SOON_S)
-                connection.recv(4096)
-            except OSError:
-                pass
-            connection.close()
-        stuck = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        stuck.connect("\0" + entry["address"])
-        with attention(tmp_path) as comm:
-            dispatch(comm)
-            answer(server)
-            assert np.isfinite(comm.combine_recv()).all()
-        stuck.close()
-    assert "a peer could not join" in capfd.readouterr().err
