@@ -14,6 +14,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import tiny_checkpoints as tiny  # noqa: E402
+
+import m2n.testing  # noqa: E402
 from m2n.reference_model.config import ModelConfig  # noqa: E402
 from m2n.reference_model.launcher import Launcher  # noqa: E402
 from m2n.reference_model.monolithic import MonolithicModel  # noqa: E402
@@ -21,8 +23,6 @@ from m2n.reference_model.result import RunResult  # noqa: E402
 from m2n.reference_model.run_config import RunConfig  # noqa: E402
 from m2n.reference_model.verify import verify  # noqa: E402
 from m2n.reference_model.worker import load_decoder, load_experts, run_attention, run_expert  # noqa: E402
-
-import m2n.testing  # noqa: E402
 
 NUM_NEW = 6
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -187,7 +187,7 @@ def test_each_side_reads_only_its_own_tensors(root: Path, monkeypatch: pytest.Mo
     ("family", "ranks", "microbatches"),
     [
         ("qwen3_moe", (1, 2), 2),
-        ("olmoe", (2, 1), 3),
+        pytest.param("olmoe", (2, 1), 3, marks=pytest.mark.slow),
         pytest.param("mixtral", (3, 2), 1, marks=pytest.mark.slow),
     ],
     ids=lambda value: f"{value[0]}x{value[1]}" if isinstance(value, tuple) else None,

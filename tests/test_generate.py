@@ -181,11 +181,13 @@ def test_ranks_do_not_outlive_a_killed_launcher(directory: Path, tmp_path: Path)
     wait_until_gone(children, FAILURE_S)
 
 
-def test_the_error_of_a_rank_is_the_error_of_the_run(directory: Path, tmp_path: Path) -> None:
+def test_the_error_of_a_rank_is_the_error_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunConfig(checkpoint=str(tmp_path))
     with pytest.raises(InputError, match=r"rank 0: cannot read .*config\.json"):
-        list(Launcher(RunConfig(checkpoint=str(tmp_path)), [[1]]).events())
-    with pytest.raises(RankFailed, match="rank 0 failed: RuntimeError: .*positive"):
-        list(Launcher(RunConfig(checkpoint=str(directory), num_threads=0), [[1]]).events())
+        list(Launcher(run, [[1]]).events())
+    monkeypatch.setattr(RunConfig, "as_dict", lambda self: {"nonsense": 1})
+    with pytest.raises(RankFailed, match="rank 0 failed: TypeError: .*nonsense"):
+        list(Launcher(run, [[1]]).events())
 
 
 @pytest.mark.slow
