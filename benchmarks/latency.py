@@ -71,19 +71,14 @@ def main() -> None:
                 runs[case].append(measure(program, *case, arguments.rounds))
         print(file=sys.stderr)
     rows = [
-        {"bytes": rows * ROW_BYTES, "receiver_reads": reads, **summarise(runs[rows, reads])} for rows, reads in cases
-    ]
-    print(
-        f"{'bytes':>8} {'read':>5} {'memcpy p50':>11} {'p99':>9} {'m2n p50':>9} {'p99':>9} {'p50 ratio':>10}   min..max"
-    )
-    for row in rows:
-        low, high = row["p50_ratio_min_max"]
-        print(
-            f"{row['bytes']:>8} {'yes' if row['receiver_reads'] else 'no':>5} {row['memcpy_p50_us']:>11} "
-    rows = [
         {"bytes": count * ROW_BYTES, "receiver_reads": reads, **summarise(runs[count, reads])} for count, reads in cases
     ]
-        )
+    columns = ("memcpy_p50_us", "memcpy_p99_us", "m2n_p50_us", "m2n_p99_us", "p50_ratio")
+    print(f"{'bytes':>8} {'read':>5}" + "".join(f"{column:>15}" for column in columns) + "   min..max")
+    for row in rows:
+        low, high = row["p50_ratio_min_max"]
+        is_read = "yes" if row["receiver_reads"] else "no"
+        print(f"{row['bytes']:>8} {is_read:>5}" + "".join(f"{row[key]:>15}" for key in columns) + f"   {low}..{high}")
     if arguments.json:
         machine = {"system": platform.platform(), "machine": platform.machine(), "python": platform.python_version()}
         result = {"machine": machine, "command": " ".join(sys.argv), "rows": rows}

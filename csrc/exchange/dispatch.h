@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "core/peer.h"
 #include "core/slot.h"
@@ -66,23 +67,23 @@ struct RecvResult {
   int32_t value = 0;
 };
 
-// Reads a message's ids and weights once into private memory, and checks the private copy, which alone is
-// used from then on. `expert_idx` maps a global id to the index of the local expert, or -1. Valid ids come
-// first in a row.
+// Copies a message's ids and weights once into private memory, and checks the private copy, which alone is used from
+// then on. `expert_idx` maps a global id to the index of the local expert, or -1. Valid ids come first in a row.
 M2N_HD inline RecvResult take_ids(const ArrivedMessage& message, uint32_t top_k, uint32_t num_experts,
                                   const int32_t* expert_idx, int32_t* ids, float* weights) {
+  const uint64_t num_bytes = uint64_t{message.num_rows} * top_k * sizeof(int32_t);
+  if (num_bytes != 0) {
+    memcpy(ids, message.window_ids, num_bytes);
+    memcpy(weights, message.window_weights, num_bytes);
+  }
   for (uint32_t row = 0; row < message.num_rows; ++row) {
-    const uint64_t from = static_cast<uint64_t>(row) * top_k;
+    const uint64_t from = uint64_t{row} * top_k;
     for (uint32_t k = 0; k < top_k; ++k) {
-      // Relaxed: the signal's acquire has ordered them; atomic so that a scribbling peer cannot make two
-      // reads differ.
-      const int32_t id = load_relaxed(message.window_ids + from + k);
-      const float weight = load_relaxed(message.window_weights + from + k);
-      ids[from + k] = id;
-      weights[from + k] = weight;
-      if (id == kNone && k == 0) return {RecvError::kIdRange, row, id};  // a row is sent for at least one expert
-      if (id == kNone) break;
+      const int32_t id = ids[from + k];
+      if (id == kNone && k > 0) break;
+      // A row is sent for at least one expert, so that -1 in front is out of range too.
       if (id < 0 || static_cast<uint32_t>(id) >= num_experts) return {RecvError::kIdRange, row, id};
+      const float weight = weights[from + k];
       if (!(weight - weight == 0.0f)) return {RecvError::kWeight, row, id};
       if (expert_idx[id] == kNone) return {RecvError::kNotHosted, row, id};
     }
