@@ -296,23 +296,17 @@ def _num_experts(raw: Mapping[str, Any], family: str) -> int:
     names = ("num_experts", "num_local_experts")
     values = {raw[name] for name in names if raw.get(name) is not None} or {_DEFAULTS[family]["num_experts"]}
     if len(values) > 1:
-        raise ConfigError(
-            f"num_experts {raw['num_experts']} and num_local_experts {raw['num_local_experts']} differ"
-        )
+        raise ConfigError(f"num_experts {raw['num_experts']} and num_local_experts {raw['num_local_experts']} differ")
     return _Reader({"num_experts": values.pop()}, {}).count("num_experts")
 
 
 def _check_heads(family: str, hidden: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
     if num_heads % num_kv_heads:
-        raise ConfigError(
-            f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
-        )
+        raise ConfigError(f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
     if head_dim % 2:
         raise ConfigError(f"head_dim {head_dim} must be even for rotary embeddings")
     if family == "olmoe" and head_dim * num_heads != hidden:
-        raise ConfigError(
-            f"head_dim {head_dim} is not supported for olmoe: its norms need hidden_size / heads"
-        )
+        raise ConfigError(f"head_dim {head_dim} is not supported for olmoe: its norms need hidden_size / heads")
 
 
 def _activation(name: Any) -> str:
@@ -346,13 +340,9 @@ def _sliding_window(raw: Mapping[str, Any], family: str, num_layers: int) -> int
     expected = "full_attention" if size is None else "sliding_attention"
     for layer_type in raw.get("layer_types") or []:
         if layer_type != expected:
-            raise ConfigError(
-                f"layer_types holds {layer_type!r} where sliding_window = {size!r} means {expected!r}"
-            )
+            raise ConfigError(f"layer_types holds {layer_type!r} where sliding_window = {size!r} means {expected!r}")
     if raw.get("layer_types") and len(raw["layer_types"]) != num_layers:
-        raise ConfigError(
-            f"layer_types names {len(raw['layer_types'])} layers, num_hidden_layers is {num_layers}"
-        )
+        raise ConfigError(f"layer_types names {len(raw['layer_types'])} layers, num_hidden_layers is {num_layers}")
     return size
 
 

@@ -49,9 +49,7 @@ class AttentionEngine:
         for sequence in self.scheduler.admit():
             self._prepare(sequence)
         plan = {idx: pieces for idx, pieces in enumerate(self.scheduler.plan()) if pieces}
-        batches = {
-            idx: self.decoder.begin([_span(piece) for piece in pieces]) for idx, pieces in plan.items()
-        }
+        batches = {idx: self.decoder.begin([_span(piece) for piece in pieces]) for idx, pieces in plan.items()}
         self._run_layers(plan, batches)
         new_tokens = [token for idx, pieces in plan.items() for token in self._draw(pieces, batches[idx])]
         self.num_steps += 1

@@ -49,9 +49,7 @@ class Interrupted(BaseException):
 class _Child:
     """One rank's process, with a thread each for its events and its standard error."""
 
-    def __init__(
-        self, role: str, rank: int, job: dict[str, Any], events: queue.Queue[tuple[_Child, Any]]
-    ) -> None:
+    def __init__(self, role: str, rank: int, job: dict[str, Any], events: queue.Queue[tuple[_Child, Any]]) -> None:
         self.role, self.rank = role, rank
         self.name = f"{role} rank {rank}"
         self.error: dict[str, Any] | None = None

@@ -90,9 +90,7 @@ class Attention:
 
         self.qkv = torch.cat([load(f"{part}_proj.weight") for part in "qkv"])
         self.out = load("o_proj.weight")
-        self.qkv_bias = (
-            torch.cat([load(f"{part}_proj.bias") for part in "qkv"]) if config.attention_bias else None
-        )
+        self.qkv_bias = torch.cat([load(f"{part}_proj.bias") for part in "qkv"]) if config.attention_bias else None
         self.out_bias = load("o_proj.bias") if config.attention_bias else None
         self.q_norm = load("q_norm.weight") if config.qk_norm != "none" else None
         self.k_norm = load("k_norm.weight") if config.qk_norm != "none" else None
@@ -110,9 +108,7 @@ class Attention:
 
     def _project(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         config, num_tokens = self.config, x_TH.shape[0]
-        widths = [
-            heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-        ]
+        widths = [heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
         q, k, v = F.linear(x_TH, self.qkv, self.qkv_bias).split(widths, dim=-1)
         if config.qk_norm == "full":
             q, k = self._norm(q, k)
@@ -176,9 +172,7 @@ def causal_mask(config: ModelConfig, start: int, num_tokens: int) -> torch.Tenso
 class Decoder:
     """The attention side: it runs each layer up to its experts and goes on when their answer is there."""
 
-    def __init__(
-        self, config: ModelConfig, checkpoint: Checkpoint, names: ExpertNames, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, names: ExpertNames, dtype: torch.dtype) -> None:
         self.config, self.dtype = config, dtype
 
         def load(name: str) -> torch.Tensor:
@@ -197,9 +191,7 @@ class Decoder:
             if has_experts:
                 self.router[layer] = load(names.router(layer))
             else:
-                gate, up, down = (
-                    load(f"{layers[layer]}.mlp.{part}_proj.weight") for part in ("gate", "up", "down")
-                )
+                gate, up, down = (load(f"{layers[layer]}.mlp.{part}_proj.weight") for part in ("gate", "up", "down"))
                 self.dense[layer] = (torch.cat((gate, up)), down)
         self.inverse_frequency, self.rope_factor = config.rope.frequencies()
 
@@ -216,9 +208,7 @@ class Decoder:
     def attend(self, layer: int, batch: Microbatch) -> None:
         """Attention of one layer and the norm after it: batch.expert_in_TH is then what the experts see."""
         eps = self.config.rms_norm_eps
-        batch.x_TH = batch.x_TH + self.attention[layer](
-            rms_norm(batch.x_TH, self.input_norm[layer], eps), batch
-        )
+        batch.x_TH = batch.x_TH + self.attention[layer](rms_norm(batch.x_TH, self.input_norm[layer], eps), batch)
         batch.expert_in_TH = rms_norm(batch.x_TH, self.ffn_norm[layer], eps)
 
     def route(self, layer: int, batch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:

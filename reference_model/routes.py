@@ -53,9 +53,7 @@ class RouteRecorder:
         same = {"layer": layer, "attention_rank": self.attention_rank, "step": step, "microbatch": microbatch}
         rows = {name: np.full(num_tokens, value, np.int32) for name, value in same.items()}
         rows["sequence"] = np.concatenate([np.full(count, idx, np.int32) for idx, _, count in starts])
-        rows["position"] = np.concatenate(
-            [np.arange(at, at + count, dtype=np.int32) for _, at, count in starts]
-        )
+        rows["position"] = np.concatenate([np.arange(at, at + count, dtype=np.int32) for _, at, count in starts])
         rows["topk_ids"] = ids_TK.numpy().astype(np.int32)
         rows["topk_weights"] = weights_TK.numpy().astype(np.float32)
         self._rows.append(rows)

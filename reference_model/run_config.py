@@ -86,9 +86,7 @@ class RunConfig:
     def check_model(self, config: ModelConfig) -> None:
         """Refuse what the model cannot do."""
         if self.expert_ranks > config.num_experts:
-            raise InputError(
-                f"{self.expert_ranks} expert ranks, but the model has {config.num_experts} experts"
-            )
+            raise InputError(f"{self.expert_ranks} expert ranks, but the model has {config.num_experts} experts")
 
     def shape(self, config: ModelConfig) -> m2n.Shape:
         """What travels between the ranks of this run."""

@@ -31,9 +31,7 @@ def verify(result: RunResult) -> dict[str, Any]:
     differences = []
     for idx, (theirs, ours) in enumerate(zip(expected, result.answers)):
         if theirs != ours:
-            differences.append(
-                _first_difference(model, idx, result.prompts[idx], theirs, ours, run.max_tokens)
-            )
+            differences.append(_first_difference(model, idx, result.prompts[idx], theirs, ours, run.max_tokens))
     num_tokens = sum(len(answer) for answer in expected)
     return {"identical": not differences, "tokens": num_tokens, "differences": differences}
 

@@ -93,9 +93,7 @@ def _stats(comm: Any, busy_s: float, wait_s: float, counts: dict[str, int]) -> d
     return {"busy_s": busy_s, "wait_s": wait_s, **counts, **moved}
 
 
-def run_rank(
-    run: RunConfig, role: str, rank: int, prompts: dict[int, list[int]], store: Any, emit: Emit
-) -> None:
+def run_rank(run: RunConfig, role: str, rank: int, prompts: dict[int, list[int]], store: Any, emit: Emit) -> None:
     """Load what this rank needs, connect, work, say goodbye. Emits "ready" once connected."""
     torch.set_num_threads(run.num_threads)
     config = ModelConfig.from_directory(run.checkpoint)

@@ -101,9 +101,7 @@ def test_answers_depend_neither_on_prefill_pieces_nor_on_batching(family: str, t
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_logits_are_near_those_of_transformers(
-    family: str, dtype: Any, tmp_path: Path
-) -> None:
+def test_half_precision_logits_are_near_those_of_transformers(family: str, dtype: Any, tmp_path: Path) -> None:
     reference = tiny.make_model(family, initializer_range=0.1)
     model = MonolithicModel(tiny.save(reference, tmp_path), dtype)
     reference = reference.to(dtype)
@@ -150,12 +148,9 @@ def test_sharded_and_fused_checkpoints_give_the_same_tokens(tmp_path: Path) -> N
     for layer in range(2):
         base = f"model.layers.{layer}.mlp.experts"
         parts = [
-            {p: tensors.pop(f"{base}.{e}.{p}.weight") for p in ("gate_proj", "up_proj", "down_proj")}
-            for e in range(8)
+            {p: tensors.pop(f"{base}.{e}.{p}.weight") for p in ("gate_proj", "up_proj", "down_proj")} for e in range(8)
         ]
-        tensors[f"{base}.gate_up_proj"] = torch.stack(
-            [torch.cat((p["gate_proj"], p["up_proj"])) for p in parts]
-        )
+        tensors[f"{base}.gate_up_proj"] = torch.stack([torch.cat((p["gate_proj"], p["up_proj"])) for p in parts])
         tensors[f"{base}.down_proj"] = torch.stack([p["down_proj"] for p in parts])
     save_file(tensors, single / "model.safetensors")
     assert MonolithicModel(single).generate(tiny.prompts(2), NUM_NEW) == expected
@@ -268,9 +263,7 @@ def test_an_option_that_is_not_supported_is_refused_by_name(
 
 
 def test_configurations_of_well_known_checkpoints_are_understood() -> None:
-    qwen = ModelConfig.from_dict(
-        {**QWEN, "max_window_layers": 48, "sliding_window": None, "rope_scaling": None}
-    )
+    qwen = ModelConfig.from_dict({**QWEN, "max_window_layers": 48, "sliding_window": None, "rope_scaling": None})
     assert (qwen.num_experts, qwen.top_k, qwen.expert_hidden, qwen.sliding_window) == (128, 8, 768, None)
     olmoe = ModelConfig.from_dict({**OLMOE, "clip_qkv": None, "rope_theta": 10000.0})
     assert (olmoe.num_experts, olmoe.num_kv_heads, olmoe.eos_token_ids) == (64, 16, {50279})
