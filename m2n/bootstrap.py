@@ -164,6 +164,7 @@ class Listener:
     def __init__(self, native: NativeComm, identity: Identity) -> None:
         self._native = native
         self._identity = identity
+        self._pid = os.getpid()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # The abstract namespace: nothing in the file system, gone with the process.
         self.address = "m2n-" + secrets.token_hex(16)
@@ -173,7 +174,10 @@ class Listener:
         self._thread.start()
 
     def close(self) -> None:
-        """Ends the thread and frees the address."""
+        """Ends the thread and frees the address. In a forked child only this process's descriptor goes."""
+        if os.getpid() != self._pid:
+            self._socket.close()
+            return
         try:
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes accept(), which close() alone would not
         except OSError:

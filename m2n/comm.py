@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from .shape import Config, Placement, Shape, require_int
 
 _open_ranks: set[tuple[str, str, str, int]] = set()
 _open_ranks_lock = threading.Lock()
+# A child owns none of its parent's comms, and may open ranks of the same names.
+os.register_at_fork(after_in_child=_open_ranks.clear)
 
 
 class PeerStatus(NamedTuple):

@@ -74,10 +74,9 @@ def run_expert(comm: m2n.ExpertComm, run: RunConfig, weights: ExpertWeights, emi
             continue
         wait_s += received - started
         num_batches, num_pairs = num_batches + 1, num_pairs + batch.num_pairs
-        x_RH, rows_P = torch.from_dlpack(batch.x), torch.from_dlpack(batch.row_index_by_expert)
-        offsets = torch.from_dlpack(batch.expert_offsets).tolist()
         # The rows are read where they landed: each expert gathers its own by index.
-        comm.combine_send(batch, weights.outputs(batch.layer, x_RH, rows_P, offsets))
+        offsets = batch.expert_offsets.tolist()
+        comm.combine_send(batch, weights.outputs(batch.layer, batch.x, batch.row_index_by_expert, offsets))
         busy_s += time.perf_counter() - received
     counts = {"batches": num_batches, "pairs": num_pairs}
     emit({"event": "done", "stats": _stats(comm, busy_s, wait_s, counts)})

@@ -264,16 +264,17 @@ def test_use_after_fork_is_refused_and_says_no_goodbye(tmp_path: Path) -> None:
     with expert(tmp_path) as server, attention(tmp_path) as comm:
         pid = os.fork()
         if pid == 0:
+            status = 3
             try:
-                try:
-                    dispatch(comm)
-                except m2n.SetupError as error:
-                    comm.close()
-                    os._exit(0 if "fork" in str(error) else 2)
-                os._exit(3)
-            finally:
-                os._exit(4)
+                dispatch(comm)
+            except m2n.SetupError as error:
+                status = 0 if "fork" in str(error) else 2
+            comm.close()
+            server.close()
+            os._exit(status)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        with attention(tmp_path, rank=1):  # the child's close() did not close the parent's door
+            pass
         dispatch(comm)
         answer(server)
         assert np.isfinite(comm.combine_recv()).all()

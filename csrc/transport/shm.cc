@@ -71,7 +71,8 @@ class ShmWindow final : public Window, public std::enable_shared_from_this<ShmWi
       std::lock_guard lock(local_objects().mutex);
       for (uint64_t id : ids_) local_objects().by_id.erase(id);
     }
-    munmap(base_, bytes());
+    // In a forked child the range is not ours: what lies there now belongs to somebody else.
+    if (fork_count_ == fork_count()) munmap(base_, bytes());
   }
 
   unsigned char* data() const override { return base_; }
@@ -102,6 +103,7 @@ class ShmWindow final : public Window, public std::enable_shared_from_this<ShmWi
   uint64_t object_bytes_;
   uint64_t stride_bytes_;
   uint32_t max_peers_;
+  const uint32_t fork_count_ = fork_count();
   unsigned char* base_ = nullptr;
   std::vector<uint64_t> ids_;
 };
@@ -132,10 +134,13 @@ class ShmMapping final : public Mapping {
     data_ = static_cast<unsigned char*>(data);
     madvise(data_, bytes, MADV_DONTFORK);
   }
-  ~ShmMapping() override { munmap(data_, bytes_); }
+  ~ShmMapping() override {
+    if (fork_count_ == fork_count()) munmap(data_, bytes_);
+  }
   unsigned char* data() const override { return data_; }
 
  private:
+  const uint32_t fork_count_ = fork_count();
   uint64_t bytes_;
   unsigned char* data_ = nullptr;
 };
