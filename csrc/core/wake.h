@@ -32,7 +32,7 @@ M2N_HD void wake_waiters(WakeWord* wake, WakeAll&& wake_all) {
 struct Registration {
   WakeWord* wake;
   M2N_HD explicit Registration(WakeWord* word) : wake(word) { add_seq_cst(&wake->waiters, 1u); }  // SYNC: wake-register
-  M2N_HD ~Registration() { add_seq_cst(&wake->waiters, static_cast<uint32_t>(-1)); }  // SYNC: wake-register
+  M2N_HD ~Registration() { add_seq_cst(&wake->waiters, static_cast<uint32_t>(-1)); }              // SYNC: wake-register
   Registration(const Registration&) = delete;
   Registration& operator=(const Registration&) = delete;
 };
