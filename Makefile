@@ -26,14 +26,14 @@ PYTHON_PATHS := m2n reference_model benchmarks tests
 DEMO_READY := $(if $(wildcard $(VENV)/.installed-test),$(VENV)/.installed-test,$(VENV)/.installed-model)
 BIN := "$(VENV)/bin"
 
-.PHONY: help demo test test-fast lint format clean
+.PHONY: help demo test test-fast lint format checkpoint clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 18
 
 demo: $(DEMO_READY)  ## text from two attention and two expert processes
 	$(BIN)/m2n-generate --attention-ranks 2 --expert-ranks 2 --microbatches 2 --max-new-tokens 64 \
-	  --prompt "In the beginning" --prompt "And it came to pass, that"
+	  --prompt "And it came to pass" --prompt "And the LORD said unto Moses"
 
 test: $(VENV)/.installed-test  ## all tests, the fast ones first (about 15 minutes on two cores)
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
@@ -51,6 +51,13 @@ format: $(VENV)/.installed-test  ## rewrites the sources in the house style
 	$(BIN)/ruff check --fix $(PYTHON_PATHS)
 	$(BIN)/ruff format $(PYTHON_PATHS)
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+CHECKPOINT ?= build/kjv-moe
+checkpoint: $(DEMO_READY)  ## trains the checkpoint that ships, anew, into CHECKPOINT=build/kjv-moe (an hour)
+	$(BIN)/python -m m2n.reference_model.train --output "$(CHECKPOINT)-base" --minutes 50
+	$(BIN)/python -m m2n.reference_model.train --init "$(CHECKPOINT)-base" --output "$(CHECKPOINT)" --minutes 9 \
+	  --learning-rate 8e-4 --warmup-steps 5 --loop-rows 8 --seed 1 --log-every 10 --save-minutes 60
+	$(BIN)/python -m m2n.reference_model.train --evaluate "$(CHECKPOINT)"
 
 clean:  ## removes the environment and everything built
 	rm -rf "$(VENV)" build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
