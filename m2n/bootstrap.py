@@ -68,7 +68,7 @@ def _send(connection: socket.socket, message: dict[str, Any], fds: list[int]) ->
 
 def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
     """One message and its descriptors. Raises SetupError when it is none of ours."""
-    data, fds, flags, _ = socket.recv_fds(connection, _MAX_MESSAGE_BYTES, _NUM_OBJECTS)
+    data, fds, flags, _ = socket.recv_fds(connection, _MAX_MESSAGE_BYTES, _NUM_OBJECTS, socket.MSG_CMSG_CLOEXEC)
     try:
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
             raise ValueError("too long")
@@ -80,8 +80,6 @@ def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
     except ValueError as error:
         _close_all(fds)
         raise SetupError(f"handshake: not a message of m2n: {error}") from error
-    for fd in fds:
-        os.set_inheritable(fd, False)
     return message, fds
 
 
@@ -139,11 +137,13 @@ def _check_introduction(identity: Identity, message: dict[str, Any]) -> None:
                 "all ranks of a comm need the same Shape"
             )
     objects = message.get("objects")
-    numbers = [message.get("rank"), message.get("life"), message.get("process"), *(objects or [])]
     if not isinstance(objects, list) or len(objects) != _NUM_OBJECTS:
         raise SetupError(f"handshake: {theirs} sent no memory objects")
-    if any(not isinstance(number, int) or not 0 <= number < 2**64 for number in numbers):
-        raise SetupError(f"handshake: {theirs} sent a number that is none")
+    numbers = [(message.get("rank"), 32)]
+    numbers += [(number, 64) for number in (message.get("life"), message.get("process"), *objects)]
+    for number, bits in numbers:
+        if type(number) is not int or not 0 <= number < 2**bits:
+            raise SetupError(f"handshake: {theirs} sent a number that is none: {str(number)[:40]}")
 
 
 def _join(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import mmap
 import os
@@ -109,6 +110,12 @@ def test_a_message_before_the_reply_is_a_protocol_error(tmp_path: Path) -> None:
         fake.connection.close()
 
 
+def introduced(**changes: Any) -> bytes:
+    identity = bootstrap.Identity("default", "default", "attention", 0, SHAPE)
+    offer = {"process": 1, "objects": [(0, 1), (0, 2), (0, 3)]}
+    return json.dumps({**bootstrap._introduction(identity, offer), **changes}).encode()
+
+
 def test_garbage_at_the_listener_keeps_nobody_out(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with expert(tmp_path) as server:
         identity = bootstrap.Identity("default", "default", "attention", 0, SHAPE)
@@ -122,6 +129,13 @@ def test_garbage_at_the_listener_keeps_nobody_out(tmp_path: Path, capfd: pytest.
             b'{"m2n": 1, "shape": 3}',
             b"[" * 60000,
             b"1" * 65536,
+            introduced(rank=2**40),
+            introduced(rank=True),
+            introduced(life=-1),
+            introduced(objects=[1, 2]),
+            introduced(objects=[1, 2, None]),
+            introduced(to_life=0),
+            introduced(),  # right in all, but without the descriptors
         ):
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             connection.connect("\0" + entry["address"])
