@@ -135,7 +135,7 @@ def test_garbage_at_the_listener_keeps_nobody_out(tmp_path: Path, capfd: pytest.
             introduced(objects=[1, 2]),
             introduced(objects=[1, 2, None]),
             introduced(to_life=0),
-            introduced(),  # right in all, but without the descriptors
+            introduced(to_life=entry["life"]),  # right in all, but without the descriptors
         ):
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             connection.connect("\0" + entry["address"])
