@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -80,7 +81,7 @@ def main() -> None:
         is_read = "yes" if row["receiver_reads"] else "no"
         print(f"{row['bytes']:>8} {is_read:>5}" + "".join(f"{row[key]:>15}" for key in columns) + f"   {low}..{high}")
     if arguments.json:
-        machine = {"system": platform.platform(), "machine": platform.machine(), "python": platform.python_version()}
+        machine = {"system": platform.system(), "machine": platform.machine(), "cores": os.cpu_count()}
         result = {"machine": machine, "command": " ".join(sys.argv), "rows": rows}
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -4,6 +4,8 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "core/peer.h"
 #include "core/slot.h"
@@ -18,9 +20,8 @@ inline constexpr uint32_t kSpan = 4;
 inline constexpr uint32_t kSpan = 256;  // elements summed at a time: in registers or the first cache level
 #endif
 
-// total = +0, then total = total + weight * row, for every row that `row_at(i)` gives (nullptr: nothing to
-// add), cast once into `out`. Both products and sums round separately. `weight_at(i)` nullptr-free variant:
-// see kUnweighted.
+// total = +0, then total = total + weight * row, for every row that `row_at(i)` gives (nullptr: nothing to add), cast
+// once into `out`. Products and sums round separately.
 template <bool kWeighted, class In, class Out, class RowAt, class WeightAt>
 M2N_HD void sum_span(Out* out, uint32_t begin, uint32_t end, uint32_t num_rows, RowAt&& row_at, WeightAt&& weight_at) {
   float total[kSpan];
@@ -63,6 +64,16 @@ struct CombineSend {
   const float* weights;          // of the batch
 };
 
+// The elements begin .. end of a row, cast once; rows of one type travel as they are.
+template <class In, class Out>
+M2N_HD void cast_span(Out* to, const In* from, uint32_t begin, uint32_t end) {
+  if constexpr (std::is_same_v<In, Out>) {
+    memcpy(to + begin, from + begin, (end - begin) * sizeof(Out));
+  } else {
+    for (uint32_t h = begin; h < end; ++h) to[h] = from_float<Out>(to_float(from[h]));
+  }
+}
+
 template <class In>
 M2N_HD const In* row_of(const unsigned char* base, uint64_t stride_bytes, uint64_t row) {
   return reinterpret_cast<const In*>(base + row * stride_bytes);
@@ -76,7 +87,7 @@ M2N_HD void put_reduced_rows(Exec& exec, const CombineSend& send, uint32_t hidde
         Out* to = out + static_cast<uint64_t>(row) * hidden;
         if (send.is_reduced) {
           const In* from = row_of<In>(send.y, send.y_stride_bytes, send.first_row + row);
-          for (uint32_t h = begin; h < end; ++h) to[h] = from_float<Out>(to_float(from[h]));
+          cast_span(to, from, begin, end);
           return;
         }
         const int32_t* pair = send.pair_position + send.pair_begin[send.first_row + row];
@@ -96,7 +107,7 @@ M2N_HD void put_pair_rows(Exec& exec, const CombineSend& send, uint32_t hidden, 
                 [&](uint32_t i, uint32_t begin, uint32_t end) {
                   const In* from = row_of<In>(send.y, send.y_stride_bytes, pair[i]);
                   Out* to = out + static_cast<uint64_t>(i) * hidden;
-                  for (uint32_t h = begin; h < end; ++h) to[h] = from_float<Out>(to_float(from[h]));
+                  cast_span(to, from, begin, end);
                 });
 }
 
