@@ -348,6 +348,7 @@ PYBIND11_MODULE(_C, module) {
   bind_expert(module);
   module.attr("has_cuda") = bool{M2N_HAS_CUDA};
   module.attr("sanitizer") = M2N_SANITIZE_NAME;
+  module.attr("version") = M2N_VERSION;
 }
 
 }  // namespace m2n::bindings

@@ -5,6 +5,7 @@ from typing import Any
 
 has_cuda: bool
 sanitizer: str
+version: str
 
 class Error(RuntimeError):
     peer: int | None

@@ -4,15 +4,11 @@
 from __future__ import annotations
 
 import platform
-from importlib import metadata
 from typing import Any
 
 from . import _C
 
-try:
-    __version__ = metadata.version("m2n")
-except metadata.PackageNotFoundError:  # run from a source tree that was never installed
-    __version__ = "0+unknown"
+__version__ = _C.version
 
 
 def features() -> dict[str, Any]:
