@@ -151,7 +151,7 @@ class ExpertComm(Comm):
             timeout: seconds; default: config.timeout_s.
 
         Returns:
-            The batch, or None when nothing had started by the timeout: idle is not an error.
+            The batch, or None when none was ready by the timeout: idle is not an error.
 
         Raises:
             PeerLost: an attention rank died and no batch is ready; recover(peer) goes on without it.

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import pickle
+import secrets
 import tempfile
 import threading
 import time
@@ -39,11 +41,25 @@ def serve(comm: ExpertComm, attention: int, apply: Callable[[Batch], Any], linge
             return num_batches
 
 
-def _run_rank(role: str, rank: int, fn: RankFunction, options: dict[str, Any], opened: list[Any] | None = None) -> Any:
-    with (AttentionComm if role == "attention" else ExpertComm)(rank, **options) as comm:
-        if opened is not None:
-            opened.append(comm)
-        return fn(comm)
+def _run_rank(
+    role: str,
+    rank: int,
+    fn: RankFunction,
+    options: dict[str, Any],
+    report: Callable[[BaseException], None],
+    opened: list[Any] | None = None,
+) -> Any:
+    """Opens the rank's comm and calls fn; what fails is reported before its peers can notice, and None returned."""
+    try:
+        with (AttentionComm if role == "attention" else ExpertComm)(rank, **options) as comm:
+            if opened is not None:
+                opened.append(comm)
+            try:
+                return fn(comm)
+            except BaseException as error:
+                report(error)
+    except BaseException as error:
+        report(error)
 
 
 def run_ranks(
@@ -86,7 +102,8 @@ def run_ranks(
             "store": store,
             "name": name,
             "max_peers": max_peers,
-            "config": config,
+            # A job of its own: ranks of an earlier run that failed may still be ending.
+            "config": dataclasses.replace(config or Config(), job=f"run_ranks-{secrets.token_hex(8)}"),
         }
         run = _run_processes if processes else _run_threads
         return run(ranks, of_role, options, time.monotonic() + timeout)
@@ -101,12 +118,8 @@ def _run_threads(
     ended = threading.Semaphore(0)
 
     def run(role: str, rank: int) -> None:
-        try:
-            results[role, rank] = _run_rank(role, rank, of_role[role], options, opened)
-        except BaseException as error:
-            errors.append(error)
-        finally:
-            ended.release()
+        results[role, rank] = _run_rank(role, rank, of_role[role], options, errors.append, opened)
+        ended.release()
 
     threads = [threading.Thread(target=run, args=rank, name=f"{rank[0]}-{rank[1]}", daemon=True) for rank in ranks]
     for thread in threads:
@@ -127,17 +140,16 @@ def _run_threads(
 
 
 def _process_main(connection: Connection, role: str, rank: int, fn: RankFunction, options: dict[str, Any]) -> None:
-    try:
-        outcome: tuple[str, Any] = ("result", _run_rank(role, rank, fn, options))
-    except BaseException as error:
+    def report(error: BaseException) -> None:
         if hasattr(error, "add_note"):  # Python 3.11
             error.add_note("".join(traceback.format_exception(error)))
         try:
             pickle.loads(pickle.dumps(error))
-            outcome = ("error", error)
         except Exception:
-            outcome = ("error", Error(f"{type(error).__name__}: {error}"))
-    connection.send(outcome)
+            error = Error(f"{type(error).__name__}: {error}")
+        connection.send(("error", error))
+
+    connection.send(("result", _run_rank(role, rank, fn, options, report)))
 
 
 def _run_processes(

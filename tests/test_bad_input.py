@@ -147,7 +147,23 @@ def test_arguments_of_the_verbs(pair: Any) -> None:
     for comm, peer in ((attention, 0), (expert, 0), (attention, 9)):
         with pytest.raises(ValueError, match="only a peer that is lost or has left"):
             comm.recover(peer)
+    other = dataclasses.replace(SHAPE, max_tokens=64)
+    with pytest.raises(ValueError, match="route: it was made for another Shape"):
+        attention.dispatch_send(X, m2n.Route.from_splits([3], IDS, WEIGHTS, shape=other))
+    route = attention.route(IDS, WEIGHTS)
+    with pytest.raises(ValueError, match="out of range"):
+        attention.route(IDS + 3, WEIGHTS, out=route)
+    assert (route.num_tokens, route.num_rows) == (0, 0)  # not half of one and half of the other
     nothing_was_sent(pair)
+
+
+def test_a_batch_of_another_comm(pair: Any, tmp_path: Path) -> None:
+    with m2n.ExpertComm(0, SHAPE, PLACEMENT, tmp_path, config=FAST) as expert:
+        with m2n.AttentionComm(0, SHAPE, PLACEMENT, tmp_path, config=FAST) as attention:
+            attention.dispatch_send(X, attention.route(IDS, WEIGHTS))
+            batch = expert.dispatch_recv()
+            with pytest.raises(ValueError, match="batch: it was received by another comm"):
+                pair[1].combine_send(batch, batch.gather())
 
 
 @pytest.mark.parametrize(

@@ -226,6 +226,34 @@ def test_an_idle_rank_is_not_waited_for() -> None:
     run_one(attention, expert, m=2)
 
 
+def test_a_poll_never_lingers() -> None:
+    workload = testing.make_workload(SHAPE, "uniform", 12)
+    is_over = threading.Event()
+
+    def attention(comm: m2n.AttentionComm) -> None:
+        for layer in range(1 + comm.rank):
+            comm.dispatch_send(workload.x, comm.route(workload.topk_ids, workload.topk_weights), layer=layer)
+            comm.combine_recv()
+        is_over.wait(20)
+
+    def expert(comm: m2n.ExpertComm) -> None:
+        seen: set[int] = set()
+        while len(seen) < 2:  # both ranks are expected from here on
+            batch = comm.dispatch_recv(layer=0, linger_us=0)
+            seen.update(batch.peers)
+            comm.combine_send(batch, batch.gather())
+        assert comm.wait_work(5) == (1, 0)
+        began = time.monotonic()
+        assert comm.dispatch_recv(linger_us=30e6, timeout=0) is None
+        assert comm.dispatch_recv(linger_us=30e6, timeout=0.01) is None
+        assert time.monotonic() - began < 10
+        batch = comm.dispatch_recv(linger_us=0, timeout=0)
+        comm.combine_send(batch, batch.gather())
+        is_over.set()
+
+    run_one(attention, expert, m=2)
+
+
 def test_waiting_for_any_of_several_microbatches() -> None:
     workload = testing.make_workload(SHAPE, "uniform", 11)
 
@@ -290,3 +318,18 @@ def test_microbatches_driven_by_different_threads() -> None:
         serve(comm, 1, lambda batch: testing.expert_outputs(batch, experts))
 
     run_ranks((attention, expert), 1, 2, shape=shape, config=bodies.NUMPY)
+
+
+def test_run_ranks_raises_the_error_that_came_first() -> None:
+    workload = testing.make_workload(SHAPE, "uniform", 13)
+
+    def attention(comm: m2n.AttentionComm) -> None:
+        comm.dispatch_send(workload.x, comm.route(workload.topk_ids, workload.topk_weights))
+        comm.combine_recv()  # ends with PeerLost, but only because the expert rank failed
+
+    def expert(comm: m2n.ExpertComm) -> None:
+        assert comm.dispatch_recv() is not None
+        raise KeyError("the cause")
+
+    with pytest.raises(KeyError, match="the cause"):
+        run_one(attention, expert)

@@ -105,6 +105,9 @@ void AttentionComm::send_to_peer(uint32_t peer_idx, uint32_t slot_idx, const Hea
 void AttentionComm::dispatch_send(const unsigned char* x, uint64_t x_stride_bytes, std::shared_ptr<const Route> route,
                                   uint32_t microbatch, uint32_t layer, int64_t deadline_ns) {
   require_microbatch(microbatch);
+  if (route->shape() != shape_) {
+    throw Error(Failure::kArgument, "route: it was made for another Shape than this comm's");
+  }
   Slot& slot = slots_[microbatch];
   if (slot.is_busy) {
     throw Error(Failure::kSlotBusy, "dispatch_send: microbatch " + std::to_string(microbatch) +

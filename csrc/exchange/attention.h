@@ -31,7 +31,8 @@ class Route {
   uint32_t num_rows() const { return view_.num_ranks == 0 ? 0 : view_.row_offsets[view_.num_ranks]; }
 
  private:
-  void raise(const RouteResult& result) const;
+  // Throws for an error, and leaves an empty route then.
+  void require_built(const RouteResult& result);
 
   Shape shape_;
   std::vector<uint32_t> counts_;  // row_offsets, next_row, pair_counts

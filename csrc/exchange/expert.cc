@@ -149,8 +149,7 @@ std::shared_ptr<Batch> ExpertComm::dispatch_recv(const RecvWanted& wanted, int64
     if (batch != nullptr) return batch;
     if (now_ns() < deadline_ns) continue;
     if (is_started && !wanted.attention_ranks.empty()) raise_timeout(wanted);
-    if (linger_until_ns == kNever) return nullptr;
-    deadline_ns = linger_until_ns;  // started before the deadline: lingering is short, so let it end
+    return nullptr;  // what has arrived stays, and goes on lingering from when it came
   }
 }
 
@@ -178,6 +177,7 @@ std::optional<Work> ExpertComm::wait_work(int64_t deadline_ns) {
 
 std::shared_ptr<Batch> ExpertComm::collect(const Work& work, const RecvWanted& wanted) {
   auto batch = std::make_shared<Batch>();
+  batch->owner = this;
   batch->layer = work.layer;
   batch->microbatch = work.microbatch;
   batch->expert_offsets.assign(num_local_experts_ + 1, 0);
@@ -252,6 +252,7 @@ void ExpertComm::build_lists(Batch& batch) {
 void ExpertComm::combine_send(Batch& batch, const unsigned char* y, uint64_t y_stride_bytes, DType y_dtype,
                               bool is_reduced) {
   require_usable();
+  if (batch.owner != this) throw Error(Failure::kArgument, "batch: it was received by another comm");
   if (batch.is_answered) throw Error(Failure::kArgument, "batch: combine_send was already called for it");
   batch.is_answered = true;
   for (const Batch::Message& message : batch.messages) {

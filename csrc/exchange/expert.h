@@ -22,6 +22,7 @@ struct Batch {
     uint32_t first_row;  // of the batch, in wire order
   };
 
+  const void* owner = nullptr;  // the comm that received it; only compared
   uint32_t layer = 0;
   uint32_t microbatch = 0;
   std::vector<Message> messages;  // ascending peer index
@@ -53,7 +54,7 @@ class ExpertComm final : public Comm {
   ExpertComm(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport,
              std::vector<uint32_t> local_experts);
 
-  // nullptr when nothing had started by the deadline.
+  // nullptr when no batch was ready by the deadline.
   std::shared_ptr<Batch> dispatch_recv(const RecvWanted& wanted, int64_t deadline_ns);
   // The (layer, microbatch) of the first message that waits to be received.
   std::optional<Work> wait_work(int64_t deadline_ns);

@@ -23,6 +23,8 @@ struct Shape {
   DType dispatch_dtype = DType::kBFloat16;
   DType combine_dtype = DType::kBFloat16;
   ReduceAt reduce_at = ReduceAt::kExpert;
+
+  bool operator==(const Shape&) const = default;
 };
 
 // The rows that one peer writes: [slots][max_rows][hidden], an object of its own in the owner's window.

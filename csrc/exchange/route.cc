@@ -33,21 +33,22 @@ void Route::build_from_topk(const int32_t* topk_ids, const float* topk_weights,
     const uint32_t num_replicas = static_cast<uint32_t>(rank_offsets[id + 1] - rank_offsets[id]);
     return static_cast<uint32_t>(ranks[rank_offsets[id] + (token + own_rank) % num_replicas]);
   };
-  raise(build_route(view_, shape_, topk_ids, topk_weights, rank_of));
+  require_built(build_route(view_, shape_, topk_ids, topk_weights, rank_of));
 }
 
 void Route::build_from_splits(const int32_t* topk_ids, const float* topk_weights, const std::vector<uint32_t>& splits) {
   std::vector<uint32_t> rank_of_row;
   for (uint32_t rank = 0; rank < splits.size(); ++rank) rank_of_row.insert(rank_of_row.end(), splits[rank], rank);
   const auto rank_of = [&](uint32_t token, uint32_t) { return rank_of_row[token]; };
-  raise(build_route(view_, shape_, topk_ids, topk_weights, rank_of));
+  require_built(build_route(view_, shape_, topk_ids, topk_weights, rank_of));
   if (num_rows() != view_.num_tokens) {
     throw Error(Failure::kArgument, "topk_ids: with ready-made splits every row needs at least one expert, but " +
                                         std::to_string(view_.num_tokens - num_rows()) + " rows have only -1");
   }
 }
 
-void Route::raise(const RouteResult& result) const {
+void Route::require_built(const RouteResult& result) {
+  if (result.error != RouteError::kNone) view_ = RouteView{};
   const std::string where = " at token " + std::to_string(result.token);
   switch (result.error) {
     case RouteError::kNone:
