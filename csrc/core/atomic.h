@@ -42,10 +42,6 @@ M2N_HD T load_acquire(const T* word) {
   return atomic_ref(word).load(order::memory_order_acquire);
 }
 template <class T>
-M2N_HD void store_relaxed(T* word, T value) {
-  atomic_ref(word).store(value, order::memory_order_relaxed);
-}
-template <class T>
 M2N_HD void store_release(T* word, T value) {
   atomic_ref(word).store(value, order::memory_order_release);
 }

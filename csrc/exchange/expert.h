@@ -63,8 +63,6 @@ class ExpertComm final : public Comm {
   // Gives up an attention rank that is lost or has left: nothing of it is waited for or served.
   void recover(uint32_t attention_rank);
 
-  uint32_t num_local_experts() const { return num_local_experts_; }
-
  private:
   // Kept per (peer, slot). `header` is the private copy of the message that waits there.
   struct Inbox {
