@@ -17,8 +17,10 @@ constexpr uint32_t kRounds = 2000;
 constexpr uint64_t kRowBytes = 512;
 
 struct ThreadExec {
-  uint32_t worker() const { return 0; }
-  uint32_t num_workers() const { return 1; }
+  uint32_t thread() const { return 0; }
+  uint32_t num_threads() const { return 1; }
+  uint32_t block() const { return 0; }
+  uint32_t num_blocks() const { return 1; }
   void sync() {}
   void wake(m2n::WakeWord*) {}
 };
@@ -35,8 +37,7 @@ void await(const Area& area, uint32_t seq) {
 void send(Area& area, uint32_t seq, const unsigned char* rows) {
   ThreadExec exec;
   m2n::put(exec, area.rows, rows, kRowBytes);
-  m2n::drain(exec);
-  m2n::signal(exec, m2n::PeerView{}, &area.signal, m2n::make_signal(1, seq));
+  if (m2n::drain(exec, nullptr)) m2n::signal(exec, m2n::PeerView{}, &area.signal, m2n::make_signal(1, seq));
 }
 
 // One slot, two threads: a message, and its reply as the credit for the next one.

@@ -42,6 +42,10 @@ M2N_HD T load_acquire(const T* word) {
   return atomic_ref(word).load(order::memory_order_acquire);
 }
 template <class T>
+M2N_HD void store_relaxed(T* word, T value) {
+  atomic_ref(word).store(value, order::memory_order_relaxed);
+}
+template <class T>
 M2N_HD void store_release(T* word, T value) {
   atomic_ref(word).store(value, order::memory_order_release);
 }
@@ -52,6 +56,10 @@ M2N_HD T load_seq_cst(const T* word) {
 template <class T>
 M2N_HD T add_seq_cst(T* word, T value) {
   return atomic_ref(word).fetch_add(value, order::memory_order_seq_cst);
+}
+template <class T>
+M2N_HD T add_acq_rel(T* word, T value) {
+  return atomic_ref(word).fetch_add(value, order::memory_order_acq_rel);
 }
 template <class T>
 M2N_HD T add_relaxed(T* word, T value) {

@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "core/arrive.h"
 #include "core/atomic.h"
 #include "core/platform.h"
 #include "core/slot.h"
@@ -23,32 +24,40 @@ enum class PeerState : uint32_t { kUnused, kLive, kLeft, kLost };
 
 enum class LossCause : uint32_t { kNone, kProcessDied, kConnectionClosed, kProtocol, kReplaced };
 
-// An Exec runs a body: `worker()` of `num_workers()`, `sync()` among them, `wake(WakeWord*)` after a signal.
-// A host thread is one worker; a GPU block is many.
+#if defined(__CUDA_ARCH__)
+// Pieces of one size, shared among the threads of the block.
+template <class Piece, class Exec>
+__device__ void put_pieces(Exec& exec, void* peer_bytes, const void* own_bytes, uint64_t num_bytes) {
+  auto* to = static_cast<Piece*>(peer_bytes);
+  const auto* from = static_cast<const Piece*>(own_bytes);
+  for (uint64_t i = exec.thread(); i < num_bytes / sizeof(Piece); i += exec.num_threads()) to[i] = from[i];
+}
+#endif
 
-// Copies bytes into a peer's memory. 16-byte pieces on the device, memcpy on the host; same contract: the
-// bytes are visible to whoever sees a signal stored after drain().
+// The threads of one block copy bytes into a peer's memory. 16-byte stores on the device, memcpy on the host; same
+// contract: the bytes are visible to whoever sees a signal stored after drain().
 template <class Exec>
 M2N_HD void put(Exec& exec, void* peer_bytes, const void* own_bytes, uint64_t num_bytes) {
 #if defined(__CUDA_ARCH__)
-  auto* to = static_cast<unsigned char*>(peer_bytes);
-  const auto* from = static_cast<const unsigned char*>(own_bytes);
-  for (uint64_t i = exec.worker(); i < num_bytes; i += exec.num_workers()) to[i] = from[i];
+  const uint64_t bits = reinterpret_cast<uint64_t>(peer_bytes) | reinterpret_cast<uint64_t>(own_bytes) | num_bytes;
+  if (bits % sizeof(uint4) == 0) return put_pieces<uint4>(exec, peer_bytes, own_bytes, num_bytes);
+  if (bits % sizeof(uint32_t) == 0) return put_pieces<uint32_t>(exec, peer_bytes, own_bytes, num_bytes);
+  put_pieces<unsigned char>(exec, peer_bytes, own_bytes, num_bytes);
 #else
-  if (exec.worker() == 0) std::memcpy(peer_bytes, own_bytes, num_bytes);
+  if (is_leader(exec)) std::memcpy(peer_bytes, own_bytes, num_bytes);
 #endif
 }
 
-// Ends a series of puts: all workers' writes precede what follows.
+// Ends a series of puts. True for the one thread that may signal: all blocks' writes precede what it does.
+// `arrivals` counts the blocks of this message; one block alone needs no count.
 template <class Exec>
-M2N_HD void drain(Exec& exec) {
-  exec.sync();
+M2N_HD bool drain(Exec& exec, uint32_t* arrivals) {
+  return arrive(exec, arrivals);
 }
 
-// Tells the peer that the slot is complete. Call after drain().
+// Tells the peer that the slot is complete. Call where drain() was true.
 template <class Exec>
 M2N_HD void signal(Exec& exec, const PeerView& peer, Signal* word, Signal value) {
-  if (exec.worker() != 0) return;
   store_signal(word, value);  // SYNC: slot-signal
   exec.wake(peer.wake);
 }

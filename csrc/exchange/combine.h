@@ -38,10 +38,13 @@ M2N_HD void sum_span(Out* out, uint32_t begin, uint32_t end, uint32_t num_rows, 
   for (uint32_t h = begin; h < end; ++h) out[h] = from_float<Out>(total[h - begin]);
 }
 
-template <class Body>
-M2N_HD void for_each_span(uint32_t worker, uint32_t num_workers, uint32_t num_rows, uint32_t hidden, Body&& body) {
+// Spans of all rows, shared among all threads of all blocks.
+template <class Exec, class Body>
+M2N_HD void for_each_span(const Exec& exec, uint32_t num_rows, uint32_t hidden, Body&& body) {
   const uint32_t spans = (hidden + kSpan - 1) / kSpan;
-  for (uint64_t i = worker; i < static_cast<uint64_t>(num_rows) * spans; i += num_workers) {
+  const uint64_t num_workers = uint64_t{exec.num_blocks()} * exec.num_threads();
+  uint64_t i = uint64_t{exec.block()} * exec.num_threads() + exec.thread();
+  for (; i < static_cast<uint64_t>(num_rows) * spans; i += num_workers) {
     const uint32_t begin = static_cast<uint32_t>(i % spans) * kSpan;
     body(static_cast<uint32_t>(i / spans), begin, begin + kSpan < hidden ? begin + kSpan : hidden);
   }
@@ -62,6 +65,7 @@ struct CombineSend {
   const int32_t* pair_begin;     // of the batch
   const int32_t* pair_position;  // of the batch
   const float* weights;          // of the batch
+  uint32_t* arrivals;            // of the blocks that run this; nullptr for one
 };
 
 // The elements begin .. end of a row, cast once; rows of one type travel as they are.
@@ -82,33 +86,31 @@ M2N_HD const In* row_of(const unsigned char* base, uint64_t stride_bytes, uint64
 // reduce_at=expert: one reply row per row, the weighted sum over its experts in ascending global expert id.
 template <class In, class Out, class Exec>
 M2N_HD void put_reduced_rows(Exec& exec, const CombineSend& send, uint32_t hidden, Out* out) {
-  for_each_span(
-      exec.worker(), exec.num_workers(), send.num_rows, hidden, [&](uint32_t row, uint32_t begin, uint32_t end) {
-        Out* to = out + static_cast<uint64_t>(row) * hidden;
-        if (send.is_reduced) {
-          const In* from = row_of<In>(send.y, send.y_stride_bytes, send.first_row + row);
-          cast_span(to, from, begin, end);
-          return;
-        }
-        const int32_t* pair = send.pair_position + send.pair_begin[send.first_row + row];
-        const uint32_t num_pairs =
-            static_cast<uint32_t>(send.pair_begin[send.first_row + row + 1] - send.pair_begin[send.first_row + row]);
-        sum_span<true, In>(
-            to, begin, end, num_pairs, [&](uint32_t i) { return row_of<In>(send.y, send.y_stride_bytes, pair[i]); },
-            [&](uint32_t i) { return send.weights[pair[i]]; });
-      });
+  for_each_span(exec, send.num_rows, hidden, [&](uint32_t row, uint32_t begin, uint32_t end) {
+    Out* to = out + static_cast<uint64_t>(row) * hidden;
+    if (send.is_reduced) {
+      const In* from = row_of<In>(send.y, send.y_stride_bytes, send.first_row + row);
+      cast_span(to, from, begin, end);
+      return;
+    }
+    const int32_t* pair = send.pair_position + send.pair_begin[send.first_row + row];
+    const uint32_t num_pairs =
+        static_cast<uint32_t>(send.pair_begin[send.first_row + row + 1] - send.pair_begin[send.first_row + row]);
+    sum_span<true, In>(
+        to, begin, end, num_pairs, [&](uint32_t i) { return row_of<In>(send.y, send.y_stride_bytes, pair[i]); },
+        [&](uint32_t i) { return send.weights[pair[i]]; });
+  });
 }
 
 // reduce_at=attention: one reply row per (row, expert), unweighted, in wire order.
 template <class In, class Out, class Exec>
 M2N_HD void put_pair_rows(Exec& exec, const CombineSend& send, uint32_t hidden, Out* out) {
   const int32_t* pair = send.pair_position + send.pair_begin[send.first_row];
-  for_each_span(exec.worker(), exec.num_workers(), send.header.num_rows, hidden,
-                [&](uint32_t i, uint32_t begin, uint32_t end) {
-                  const In* from = row_of<In>(send.y, send.y_stride_bytes, pair[i]);
-                  Out* to = out + static_cast<uint64_t>(i) * hidden;
-                  cast_span(to, from, begin, end);
-                });
+  for_each_span(exec, send.header.num_rows, hidden, [&](uint32_t i, uint32_t begin, uint32_t end) {
+    const In* from = row_of<In>(send.y, send.y_stride_bytes, pair[i]);
+    Out* to = out + static_cast<uint64_t>(i) * hidden;
+    cast_span(to, from, begin, end);
+  });
 }
 
 // Reduces while it writes into the peer's window, then rings its signal.
@@ -127,18 +129,20 @@ M2N_HD void combine_send(Exec& exec, const Layout& layout, const Shape& shape, c
       }
     });
   });
-  put(exec, send.peer.small + layout.combine_small.header(send.slot), &send.header, sizeof(Header));
-  drain(exec);
+  if (exec.block() == 0) {
+    put(exec, send.peer.small + layout.combine_small.header(send.slot), &send.header, sizeof(Header));
+  }
+  if (!drain(exec, send.arrivals)) return;
   auto* word = reinterpret_cast<Signal*>(send.peer.small + layout.combine_small.signal(send.slot));
   signal(exec, send.peer, word, make_signal(send.header.num_rows, send.seq));
 }
 
-// A reply without rows: to an empty message, or a refusal.
+// A reply without rows: to an empty message, or a refusal. For one block.
 template <class Exec>
 M2N_HD void send_empty_reply(Exec& exec, const Layout& layout, const PeerView& peer, uint32_t slot, uint32_t seq,
                              const Header& header) {
   put(exec, peer.small + layout.combine_small.header(slot), &header, sizeof(Header));
-  drain(exec);
+  if (!drain(exec, nullptr)) return;
   auto* word = reinterpret_cast<Signal*>(peer.small + layout.combine_small.signal(slot));
   signal(exec, peer, word, make_signal(header.num_rows, seq));
 }
@@ -179,7 +183,7 @@ M2N_HD void combine_recv(Exec& exec, const Layout& layout, const Shape& shape, c
       }
       for (uint32_t h = begin; is_missing && h < end; ++h) y[h] = from_float<T>(bits_to_float(0x7FC00000u));
     };
-    for_each_span(exec.worker(), exec.num_workers(), recv.route.num_tokens, shape.hidden, sum);
+    for_each_span(exec, recv.route.num_tokens, shape.hidden, sum);
   });
 }
 

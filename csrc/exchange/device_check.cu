@@ -8,8 +8,10 @@ namespace m2n::device_check {
 
 // One block; a waiting GPU polls, so there is nobody to wake.
 struct BlockExec {
-  __device__ uint32_t worker() const { return threadIdx.x; }
-  __device__ uint32_t num_workers() const { return blockDim.x; }
+  __device__ uint32_t thread() const { return threadIdx.x; }
+  __device__ uint32_t num_threads() const { return blockDim.x; }
+  __device__ uint32_t block() const { return blockIdx.x; }
+  __device__ uint32_t num_blocks() const { return gridDim.x; }
   __device__ void sync() const { __syncthreads(); }
   __device__ void wake(WakeWord*) const {}
 };

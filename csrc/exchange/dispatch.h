@@ -23,29 +23,43 @@ struct DispatchSend {
   const int32_t* token_of_row;  // [R]
   const int32_t* ids;           // [R][top_k]
   const float* weights;         // [R][top_k]
+  uint32_t* arrivals;           // of the blocks that run this; nullptr for one
 };
+
+// Where the share of one of `num_parts` begins.
+M2N_HD constexpr uint32_t share(uint32_t num_items, uint32_t part, uint32_t num_parts) {
+  return static_cast<uint32_t>(uint64_t{num_items} * part / num_parts);
+}
 
 // Writes the rows straight from x into the peer's window, then rings its signal. The slot must be free.
 template <class Exec>
 M2N_HD void dispatch_send(Exec& exec, const Layout& layout, const DispatchSend& send) {
   const uint64_t row_bytes = layout.dispatch_rows.row_bytes;
   unsigned char* rows = send.peer.rows + layout.dispatch_rows.row_in_object(send.slot, 0) * row_bytes;
+  // Each block takes a run of the rows.
+  const uint32_t begin = share(send.header.num_rows, exec.block(), exec.num_blocks());
+  const uint32_t end = share(send.header.num_rows, exec.block() + 1, exec.num_blocks());
   uint32_t run = 1;
-  for (uint32_t row = 0; row < send.header.num_rows; row += run) {
+  for (uint32_t row = begin; row < end; row += run) {
     const uint64_t token = static_cast<uint64_t>(send.token_of_row[row]);
     // Neighbours in x that are neighbours in the window travel as one piece.
-    for (run = 1; send.x_stride_bytes == row_bytes && row + run < send.header.num_rows; ++run) {
+    for (run = 1; send.x_stride_bytes == row_bytes && row + run < end; ++run) {
       if (static_cast<uint64_t>(send.token_of_row[row + run]) != token + run) break;
     }
     put(exec, rows + row * row_bytes, send.x + token * send.x_stride_bytes, run * row_bytes);
   }
-  const uint64_t ids_bytes = static_cast<uint64_t>(send.header.num_rows) * layout.top_k * sizeof(int32_t);
-  if (ids_bytes != 0) {
-    put(exec, send.peer.small + layout.dispatch_small.ids(send.slot), send.ids, ids_bytes);
-    put(exec, send.peer.small + layout.dispatch_small.weights(send.slot), send.weights, ids_bytes);
+  if (begin != end) {
+    const uint64_t first = uint64_t{begin} * layout.top_k;
+    const uint64_t ids_bytes = uint64_t{end - begin} * layout.top_k * sizeof(int32_t);
+    const uint64_t ids_offset = first * sizeof(int32_t);
+    unsigned char* small = send.peer.small + ids_offset;
+    put(exec, small + layout.dispatch_small.ids(send.slot), send.ids + first, ids_bytes);
+    put(exec, small + layout.dispatch_small.weights(send.slot), send.weights + first, ids_bytes);
   }
-  put(exec, send.peer.small + layout.dispatch_small.header(send.slot), &send.header, sizeof(Header));
-  drain(exec);
+  if (exec.block() == 0) {
+    put(exec, send.peer.small + layout.dispatch_small.header(send.slot), &send.header, sizeof(Header));
+  }
+  if (!drain(exec, send.arrivals)) return;
   auto* word = reinterpret_cast<Signal*>(send.peer.small + layout.dispatch_small.signal(send.slot));
   signal(exec, send.peer, word, make_signal(send.header.num_rows, send.seq));
 }

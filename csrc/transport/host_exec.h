@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a CPU thread runs a body: one worker that waits by some pauses, some yields, then a futex.
+// How a CPU thread runs a body: one block of one thread that waits by some pauses, some yields, then a futex.
 #pragma once
 
 #include <linux/futex.h>
@@ -34,8 +34,10 @@ class HostExec {
  public:
   explicit HostExec(WakeWord* own_wake) : own_wake_(own_wake) {}
 
-  uint32_t worker() const { return 0; }
-  uint32_t num_workers() const { return 1; }
+  uint32_t thread() const { return 0; }
+  uint32_t num_threads() const { return 1; }
+  uint32_t block() const { return 0; }
+  uint32_t num_blocks() const { return 1; }
   void sync() {}
   void wake(WakeWord* wake) { wake_waiters(wake, futex_wake_all); }
 
