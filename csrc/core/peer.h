@@ -66,4 +66,24 @@ M2N_HD inline Signal poll_signal(const Signal* word) {
   return load_signal(word);  // SYNC: slot-signal
 }
 
+enum class Look : uint32_t {
+  kPending,
+  kArrived,
+  kGone,       // and nothing more will come
+  kViolation,  // a seq that the protocol does not allow
+};
+
+// One look of a waiter for the message after `last_seq`: the signal, then whether the peer is live, and if it is gone
+// the signal once more: what it completed before its end still counts.
+template <class IsLive>
+M2N_HD Look look_for(const Signal* word, uint32_t last_seq, IsLive&& is_live) {
+  Arrival arrival = classify(poll_signal(word), last_seq);
+  if (arrival == Arrival::kNone) {
+    if (is_live()) return Look::kPending;
+    arrival = classify(poll_signal(word), last_seq);
+    if (arrival == Arrival::kNone) return Look::kGone;
+  }
+  return arrival == Arrival::kNext ? Look::kArrived : Look::kViolation;
+}
+
 }  // namespace m2n

@@ -54,7 +54,7 @@ bool AttentionComm::is_free(uint32_t microbatch) {
   for (uint32_t peer_idx = 0; peer_idx < num_links(); ++peer_idx) {
     SendSeq& seq = send_seq(peer_idx, microbatch);
     if (!seq.awaits_reply()) continue;
-    if (reply_state(peer_idx, microbatch) == ReplyState::kPending) return false;
+    if (look_for_reply(peer_idx, microbatch) == Look::kPending) return false;
     seq.consumed = seq.sent;
   }
   return true;
@@ -132,17 +132,11 @@ void AttentionComm::dispatch_send(const unsigned char* x, uint64_t x_stride_byte
   }
 }
 
-AttentionComm::ReplyState AttentionComm::reply_state(uint32_t peer_idx, uint32_t slot) {
+Look AttentionComm::look_for_reply(uint32_t peer_idx, uint32_t slot) {
   const SendSeq& seq = send_seq(peer_idx, slot);
-  const auto look = [&] { return classify(poll_signal(own_signal(peer_idx, slot)), seq.sent - 1); };
-  Arrival arrival = look();
-  if (arrival == Arrival::kNone) {
-    if (state_of(links_[peer_idx]) == PeerState::kLive) return ReplyState::kPending;
-    // It is gone; what it had completed before still counts, so look once more.
-    arrival = look();
-    if (arrival == Arrival::kNone) return ReplyState::kGone;
-  }
-  if (arrival == Arrival::kNext) return ReplyState::kArrived;
+  const auto is_live = [&] { return state_of(links_[peer_idx]) == PeerState::kLive; };
+  const Look look = look_for(own_signal(peer_idx, slot), seq.sent - 1, is_live);
+  if (look != Look::kViolation) return look;
   const Signal seen = load_relaxed(own_signal(peer_idx, slot));  // relaxed: for the message only
   raise_violation(peer_idx, "microbatch " + std::to_string(slot) + ": expected reply " + std::to_string(seq.sent) +
                                 ", saw " + std::to_string(signal_seq(seen)));
@@ -159,9 +153,9 @@ bool AttentionComm::is_ready(uint32_t microbatch) {
   bool is_any_pending = false;
   for (uint32_t rank = 0; rank < slot.peer_of_rank.size(); ++rank) {
     if (!owes_rows(slot, rank)) continue;
-    const ReplyState state = reply_state(slot.peer_of_rank[rank], microbatch);
-    if (state == ReplyState::kGone) return true;
-    is_any_pending |= state == ReplyState::kPending;
+    const Look look = look_for_reply(slot.peer_of_rank[rank], microbatch);
+    if (look == Look::kGone) return true;
+    is_any_pending |= look == Look::kPending;
   }
   return !is_any_pending;
 }
@@ -183,7 +177,7 @@ int AttentionComm::wait_ready(const std::vector<uint32_t>& microbatches, int64_t
 void AttentionComm::wait_replies(Slot& slot, uint32_t slot_idx, int64_t deadline_ns) {
   if (wait([&] { return is_ready(slot_idx); }, deadline_ns) == WaitResult::kTimeout) {
     for (uint32_t rank = 0; rank < slot.peer_of_rank.size(); ++rank) {
-      if (!owes_rows(slot, rank) || reply_state(slot.peer_of_rank[rank], slot_idx) != ReplyState::kPending) continue;
+      if (!owes_rows(slot, rank) || look_for_reply(slot.peer_of_rank[rank], slot_idx) != Look::kPending) continue;
       throw Error(Failure::kTimeout,
                   "combine_recv(microbatch=" + std::to_string(slot_idx) + "): " + peer_name(rank) +
                       " is alive but has not replied to layer " + std::to_string(slot.layer) +
@@ -192,7 +186,7 @@ void AttentionComm::wait_replies(Slot& slot, uint32_t slot_idx, int64_t deadline
     }
   }
   for (uint32_t rank = 0; rank < slot.peer_of_rank.size(); ++rank) {
-    if (owes_rows(slot, rank) && reply_state(slot.peer_of_rank[rank], slot_idx) == ReplyState::kGone) {
+    if (owes_rows(slot, rank) && look_for_reply(slot.peer_of_rank[rank], slot_idx) == Look::kGone) {
       raise_lost(links_[slot.peer_of_rank[rank]], "combine_recv(microbatch=" + std::to_string(slot_idx) + ")");
     }
   }

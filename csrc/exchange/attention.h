@@ -71,11 +71,10 @@ class AttentionComm final : public Comm {
     std::vector<int32_t> peer_of_rank;  // snapshot: who owes a reply; -1: nobody, or given up
   };
 
-  enum class ReplyState { kPending, kArrived, kGone };
-
   SendSeq& send_seq(uint32_t peer_idx, uint32_t slot) { return send_seqs_[peer_idx * layout_.num_slots + slot]; }
   void require_microbatch(uint32_t microbatch) const;
-  ReplyState reply_state(uint32_t peer_idx, uint32_t slot);
+  // Never kViolation: that raises.
+  Look look_for_reply(uint32_t peer_idx, uint32_t slot);
   bool owes_rows(const Slot& slot, uint32_t rank) const;
   // Before anything is sent: every peer that gets rows is LIVE.
   void find_peers(const Route& route, std::vector<int32_t>& peer_of_rank);
