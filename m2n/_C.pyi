@@ -7,6 +7,8 @@ has_cuda: bool
 sanitizer: str
 version: str
 
+def start_seq_at(seq: int) -> None: ...
+
 class Error(RuntimeError):
     peer: int | None
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from . import arrays
+from . import _C, arrays
 from .ranks import run_ranks, serve
 from .shape import Placement, Shape
 
@@ -25,6 +25,7 @@ __all__ = [
     "oracle_combine",
     "run_ranks",
     "serve",
+    "start_seq_at",
 ]
 
 KINDS = ("uniform", "skewed", "one_expert", "zero_tokens", "one_token", "padded")
@@ -37,6 +38,15 @@ class Workload:
     x: Any
     topk_ids: Any
     topk_weights: Any
+
+
+def start_seq_at(seq: int) -> None:
+    """Comms made from here on in this process take `seq` as the number of the last message: the next one is seq + 1.
+
+    For tests of what happens where message numbers wrap, at 2**32: a link reaches it after billions of messages, or
+    at once after start_seq_at(2**32 - 3). Both sides of a link need the same; start_seq_at(0) is the default again.
+    """
+    _C.start_seq_at(seq)
 
 
 def make_workload(shape: Shape, kind: str = "uniform", seed: int = 0, num_tokens: int | None = None) -> Workload:

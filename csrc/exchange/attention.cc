@@ -8,7 +8,7 @@ namespace m2n {
 
 AttentionComm::AttentionComm(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport)
     : Comm(Role::kAttention, shape, rank, max_peers, transport),
-      send_seqs_(static_cast<size_t>(max_peers) * layout_.num_slots),
+      send_seqs_(static_cast<size_t>(max_peers) * layout_.num_slots, SendSeq{first_seq_, first_seq_, 0}),
       slots_(layout_.num_slots) {}
 
 void AttentionComm::require_microbatch(uint32_t microbatch) const {

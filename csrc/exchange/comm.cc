@@ -82,6 +82,10 @@ Comm::Offer Comm::offer(uint32_t peer_rank, uint64_t life) {
   link.life = life;
   const Handle rows = rows_window_->add_object(peer_idx);
   const Handle small = small_window_->add_object(peer_idx);
+  for (uint32_t slot = 0; slot < layout_.num_slots; ++slot) {
+    auto* word = const_cast<Signal*>(own_signal(peer_idx, slot));
+    store_relaxed(word, make_signal(0, first_seq_));  // relaxed: the handshake comes before the peer's first signal
+  }
   Handle wake = wake_handle_;
   wake.fd = fcntl(wake_handle_.fd, F_DUPFD_CLOEXEC, 0);
   // The entry is readable from here on, but not LIVE before attach().

@@ -37,6 +37,10 @@ struct PeerInfo {
 
 const char* describe(LossCause cause);
 
+// The seq that counts as the last one when a link is new. Not 0 only in tests, of the wrap at 2^32: both sides of a
+// link need the same. Read when a comm is made; Python's lock guards it.
+inline uint32_t g_first_seq = 0;
+
 class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
  public:
   enum class Role { kAttention, kExpert };
@@ -137,6 +141,7 @@ class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
   const uint32_t rank_;
   const uint32_t max_peers_;
   const uint32_t fork_count_;
+  const uint32_t first_seq_ = g_first_seq;
   std::vector<Link> links_;  // by peer index; fixed size, so that waiters may read while a peer joins
   Stats stats_;
 

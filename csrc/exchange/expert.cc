@@ -23,6 +23,7 @@ ExpertComm::ExpertComm(const Shape& shape, uint32_t rank, uint32_t max_peers, co
       expert_idx_(shape.num_experts, kNone),
       inboxes_(static_cast<size_t>(max_peers) * layout_.num_slots),
       next_(local_experts.size()) {
+  for (Inbox& box : inboxes_) box.seq = {first_seq_, first_seq_};
   for (uint32_t i = 0; i < num_local_experts_; ++i) expert_idx_.at(local_experts[i]) = static_cast<int32_t>(i);
 }
 
