@@ -90,6 +90,17 @@ def compile_control(sanitizer: Sanitizer, mutate: bool = False) -> Path:
 
 
 @functools.cache
+def compile_guard_control() -> Path:
+    """tests/guard_control.cc, with guard pages, under AddressSanitizer."""
+    ADDRESS.directory.mkdir(parents=True, exist_ok=True)
+    program = ADDRESS.directory / "guard_control"
+    sources = [TESTS / "guard_control.cc", *(ROOT / "csrc/transport" / name for name in ("shm.cc", "transport.cc"))]
+    options = [f"-fsanitize={ADDRESS.name}", "-DM2N_GUARD_PAGES", f"-I{ROOT / 'csrc'}"]
+    must([CXX, *FLAGS, *options, *sources, "-o", program])
+    return program
+
+
+@functools.cache
 def build(sanitizer: Sanitizer) -> Path:
     """Builds the library with a sanitizer; a directory to import this `m2n` from."""
     directory = sanitizer.directory
@@ -156,6 +167,39 @@ def test_the_slot_protocol_is_clean(sanitizer: Sanitizer) -> None:
 
 def test_the_slot_protocol_without_its_memory_orders_is_reported() -> None:
     assert "data race" in run([*fixed_addresses(), compile_control(THREAD, mutate=True), "protocol"]).stderr
+
+
+def test_guard_pages_leave_what_is_inside_alone() -> None:
+    done = run([compile_guard_control(), "inside"])
+    assert done.returncode == 0 and not REPORT.search(done.stderr), done.stderr
+
+
+@pytest.mark.parametrize("access", ["read", "write"])
+@pytest.mark.parametrize("end", ["front", "end"])
+@pytest.mark.parametrize("where", ["window", "peer"])
+def test_one_byte_outside_a_mapping_is_reported(where: str, end: str, access: str) -> None:
+    done = run([compile_guard_control(), where, end, access])
+    assert done.returncode != 0 and "AddressSanitizer: SEGV" in done.stderr, done.stdout + done.stderr
+
+
+def test_a_write_into_a_hole_between_objects_is_reported() -> None:
+    done = run([compile_guard_control(), "hole"])
+    assert done.returncode != 0 and "AddressSanitizer: SEGV" in done.stderr, done.stdout + done.stderr
+
+
+@both
+def test_the_sanitized_library_has_guard_pages_and_a_write_past_a_window_ends_it(
+    sanitizer: Sanitizer, tmp_path: Path
+) -> None:
+    code = (
+        "import ctypes, numpy as np; from m2n import _C, Shape;"
+        "shape = Shape(hidden=8, num_experts=4, top_k=2, max_tokens=4, dispatch_dtype='float32');"
+        "window = np.from_dlpack(_C.ExpertComm(shape._native(), 0, 2, 'shm', [0, 1]).window());"
+        "print('found', window.sum(), flush=True);"
+        "ctypes.memset(window.ctypes.data + window.nbytes, 1, 1)"
+    )
+    with pytest.raises(AssertionError, match=r"(?s)found 0\.0.*Sanitizer: SEGV"):
+        run_python(sanitizer, tmp_path, "-c", code)
 
 
 @both

@@ -37,6 +37,50 @@ int make_sealed_memfd(uint64_t bytes) {
   return fd;
 }
 
+// Test builds put a page that nobody may touch in front of every range and behind it: sanitizers do not know where a
+// mapping ends. Between the objects of a window there is none: its stride is the caller's, and holes are readable.
+#if defined(M2N_GUARD_PAGES)
+constexpr uint64_t kGuardBytes = kPageBytes;
+#else
+constexpr uint64_t kGuardBytes = 0;
+#endif
+
+// Reserved addresses, which objects are mapped into. What none covers reads as zero and costs no memory.
+class Range {
+ public:
+  explicit Range(uint64_t bytes) : bytes_(bytes) {
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void* base = mmap(nullptr, bytes + 2 * kGuardBytes, kGuardBytes == 0 ? PROT_READ : PROT_NONE, flags, -1, 0);
+    if (base == MAP_FAILED) fail("cannot reserve " + std::to_string(bytes) + " bytes of addresses", errno);
+    base_ = static_cast<unsigned char*>(base);
+    if (kGuardBytes != 0 && mprotect(data(), bytes, PROT_READ) != 0) fail("cannot place guard pages", errno);
+    madvise(base_, bytes + 2 * kGuardBytes, MADV_DONTFORK);
+  }
+  ~Range() {
+    // In a forked child the range is not ours: what lies there now belongs to somebody else.
+    if (fork_count_ == fork_count()) munmap(base_, bytes_ + 2 * kGuardBytes);
+  }
+  Range(const Range&) = delete;
+  Range& operator=(const Range&) = delete;
+
+  unsigned char* data() const { return base_ + kGuardBytes; }
+  uint64_t bytes() const { return bytes_; }
+
+  // Maps an object; 0, or an error number.
+  int map(uint64_t offset, int fd, uint64_t object_bytes) {
+    unsigned char* at = data() + offset;
+    const int flags = MAP_SHARED | MAP_FIXED | MAP_POPULATE;
+    if (mmap(at, object_bytes, PROT_READ | PROT_WRITE, flags, fd, 0) == MAP_FAILED) return errno;
+    madvise(at, object_bytes, MADV_DONTFORK);
+    return 0;
+  }
+
+ private:
+  const uint32_t fork_count_ = fork_count();
+  uint64_t bytes_;
+  unsigned char* base_;
+};
+
 class ShmWindow;
 
 // Objects of this process by id: ranks that are threads of one process share the owner's mapping, so that
@@ -58,43 +102,33 @@ LocalObjects& local_objects() {
 class ShmWindow final : public Window, public std::enable_shared_from_this<ShmWindow> {
  public:
   ShmWindow(uint64_t object_bytes, uint64_t stride_bytes, uint32_t max_peers)
-      : object_bytes_(object_bytes), stride_bytes_(stride_bytes), max_peers_(max_peers) {
-    // The reservation itself is the backing of all holes: readable zero pages that cost no memory.
-    void* base = mmap(nullptr, bytes(), PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (base == MAP_FAILED) fail("cannot reserve " + std::to_string(bytes()) + " bytes of addresses", errno);
-    base_ = static_cast<unsigned char*>(base);
-    madvise(base_, bytes(), MADV_DONTFORK);
-  }
+      : object_bytes_(object_bytes),
+        stride_bytes_(stride_bytes),
+        max_peers_(max_peers),
+        range_(stride_bytes * max_peers) {}
 
   ~ShmWindow() override {
-    {
-      std::lock_guard lock(local_objects().mutex);
-      for (uint64_t id : ids_) local_objects().by_id.erase(id);
-    }
-    // In a forked child the range is not ours: what lies there now belongs to somebody else.
-    if (fork_count_ == fork_count()) munmap(base_, bytes());
+    std::lock_guard lock(local_objects().mutex);
+    for (uint64_t id : ids_) local_objects().by_id.erase(id);
   }
 
-  unsigned char* data() const override { return base_; }
-  uint64_t bytes() const override { return stride_bytes_ * max_peers_; }
+  unsigned char* data() const override { return range_.data(); }
+  uint64_t bytes() const override { return range_.bytes(); }
 
   Handle add_object(uint32_t peer_idx) override {
     if (peer_idx >= max_peers_) throw Error(Failure::kSetup, "shm: peer index beyond max_peers");
     Handle handle;
     handle.bytes = object_bytes_;
     handle.fd = make_sealed_memfd(object_bytes_);
-    unsigned char* data = base_ + stride_bytes_ * peer_idx;
-    if (mmap(data, object_bytes_, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | MAP_POPULATE, handle.fd, 0) ==
-        MAP_FAILED) {
-      const int error_number = errno;
+    const uint64_t offset = stride_bytes_ * peer_idx;
+    if (const int error_number = range_.map(offset, handle.fd, object_bytes_); error_number != 0) {
       close(handle.fd);
       fail("cannot map an object", error_number);
     }
-    madvise(data, object_bytes_, MADV_DONTFORK);
     LocalObjects& objects = local_objects();
     std::lock_guard lock(objects.mutex);
     handle.id = objects.next_id++;
-    objects.by_id[handle.id] = {weak_from_this(), data};
+    objects.by_id[handle.id] = {weak_from_this(), data() + offset};
     ids_.push_back(handle.id);
     return handle;
   }
@@ -103,8 +137,7 @@ class ShmWindow final : public Window, public std::enable_shared_from_this<ShmWi
   uint64_t object_bytes_;
   uint64_t stride_bytes_;
   uint32_t max_peers_;
-  const uint32_t fork_count_ = fork_count();
-  unsigned char* base_ = nullptr;
+  Range range_;
   std::vector<uint64_t> ids_;
 };
 
@@ -120,7 +153,7 @@ class LocalMapping final : public Mapping {
 
 class ShmMapping final : public Mapping {
  public:
-  ShmMapping(int fd, uint64_t bytes) : bytes_(bytes) {
+  ShmMapping(int fd, uint64_t bytes) : range_(bytes) {
     struct stat status{};
     const int seals = fcntl(fd, F_GET_SEALS);
     if (fstat(fd, &status) != 0 || seals < 0 || (seals & F_SEAL_SHRINK) == 0 ||
@@ -129,20 +162,13 @@ class ShmMapping final : public Mapping {
                                        std::to_string(bytes) +
                                        " bytes; both sides must run the same version and shape");
     }
-    void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
-    if (data == MAP_FAILED) fail("cannot map the peer's memory object", errno);
-    data_ = static_cast<unsigned char*>(data);
-    madvise(data_, bytes, MADV_DONTFORK);
+    const int error_number = range_.map(0, fd, bytes);
+    if (error_number != 0) fail("cannot map the peer's memory object", error_number);
   }
-  ~ShmMapping() override {
-    if (fork_count_ == fork_count()) munmap(data_, bytes_);
-  }
-  unsigned char* data() const override { return data_; }
+  unsigned char* data() const override { return range_.data(); }
 
  private:
-  const uint32_t fork_count_ = fork_count();
-  uint64_t bytes_;
-  unsigned char* data_ = nullptr;
+  Range range_;
 };
 
 class ShmTransport final : public Transport {
