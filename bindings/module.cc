@@ -124,7 +124,13 @@ void attention_combine_recv(AttentionComm& comm, const py::object& y, uint32_t m
 std::shared_ptr<Batch> expert_dispatch_recv(ExpertComm& comm, std::optional<uint32_t> layer,
                                             std::optional<uint32_t> microbatch, double linger_us,
                                             const std::vector<uint32_t>& attention_ranks, double timeout_s) {
-  const RecvWanted wanted{layer, microbatch, static_cast<int64_t>(linger_us * 1e3), attention_ranks};
+  const Wanted wanted{!layer.has_value(),
+                      layer.value_or(0),
+                      !microbatch.has_value(),
+                      microbatch.value_or(0),
+                      static_cast<int64_t>(linger_us * 1e3),
+                      attention_ranks.data(),
+                      static_cast<uint32_t>(attention_ranks.size())};
   const int64_t deadline_ns = deadline_after(timeout_s);
   if (timeout_s == 0) return comm.dispatch_recv(wanted, 0);
   const py::gil_scoped_release release;
@@ -213,7 +219,7 @@ py::dict stats_dict(const Comm& comm) {
 
 py::list peers_list(const Comm& comm) {
   py::list list;
-  for (const PeerInfo& info : comm.peers()) {
+  for (const PeerInfo& info : comm.peer_infos()) {
     list.append(py::make_tuple(info.rank, state_name(info.state), info.life, describe(info.cause)));
   }
   return list;

@@ -24,6 +24,33 @@ enum class PeerState : uint32_t { kUnused, kLive, kLeft, kLost };
 
 enum class LossCause : uint32_t { kNone, kProcessDied, kConnectionClosed, kProtocol, kReplaced };
 
+// One peer, at an index that is never used again. `view` and `rank` are written before the entry is counted.
+struct PeerEntry {
+  PeerView view;
+  uint32_t rank;
+  uint32_t state;        // a PeerState
+  uint32_t is_given_up;  // by recover(): the caller knows that it is gone
+};
+
+// All peers of a rank, in memory that bodies can read wherever they run.
+struct PeerTable {
+  PeerEntry* entries;
+  uint32_t* count;
+
+  M2N_HD uint32_t size() const { return load_acquire(count); }  // SYNC: link-added
+  M2N_HD PeerState state(uint32_t peer_idx) const {
+    return static_cast<PeerState>(load_acquire(&entries[peer_idx].state));  // SYNC: peer-state
+  }
+  M2N_HD bool is_live(uint32_t peer_idx) const { return state(peer_idx) == PeerState::kLive; }
+  // The newest life of a rank, or -1.
+  M2N_HD int32_t find(uint32_t rank) const {
+    for (uint32_t i = size(); i-- > 0;) {
+      if (entries[i].rank == rank && state(i) != PeerState::kUnused) return static_cast<int32_t>(i);
+    }
+    return -1;
+  }
+};
+
 #if defined(__CUDA_ARCH__)
 // Pieces of one size, shared among the threads of the block.
 template <class Piece, class Exec>

@@ -36,11 +36,11 @@ void AttentionComm::find_peers(const Route& route, std::vector<int32_t>& peer_of
   const RouteView& view = route.view();
   peer_of_rank.assign(view.num_ranks, kNone);
   for (uint32_t rank = 0; rank < view.num_ranks; ++rank) {
-    const Link* link = find_link(rank);
-    if (link != nullptr && state_of(*link) == PeerState::kLive) {
-      peer_of_rank[rank] = static_cast<int32_t>(link - links_.data());
+    const int32_t peer_idx = peers_.find(rank);
+    if (peer_idx >= 0 && peers_.is_live(static_cast<uint32_t>(peer_idx))) {
+      peer_of_rank[rank] = peer_idx;
     } else if (view.row_offsets[rank + 1] != view.row_offsets[rank]) {
-      if (link != nullptr) raise_lost(*link, "dispatch_send");
+      if (peer_idx >= 0) raise_lost(static_cast<uint32_t>(peer_idx), "dispatch_send");
       throw Error(Failure::kPeerLost,
                   "dispatch_send: the route needs expert rank " + std::to_string(rank) +
                       ", which this rank never connected to; check the placement",
@@ -51,7 +51,7 @@ void AttentionComm::find_peers(const Route& route, std::vector<int32_t>& peer_of
 
 bool AttentionComm::is_free(uint32_t microbatch) {
   if (is_busy(microbatch)) return false;
-  for (uint32_t peer_idx = 0; peer_idx < num_links(); ++peer_idx) {
+  for (uint32_t peer_idx = 0; peer_idx < peers_.size(); ++peer_idx) {
     SendSeq& seq = send_seq(peer_idx, microbatch);
     if (!seq.awaits_reply()) continue;
     if (look_for_reply(peer_idx, microbatch) == Look::kPending) return false;
@@ -62,20 +62,20 @@ bool AttentionComm::is_free(uint32_t microbatch) {
 
 void AttentionComm::finish_empty_messages(uint32_t slot_idx, int64_t deadline_ns) {
   if (wait([&] { return is_free(slot_idx); }, deadline_ns) == WaitResult::kReady) return;
-  for (uint32_t peer_idx = 0; peer_idx < num_links(); ++peer_idx) {
+  for (uint32_t peer_idx = 0; peer_idx < peers_.size(); ++peer_idx) {
     if (!send_seq(peer_idx, slot_idx).awaits_reply()) continue;
     throw Error(Failure::kTimeout,
-                "dispatch_send(microbatch=" + std::to_string(slot_idx) + "): " + peer_name(links_[peer_idx].rank) +
+                "dispatch_send(microbatch=" + std::to_string(slot_idx) + "): " + peer_name(rank_of(peer_idx)) +
                     " has not answered the last, empty message on this slot; is it still serving batches?",
-                static_cast<int>(links_[peer_idx].rank));
+                static_cast<int>(rank_of(peer_idx)));
   }
 }
 
 void AttentionComm::send_to_peer(uint32_t peer_idx, uint32_t slot_idx, const Header& header, const Slot& slot,
                                  const unsigned char* x, uint64_t x_stride_bytes) {
-  const Link& link = links_[peer_idx];
+  const uint32_t peer_rank = rank_of(peer_idx);
   DispatchSend send{};
-  send.peer = link.view;
+  send.peer = peers_.entries[peer_idx].view;
   send.slot = slot_idx;
   send.header = header;
   SendSeq& seq = send_seq(peer_idx, slot_idx);
@@ -83,14 +83,14 @@ void AttentionComm::send_to_peer(uint32_t peer_idx, uint32_t slot_idx, const Hea
   uint32_t reply_rows = 0;
   if (slot.route != nullptr) {
     const RouteView& view = slot.route->view();
-    const uint32_t first = view.row_offsets[link.rank];
-    send.header.num_rows = view.row_offsets[link.rank + 1] - first;
+    const uint32_t first = view.row_offsets[peer_rank];
+    send.header.num_rows = view.row_offsets[peer_rank + 1] - first;
     send.x = x;
     send.x_stride_bytes = x_stride_bytes;
     send.token_of_row = view.token_of_row + first;
     send.ids = view.ids + static_cast<uint64_t>(first) * shape_.top_k;
     send.weights = view.weights + static_cast<uint64_t>(first) * shape_.top_k;
-    reply_rows = shape_.reduce_at == ReduceAt::kExpert ? send.header.num_rows : view.pair_counts[link.rank];
+    reply_rows = shape_.reduce_at == ReduceAt::kExpert ? send.header.num_rows : view.pair_counts[peer_rank];
   }
   m2n::dispatch_send(exec_, layout_, send);
   seq.sent = send.seq;
@@ -134,7 +134,7 @@ void AttentionComm::dispatch_send(const unsigned char* x, uint64_t x_stride_byte
 
 Look AttentionComm::look_for_reply(uint32_t peer_idx, uint32_t slot) {
   const SendSeq& seq = send_seq(peer_idx, slot);
-  const auto is_live = [&] { return state_of(links_[peer_idx]) == PeerState::kLive; };
+  const auto is_live = [&] { return peers_.is_live(peer_idx); };
   const Look look = look_for(own_signal(peer_idx, slot), seq.sent - 1, is_live);
   if (look != Look::kViolation) return look;
   const Signal seen = load_relaxed(own_signal(peer_idx, slot));  // relaxed: for the message only
@@ -187,7 +187,8 @@ void AttentionComm::wait_replies(Slot& slot, uint32_t slot_idx, int64_t deadline
   }
   for (uint32_t rank = 0; rank < slot.peer_of_rank.size(); ++rank) {
     if (owes_rows(slot, rank) && look_for_reply(slot.peer_of_rank[rank], slot_idx) == Look::kGone) {
-      raise_lost(links_[slot.peer_of_rank[rank]], "combine_recv(microbatch=" + std::to_string(slot_idx) + ")");
+      raise_lost(static_cast<uint32_t>(slot.peer_of_rank[rank]),
+                 "combine_recv(microbatch=" + std::to_string(slot_idx) + ")");
     }
   }
 }
@@ -248,8 +249,8 @@ void AttentionComm::idle(int64_t deadline_ns) {
     header.microbatch = slot_idx;
     header.flags = kFlagIdleNext;
     slot.route.reset();
-    for (uint32_t peer_idx = 0; peer_idx < num_links(); ++peer_idx) {
-      if (state_of(links_[peer_idx]) == PeerState::kLive) send_to_peer(peer_idx, slot_idx, header, slot, nullptr, 0);
+    for (uint32_t peer_idx = 0; peer_idx < peers_.size(); ++peer_idx) {
+      if (peers_.is_live(peer_idx)) send_to_peer(peer_idx, slot_idx, header, slot, nullptr, 0);
     }
   }
 }

@@ -11,7 +11,7 @@
 namespace m2n {
 namespace {
 
-void check_shape(const Shape& shape, uint32_t max_peers, const Rows& rows) {
+uint32_t checked_max_peers(const Shape& shape, uint32_t max_peers, const Rows& rows) {
   const auto refuse = [](const std::string& text) { throw Error(Failure::kArgument, text); };
   if (shape.microbatches + 1 > kMaxSlots) {
     refuse("microbatches: at most " + std::to_string(kMaxSlots - 1) + ", got " + std::to_string(shape.microbatches));
@@ -24,6 +24,14 @@ void check_shape(const Shape& shape, uint32_t max_peers, const Rows& rows) {
     refuse("max_peers: a window of " + std::to_string(window_rows) +
            " rows cannot be indexed by int32; lower max_peers, max_tokens or microbatches");
   }
+  return max_peers;
+}
+
+// The count on a line of its own, then the entries.
+PeerTable make_peer_table(void* words, uint32_t max_peers) {
+  auto* entries = reinterpret_cast<PeerEntry*>(static_cast<unsigned char*>(words) + kLineBytes);
+  for (uint32_t i = 0; i < max_peers; ++i) new (entries + i) PeerEntry{};
+  return {entries, new (words) uint32_t{0}};
 }
 
 }  // namespace
@@ -47,17 +55,19 @@ const char* describe(LossCause cause) {
 Comm::Comm(Role role, const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport)
     : role_(role),
       shape_(shape),
-      layout_(make_layout(shape)),
-      rank_(rank),
-      max_peers_(max_peers),
-      fork_count_(m2n::fork_count()),
       transport_(make_transport(transport)),
+      layout_(make_layout(shape, transport_->page_bytes())),
+      rank_(rank),
+      max_peers_(checked_max_peers(shape, max_peers, rows())),
+      fork_count_(m2n::fork_count()),
+      words_(transport_->make_words(kLineBytes + max_peers * sizeof(PeerEntry))),
+      peers_(make_peer_table(words_.get(), max_peers)),
+      host_transport_(make_host_transport()),
       exec_(nullptr) {
-  check_shape(shape, max_peers, rows());
   links_.resize(max_peers);
   rows_window_ = transport_->make_window(rows().object_bytes, rows().stride_bytes, max_peers);
   small_window_ = transport_->make_window(small().object_bytes, small().object_bytes, max_peers);
-  wake_window_ = transport_->make_window(kPageBytes, kPageBytes, 1);
+  wake_window_ = host_transport_->make_window(kPageBytes, kPageBytes, 1);
   wake_handle_ = wake_window_->add_object(0);
   own_wake_ = reinterpret_cast<WakeWord*>(wake_window_->data());
   exec_ = HostExec(own_wake_);
@@ -70,26 +80,25 @@ Comm::~Comm() {
 Comm::Offer Comm::offer(uint32_t peer_rank, uint64_t life) {
   require_usable();
   std::lock_guard lock(membership_mutex_);
-  const uint32_t peer_idx = num_links_;
+  const uint32_t peer_idx = peers_.size();
   if (peer_idx == max_peers_) {
     throw Error(Failure::kSetup,
                 own_name() + " has used up its max_peers=" + std::to_string(max_peers_) +
                     " peer indices (each life of a peer takes one); make it with a larger max_peers",
                 static_cast<int>(peer_rank));
   }
-  Link& link = links_[peer_idx];
-  link.rank = peer_rank;
-  link.life = life;
+  peers_.entries[peer_idx].rank = peer_rank;
+  links_[peer_idx].life = life;
   const Handle rows = rows_window_->add_object(peer_idx);
   const Handle small = small_window_->add_object(peer_idx);
   for (uint32_t slot = 0; slot < layout_.num_slots; ++slot) {
-    auto* word = const_cast<Signal*>(own_signal(peer_idx, slot));
-    store_relaxed(word, make_signal(0, first_seq_));  // relaxed: the handshake comes before the peer's first signal
+    small_window_->set_word(peer_idx * this->small().object_bytes + this->small().signal(slot),
+                            make_signal(0, first_seq_));
   }
   Handle wake = wake_handle_;
   wake.fd = fcntl(wake_handle_.fd, F_DUPFD_CLOEXEC, 0);
   // The entry is readable from here on, but not LIVE before attach().
-  store_release(&num_links_, peer_idx + 1);  // SYNC: link-added
+  store_release(peers_.count, peer_idx + 1);  // SYNC: link-added
   return {peer_idx, process_nonce(), {rows, small, wake}};
 }
 
@@ -103,42 +112,46 @@ void Comm::attach(uint32_t peer_idx, const std::vector<Handle>& handles, uint64_
   Link& link = links_.at(peer_idx);
   for (size_t i = 0; i < handles.size(); ++i) {
     Handle handle = handles[i];
-    handle.bytes = expected[i];  // never what the peer says
-    link.mappings.push_back(transport_->attach(handle, process));
+    handle.bytes = expected[i];                                     // never what the peer says
+    const auto& transport = i == 2 ? host_transport_ : transport_;  // the wake word is the host's
+    link.mappings.push_back(transport->attach(handle, process));
   }
-  link.view.rows = link.mappings[0]->data();
-  link.view.small = link.mappings[1]->data();
-  link.view.wake = reinterpret_cast<WakeWord*>(link.mappings[2]->data());
+  peers_.entries[peer_idx].view = {link.mappings[0]->data(), link.mappings[1]->data(),
+                                   reinterpret_cast<WakeWord*>(link.mappings[2]->data())};
 }
 
 void Comm::watch(uint32_t peer_idx, int connection_fd, int pidfd) {
   std::lock_guard lock(membership_mutex_);
   Link& link = links_.at(peer_idx);
-  store_release(&link.state, static_cast<uint32_t>(PeerState::kLive));  // SYNC: peer-state
+  set_state(peer_idx, PeerState::kLive);
   // After LIVE: the watcher may report the end of the link at once.
   link.ticket = watch_peer(shared_from_this(), peer_idx, connection_fd, pidfd);
   for (uint32_t i = 0; i < peer_idx; ++i) {
-    if (links_[i].rank == link.rank) drop_locked(links_[i], i, LossCause::kReplaced);
+    if (rank_of(i) == rank_of(peer_idx)) drop_locked(i, LossCause::kReplaced);
   }
   exec_.wake(own_wake_);
 }
 
 void Comm::drop_peer(uint32_t peer_idx, LossCause cause) {
   std::lock_guard lock(membership_mutex_);
-  drop_locked(links_.at(peer_idx), peer_idx, cause);
+  drop_locked(peer_idx, cause);
 }
 
-void Comm::drop_locked(Link& link, uint32_t peer_idx, LossCause cause) {
+void Comm::set_state(uint32_t peer_idx, PeerState state) {
+  store_release(&peers_.entries[peer_idx].state, static_cast<uint32_t>(state));  // SYNC: peer-state
+}
+
+void Comm::drop_locked(uint32_t peer_idx, LossCause cause) {
+  const Link& link = links_.at(peer_idx);
   // A goodbye that nobody has read yet still counts: it left before it was dropped.
   const bool has_left = link.ticket != 0 && unwatch_peer(link.ticket, /*say_goodbye=*/false);
-  if (state_of(link) != PeerState::kLive) return;
+  if (!peers_.is_live(peer_idx)) return;
   peer_gone(peer_idx, has_left ? PeerState::kLeft : PeerState::kLost, has_left ? LossCause::kNone : cause);
 }
 
 void Comm::peer_gone(uint32_t peer_idx, PeerState state, LossCause cause) {
-  Link& link = links_.at(peer_idx);
-  link.cause = cause;
-  store_release(&link.state, static_cast<uint32_t>(state));  // SYNC: peer-state
+  links_.at(peer_idx).cause = cause;
+  set_state(peer_idx, state);
   exec_.wake(own_wake_);
 }
 
@@ -148,57 +161,50 @@ void Comm::close() {
   store_release(&is_closed_, 1u);                // SYNC: comm-closed
   if (fork_count_ != m2n::fork_count()) return;  // a child owns neither the links nor the windows
   exec_.wake(own_wake_);
-  for (uint32_t i = 0; i < num_links(); ++i) {
+  for (uint32_t i = 0; i < peers_.size(); ++i) {
     if (links_[i].ticket != 0) unwatch_peer(links_[i].ticket, /*say_goodbye=*/true);
   }
 }
 
 void Comm::check() const {
   require_usable();
-  for (uint32_t i = 0; i < num_links(); ++i) {
-    if (is_lost(links_[i])) raise_lost(links_[i], "check()");
+  for (uint32_t i = 0; i < peers_.size(); ++i) {
+    if (is_lost(i)) raise_lost(i, "check()");
   }
 }
 
-const Comm::Link* Comm::find_link(uint32_t peer_rank) const {
-  for (uint32_t i = num_links(); i-- > 0;) {
-    if (links_[i].rank == peer_rank && state_of(links_[i]) != PeerState::kUnused) return &links_[i];
-  }
-  return nullptr;
-}
-
-bool Comm::is_lost(const Link& link) const {
-  return state_of(link) == PeerState::kLost && !link.is_recovered && find_link(link.rank) == &link;
+bool Comm::is_lost(uint32_t peer_idx) const {
+  return peers_.state(peer_idx) == PeerState::kLost && load_relaxed(&peers_.entries[peer_idx].is_given_up) == 0 &&
+         peers_.find(rank_of(peer_idx)) == static_cast<int32_t>(peer_idx);
 }
 
 uint32_t Comm::give_up(uint32_t peer_rank) {
   require_usable();
-  const Link* link = find_link(peer_rank);
-  if (link == nullptr || state_of(*link) == PeerState::kLive) {
+  const int32_t peer_idx = peers_.find(peer_rank);
+  if (peer_idx < 0 || peers_.is_live(static_cast<uint32_t>(peer_idx))) {
     throw Error(Failure::kArgument, "recover: " + peer_name(peer_rank) +
                                         " is not lost; only a peer that is lost or has left can be given up");
   }
-  const auto peer_idx = static_cast<uint32_t>(link - links_.data());
-  links_[peer_idx].is_recovered = true;
-  return peer_idx;
+  store_relaxed(&peers_.entries[peer_idx].is_given_up, 1u);  // relaxed: the state is what others act by
+  return static_cast<uint32_t>(peer_idx);
 }
 
 bool Comm::wait_peer(uint32_t peer_rank, int64_t deadline_ns) {
   const auto is_here = [&] {
-    const Link* link = find_link(peer_rank);
-    return link != nullptr && state_of(*link) == PeerState::kLive;
+    const int32_t peer_idx = peers_.find(peer_rank);
+    return peer_idx >= 0 && peers_.is_live(static_cast<uint32_t>(peer_idx));
   };
   return wait(is_here, deadline_ns) == WaitResult::kReady;
 }
 
-std::vector<PeerInfo> Comm::peers() const {
+std::vector<PeerInfo> Comm::peer_infos() const {
   std::vector<PeerInfo> infos;
-  for (uint32_t i = 0; i < num_links(); ++i) {
-    const PeerState state = state_of(links_[i]);
+  for (uint32_t i = 0; i < peers_.size(); ++i) {
+    const PeerState state = peers_.state(i);
     if (state == PeerState::kUnused) continue;
     // The cause is written before the state that needs one, and may be under way as long as the peer is LIVE.
     const LossCause cause = state == PeerState::kLive ? LossCause::kNone : links_[i].cause;
-    infos.push_back({links_[i].rank, links_[i].life, state, cause});
+    infos.push_back({rank_of(i), links_[i].life, state, cause});
   }
   return infos;
 }
@@ -233,16 +239,18 @@ std::string Comm::own_name() const {
   return (role_ == Role::kExpert ? "expert rank " : "attention rank ") + std::to_string(rank_);
 }
 
-void Comm::raise_lost(const Link& link, const std::string& doing) const {
-  const bool has_left = state_of(link) == PeerState::kLeft;
+void Comm::raise_lost(uint32_t peer_idx, const std::string& doing) const {
+  const uint32_t peer_rank = rank_of(peer_idx);
+  const bool has_left = peers_.state(peer_idx) == PeerState::kLeft;
   throw Error(Failure::kPeerLost,
-              doing + ": " + peer_name(link.rank) + (has_left ? " has left: " : " is lost: ") + describe(link.cause) +
-                  "; call recover(" + std::to_string(link.rank) + ") to go on without it",
-              static_cast<int>(link.rank));
+              doing + ": " + peer_name(peer_rank) + (has_left ? " has left: " : " is lost: ") +
+                  describe(links_[peer_idx].cause) + "; call recover(" + std::to_string(peer_rank) +
+                  ") to go on without it",
+              static_cast<int>(peer_rank));
 }
 
 void Comm::raise_violation(uint32_t peer_idx, const std::string& what) {
-  const uint32_t peer_rank = links_.at(peer_idx).rank;
+  const uint32_t peer_rank = rank_of(peer_idx);
   drop_peer(peer_idx, LossCause::kProtocol);
   throw Error(Failure::kProtocol, peer_name(peer_rank) + " broke the protocol and was dropped: " + what,
               static_cast<int>(peer_rank));

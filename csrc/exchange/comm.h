@@ -75,41 +75,34 @@ class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
   // Waits until `peer_rank` is there (LIVE); false at the deadline.
   bool wait_peer(uint32_t peer_rank, int64_t deadline_ns);
 
-  std::vector<PeerInfo> peers() const;
+  std::vector<PeerInfo> peer_infos() const;
   Stats stats() const;
   const Shape& shape() const { return shape_; }
   const Layout& layout() const { return layout_; }
   uint32_t rank() const { return rank_; }
   const std::shared_ptr<Window>& rows_window() const { return rows_window_; }
+  const std::shared_ptr<Window>& small_window() const { return small_window_; }
   uint64_t window_rows() const { return rows().stride_rows * max_peers_; }
 
  protected:
+  // What only this process needs of a peer, beside its PeerEntry.
   struct Link {
-    PeerView view;
-    uint32_t rank = 0;
     uint64_t life = 0;
-    uint32_t state = static_cast<uint32_t>(PeerState::kUnused);
     LossCause cause = LossCause::kNone;
-    bool is_recovered = false;  // LOST, and the caller knows
     uint64_t ticket = 0;
     std::vector<std::shared_ptr<Mapping>> mappings;
   };
 
-  // The newest link to a rank, or nullptr.
-  const Link* find_link(uint32_t peer_rank) const;
+  uint32_t rank_of(uint32_t peer_idx) const { return peers_.entries[peer_idx].rank; }
   // LOST, not given up, and no newer life of the rank has joined: the caller must know.
-  bool is_lost(const Link& link) const;
+  bool is_lost(uint32_t peer_idx) const;
   // Marks a lost or left rank as known to the caller; its peer index.
   uint32_t give_up(uint32_t peer_rank);
-  PeerState state_of(const Link& link) const {
-    return static_cast<PeerState>(load_acquire(&link.state));  // SYNC: peer-state
-  }
-  uint32_t num_links() const { return load_acquire(&num_links_); }  // SYNC: link-added
   void require_usable() const;
   // The peer's name in messages, as in "expert rank 3".
   std::string peer_name(uint32_t peer_rank) const;
   std::string own_name() const;
-  [[noreturn]] void raise_lost(const Link& link, const std::string& doing) const;
+  [[noreturn]] void raise_lost(uint32_t peer_idx, const std::string& doing) const;
   [[noreturn]] void raise_violation(uint32_t peer_idx, const std::string& what);
 
   const Signal* own_signal(uint32_t peer_idx, uint32_t slot) const {
@@ -137,25 +130,28 @@ class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
 
   const Role role_;
   const Shape shape_;
+  const std::unique_ptr<Transport> transport_;
   const Layout layout_;
   const uint32_t rank_;
   const uint32_t max_peers_;
   const uint32_t fork_count_;
   const uint32_t first_seq_ = g_first_seq;
-  std::vector<Link> links_;  // by peer index; fixed size, so that waiters may read while a peer joins
+  const std::shared_ptr<void> words_;
+  const PeerTable peers_;    // in words_; fixed size, so that waiters may read while a peer joins
+  std::vector<Link> links_;  // by peer index
   Stats stats_;
 
  private:
-  void drop_locked(Link& link, uint32_t peer_idx, LossCause cause);
+  void set_state(uint32_t peer_idx, PeerState state);
+  void drop_locked(uint32_t peer_idx, LossCause cause);
 
-  std::unique_ptr<Transport> transport_;
+  const std::unique_ptr<Transport> host_transport_;
   std::shared_ptr<Window> rows_window_;
   std::shared_ptr<Window> small_window_;
   std::shared_ptr<Window> wake_window_;
   Handle wake_handle_;
   WakeWord* own_wake_;
   std::mutex membership_mutex_;  // joining, dropping and closing; never taken by the watcher's call
-  uint32_t num_links_ = 0;
   uint32_t is_closed_ = 0;
 
  protected:

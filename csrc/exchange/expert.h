@@ -11,6 +11,7 @@
 #include "exchange/combine.h"
 #include "exchange/comm.h"
 #include "exchange/dispatch.h"
+#include "exchange/inbox.h"
 
 namespace m2n {
 
@@ -35,14 +36,6 @@ struct Batch {
   uint32_t num_pairs() const { return static_cast<uint32_t>(row_index_by_expert.size()); }
 };
 
-// What dispatch_recv is asked for.
-struct RecvWanted {
-  std::optional<uint32_t> layer;
-  std::optional<uint32_t> microbatch;
-  int64_t linger_ns = 50'000;             // how long to wait for others after the first message
-  std::vector<uint32_t> attention_ranks;  // not empty: strictly all of these, and no lingering
-};
-
 struct Work {
   uint32_t layer;
   uint32_t microbatch;
@@ -55,7 +48,7 @@ class ExpertComm final : public Comm {
              std::vector<uint32_t> local_experts);
 
   // nullptr when no batch was ready by the deadline.
-  std::shared_ptr<Batch> dispatch_recv(const RecvWanted& wanted, int64_t deadline_ns);
+  std::shared_ptr<Batch> dispatch_recv(const Wanted& wanted, int64_t deadline_ns);
   // The (layer, microbatch) of the first message that waits to be received.
   std::optional<Work> wait_work(int64_t deadline_ns);
   // y: [P][hidden] expert-major, or with is_reduced [R][hidden] in wire order, already weighted and summed.
@@ -64,33 +57,20 @@ class ExpertComm final : public Comm {
   void recover(uint32_t attention_rank);
 
  private:
-  // Kept per (peer, slot). `header` is the private copy of the message that waits there.
-  struct Inbox {
-    RecvSeq seq;
-    bool is_pending = false;
-    bool is_expected = false;  // has dispatched before, and did not say IDLE_NEXT
-    int64_t seen_ns = 0;
-    Header header{};
-  };
-
   Inbox& inbox(uint32_t peer_idx, uint32_t slot) { return inboxes_[peer_idx * layout_.num_slots + slot]; }
-  void scan();
-  void note_arrival(uint32_t peer_idx, uint32_t slot, Signal signal);
-  void reply_empty(uint32_t peer_idx, uint32_t slot, uint32_t num_rows, uint32_t detail);
-  bool matches(const Inbox& box, const RecvWanted& wanted) const;
-  bool is_served(uint32_t peer_idx) const;
-  // Is (layer, microbatch) complete enough to go? Else when lingering for it ends (INT64_MAX: no such time).
-  bool is_complete(const Work& work, const RecvWanted& wanted, int64_t* linger_until_ns);
-  std::optional<Work> find_complete(const RecvWanted& wanted, int64_t* linger_until_ns, bool* is_started);
-  std::shared_ptr<Batch> collect(const Work& work, const RecvWanted& wanted);
+  // Notes what has arrived; throws for a violation.
+  void look_around();
+  std::shared_ptr<Batch> collect(uint32_t layer, uint32_t microbatch, const Wanted& wanted);
   bool take_message(Batch& batch, uint32_t peer_idx, uint32_t slot);
   void build_lists(Batch& batch);
-  void raise_if_lost(const RecvWanted& wanted);
-  [[noreturn]] void raise_timeout(const RecvWanted& wanted);
+  [[noreturn]] void raise_breach(const Violation& violation);
+  void raise_if_lost(const Wanted& wanted);
+  [[noreturn]] void raise_timeout(const Wanted& wanted);
 
   uint32_t num_local_experts_;
   std::vector<int32_t> expert_idx_;  // global id -> local index, -1: not hosted
   std::vector<Inbox> inboxes_;       // [peer][slot]
+  const InboxView inbox_view_;
   // Held while looking and collecting, never while waiting: several threads may receive at once.
   std::mutex inbox_mutex_;
   std::vector<int32_t> ids_, next_;  // scratch of collect()

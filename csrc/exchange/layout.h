@@ -69,39 +69,39 @@ struct Layout {
   M2N_HD constexpr uint32_t retry_slot() const { return num_slots - 1; }
 };
 
-constexpr Rows make_rows(uint32_t num_slots, uint32_t max_rows, uint64_t row_bytes) {
+constexpr Rows make_rows(uint32_t num_slots, uint32_t max_rows, uint64_t row_bytes, uint64_t page_bytes) {
   Rows rows{};
   rows.row_bytes = row_bytes;
   rows.max_rows = max_rows;
-  rows.object_bytes = round_up(num_slots * static_cast<uint64_t>(max_rows) * row_bytes, kPageBytes);
-  rows.stride_bytes = round_up(rows.object_bytes, std::lcm(kPageBytes, row_bytes));
+  rows.object_bytes = round_up(num_slots * static_cast<uint64_t>(max_rows) * row_bytes, page_bytes);
+  rows.stride_bytes = round_up(rows.object_bytes, std::lcm(page_bytes, row_bytes));
   rows.stride_rows = rows.stride_bytes / row_bytes;
   return rows;
 }
 
-constexpr Small make_small(uint32_t num_slots, uint64_t ids_per_slot) {
+constexpr Small make_small(uint32_t num_slots, uint64_t ids_per_slot, uint64_t page_bytes) {
   Small small{};
   small.headers_offset = num_slots * kLineBytes;
   small.ids_offset = small.headers_offset + num_slots * kLineBytes;
   small.slot_ids_bytes = round_up(ids_per_slot * sizeof(int32_t), kLineBytes);
   small.weights_offset = small.ids_offset + num_slots * small.slot_ids_bytes;
-  small.object_bytes = round_up(small.weights_offset + num_slots * small.slot_ids_bytes, kPageBytes);
+  small.object_bytes = round_up(small.weights_offset + num_slots * small.slot_ids_bytes, page_bytes);
   return small;
 }
 
-constexpr Layout make_layout(const Shape& shape) {
+constexpr Layout make_layout(const Shape& shape, uint64_t page_bytes) {
   Layout layout{};
   layout.num_slots = shape.microbatches + 1;
   layout.top_k = shape.top_k;
   const uint64_t ids_per_slot = static_cast<uint64_t>(shape.max_tokens) * shape.top_k;
   const uint32_t reply_rows =
       shape.reduce_at == ReduceAt::kExpert ? shape.max_tokens : static_cast<uint32_t>(ids_per_slot);
-  layout.dispatch_rows =
-      make_rows(layout.num_slots, shape.max_tokens, shape.hidden * uint64_t{dtype_bytes(shape.dispatch_dtype)});
-  layout.dispatch_small = make_small(layout.num_slots, ids_per_slot);
-  layout.combine_rows =
-      make_rows(layout.num_slots, reply_rows, shape.hidden * uint64_t{dtype_bytes(shape.combine_dtype)});
-  layout.combine_small = make_small(layout.num_slots, 0);
+  const uint64_t dispatch_row_bytes = shape.hidden * uint64_t{dtype_bytes(shape.dispatch_dtype)};
+  const uint64_t combine_row_bytes = shape.hidden * uint64_t{dtype_bytes(shape.combine_dtype)};
+  layout.dispatch_rows = make_rows(layout.num_slots, shape.max_tokens, dispatch_row_bytes, page_bytes);
+  layout.dispatch_small = make_small(layout.num_slots, ids_per_slot, page_bytes);
+  layout.combine_rows = make_rows(layout.num_slots, reply_rows, combine_row_bytes, page_bytes);
+  layout.combine_small = make_small(layout.num_slots, 0, page_bytes);
   return layout;
 }
 

@@ -39,6 +39,7 @@ class HostExec {
   uint32_t block() const { return 0; }
   uint32_t num_blocks() const { return 1; }
   void sync() {}
+  int64_t now_ns() const { return m2n::now_ns(); }
   void wake(WakeWord* wake) { wake_waiters(wake, futex_wake_all); }
 
   // Looks at ready() until it is true or the deadline (CLOCK_MONOTONIC) has passed; the last look comes after
@@ -56,7 +57,7 @@ class HostExec {
     }
     while (now_ns() < deadline_ns) {
       const auto sleep = [deadline_ns](const uint32_t* word, uint32_t seen) {
-        const int64_t left_ns = std::clamp<int64_t>(deadline_ns - now_ns(), 0, kSleepNs);
+        const int64_t left_ns = std::clamp<int64_t>(deadline_ns - m2n::now_ns(), 0, kSleepNs);
         const timespec slice{left_ns / 1'000'000'000LL, left_ns % 1'000'000'000LL};
         syscall(SYS_futex, word, FUTEX_WAIT, seen, &slice, nullptr, 0);
       };

@@ -9,9 +9,11 @@
 #include <cerrno>
 #include <cstring>
 #include <mutex>
+#include <new>
 #include <unordered_map>
 #include <vector>
 
+#include "core/atomic.h"
 #include "core/error.h"
 #include "transport/transport.h"
 
@@ -133,6 +135,10 @@ class ShmWindow final : public Window, public std::enable_shared_from_this<ShmWi
     return handle;
   }
 
+  void set_word(uint64_t offset, uint64_t value) override {
+    store_relaxed(reinterpret_cast<uint64_t*>(data() + offset), value);  // relaxed: the handshake comes before any peer
+  }
+
  private:
   uint64_t object_bytes_;
   uint64_t stride_bytes_;
@@ -174,6 +180,14 @@ class ShmMapping final : public Mapping {
 class ShmTransport final : public Transport {
  public:
   const char* name() const override { return "shm"; }
+  uint64_t page_bytes() const override { return kPageBytes; }
+
+  std::shared_ptr<void> make_words(uint64_t bytes) override {
+    const auto align = std::align_val_t{kLineBytes};
+    void* words = ::operator new(bytes, align);
+    std::memset(words, 0, bytes);
+    return {words, [align](void* data) { ::operator delete(data, align); }};
+  }
 
   std::shared_ptr<Window> make_window(uint64_t object_bytes, uint64_t stride_bytes, uint32_t max_peers) override {
     return std::make_shared<ShmWindow>(object_bytes, stride_bytes, max_peers);

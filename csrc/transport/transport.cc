@@ -19,6 +19,8 @@ std::unique_ptr<Transport> make_transport(const std::string& name) {
   throw Error(Failure::kSetup, "transport: '" + name + "' is not known to this build; known: shm");
 }
 
+std::unique_ptr<Transport> make_host_transport() { return make_shm_transport(); }
+
 namespace {
 
 std::atomic<uint32_t> g_fork_count{0};

@@ -36,12 +36,17 @@ class Window {
   virtual uint64_t bytes() const = 0;
   // Makes the object of `peer_idx`, zeroed, and a handle for it. Once per index; throws Error(kSetup).
   virtual Handle add_object(uint32_t peer_idx) = 0;
+  // Sets one word of the window before any peer can reach it.
+  virtual void set_word(uint64_t offset, uint64_t value) = 0;
 };
 
 class Transport {
  public:
   virtual ~Transport() = default;
   virtual const char* name() const = 0;
+  virtual uint64_t page_bytes() const = 0;
+  // Zeroed host memory that bodies can read and write wherever they work on these windows.
+  virtual std::shared_ptr<void> make_words(uint64_t bytes) = 0;
   // `object_bytes` and `stride_bytes` are rounded up to whole pages by the caller.
   virtual std::shared_ptr<Window> make_window(uint64_t object_bytes, uint64_t stride_bytes, uint32_t max_peers) = 0;
   // `process` is the maker's process_nonce(): inside one process both sides share one mapping. Takes the fd.
@@ -50,6 +55,8 @@ class Transport {
 
 // Names -> factories. Throws Error(kSetup) that lists what there is.
 std::unique_ptr<Transport> make_transport(const std::string& name);
+// The one for words that host threads of this machine wait on, whatever memory the rows lie in.
+std::unique_ptr<Transport> make_host_transport();
 
 // A random number that tells this process from every other one, made anew after fork.
 uint64_t process_nonce();

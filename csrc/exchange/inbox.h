@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: Apache-2.0
+// What an expert rank knows of arrived messages, and which batch goes next. Host and device run the same lines.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "core/peer.h"
+#include "core/slot.h"
+#include "exchange/combine.h"
+#include "exchange/layout.h"
+
+namespace m2n {
+
+// Kept per (attention peer, slot). `header` is the private copy of the message that waits there.
+struct Inbox {
+  RecvSeq seq;
+  bool is_pending = false;
+  bool is_expected = false;  // has dispatched before, and did not say IDLE_NEXT
+  int64_t seen_ns = 0;
+  Header header{};
+};
+
+struct InboxView {
+  Layout layout;
+  uint32_t max_tokens;
+  PeerTable peers;
+  const unsigned char* small;  // our own window of small objects, by peer index
+  Inbox* inboxes;              // [peer][slot]
+
+  M2N_HD Inbox& at(uint32_t peer_idx, uint32_t slot) const { return inboxes[peer_idx * layout.num_slots + slot]; }
+  M2N_HD const unsigned char* small_of(uint32_t peer_idx) const {
+    return small + peer_idx * layout.dispatch_small.object_bytes;
+  }
+  M2N_HD const Signal* signal_of(uint32_t peer_idx, uint32_t slot) const {
+    return reinterpret_cast<const Signal*>(small_of(peer_idx) + layout.dispatch_small.signal(slot));
+  }
+};
+
+enum class Breach : uint32_t { kNone, kSeq, kNumRows, kHeaderRows, kMicrobatch, kFlags, kIdRange, kWeight };
+
+// How a peer broke the protocol; `seen` is the value that is wrong.
+struct Violation {
+  Breach breach = Breach::kNone;
+  uint32_t peer_idx = 0;
+  uint32_t slot = 0;
+  uint32_t expected = 0;  // kSeq: the seq; kIdRange, kWeight: the row
+  int64_t seen = 0;
+};
+
+// In words; `layer` is that of the message.
+std::string describe(const Violation& violation, uint32_t layer);
+
+// Checks the private copy of a header against its signal.
+M2N_HD inline Violation check_header(const Layout& layout, uint32_t max_tokens, uint32_t peer_idx, uint32_t slot,
+                                     Signal signal, const Header& header) {
+  const auto broken = [&](Breach breach, uint32_t seen) { return Violation{breach, peer_idx, slot, 0, seen}; };
+  if (signal_rows(signal) > max_tokens) return broken(Breach::kNumRows, signal_rows(signal));
+  if (header.num_rows != signal_rows(signal)) return broken(Breach::kHeaderRows, header.num_rows);
+  if (header.microbatch != slot && slot != layout.retry_slot()) return broken(Breach::kMicrobatch, header.microbatch);
+  if ((header.flags & ~kKnownFlags) != 0) return broken(Breach::kFlags, header.flags);
+  return {};
+}
+
+struct Scanned {
+  Violation violation;
+  uint32_t num_arrived = 0;
+  uint32_t num_answered = 0;  // empty messages that nobody else sees
+};
+
+// Answers a message without rows: an empty one, or one that is refused.
+template <class Exec>
+M2N_HD void answer_empty(Exec& exec, const InboxView& view, uint32_t peer_idx, uint32_t slot, uint32_t num_rows,
+                         uint32_t detail) {
+  Inbox& box = view.at(peer_idx, slot);
+  Header header{};
+  header.layer = box.header.layer;
+  header.microbatch = slot;
+  header.num_rows = num_rows;
+  header.detail = detail;
+  box.seq.replied = box.seq.accepted;
+  send_empty_reply(exec, view.layout, view.peers.entries[peer_idx].view, slot, box.seq.replied, header);
+}
+
+// Notes everything that has arrived since the last look, up to the first violation. Headers are read once into private
+// memory and checked there. For one thread.
+template <class Exec>
+M2N_HD Scanned scan(Exec& exec, const InboxView& view) {
+  Scanned scanned;
+  const uint32_t num_peers = view.peers.size();
+  for (uint32_t i = 0; i < num_peers * view.layout.num_slots; ++i) {
+    const uint32_t peer_idx = i / view.layout.num_slots;
+    const uint32_t slot = i % view.layout.num_slots;
+    if (!view.peers.is_live(peer_idx)) continue;
+    Inbox& box = view.at(peer_idx, slot);
+    const Signal signal = poll_signal(view.signal_of(peer_idx, slot));
+    const Arrival arrival = classify(signal, box.seq.accepted);
+    if (arrival == Arrival::kNone) continue;
+    if (arrival == Arrival::kViolation || box.seq.accepted != box.seq.replied) {
+      scanned.violation = {Breach::kSeq, peer_idx, slot, box.seq.accepted + 1, signal_seq(signal)};
+      return scanned;
+    }
+    Header header;
+    memcpy(&header, view.small_of(peer_idx) + view.layout.dispatch_small.header(slot), sizeof header);
+    scanned.violation = check_header(view.layout, view.max_tokens, peer_idx, slot, signal, header);
+    if (scanned.violation.breach != Breach::kNone) return scanned;
+    ++scanned.num_arrived;
+    box.seq.accepted = signal_seq(signal);
+    box.header = header;
+    box.is_expected = (header.flags & kFlagIdleNext) == 0;
+    box.is_pending = header.num_rows != 0 || box.is_expected;
+    box.seen_ns = exec.now_ns();
+    if (box.is_pending) continue;
+    answer_empty(exec, view, peer_idx, slot, 0, 0);  // "nothing to send": answered here
+    ++scanned.num_answered;
+  }
+  return scanned;
+}
+
+// Which batch dispatch_recv is asked for.
+struct Wanted {
+  bool is_any_layer = true;
+  uint32_t layer = 0;
+  bool is_any_microbatch = true;
+  uint32_t microbatch = 0;
+  int64_t linger_ns = 0;                      // how long to wait for others after the first message
+  const uint32_t* attention_ranks = nullptr;  // where given: strictly all of these, and no lingering
+  uint32_t num_attention_ranks = 0;
+
+  M2N_HD bool matches(const Inbox& box) const {
+    return box.is_pending && (is_any_layer || layer == box.header.layer) &&
+           (is_any_microbatch || microbatch == box.header.microbatch);
+  }
+  M2N_HD bool is_listed(uint32_t rank) const {
+    for (uint32_t i = 0; i < num_attention_ranks; ++i) {
+      if (attention_ranks[i] == rank) return true;
+    }
+    return false;
+  }
+  M2N_HD bool is_strict() const { return num_attention_ranks != 0; }
+};
+
+inline constexpr int64_t kNever = INT64_MAX;
+
+// What a look at the inboxes found.
+struct Found {
+  bool is_complete = false;  // (layer, microbatch) can be received
+  uint32_t layer = 0;
+  uint32_t microbatch = 0;
+  bool is_started = false;           // at least one message that matches waits
+  int64_t linger_until_ns = kNever;  // when the lingering for the first of them ends
+};
+
+// Has (layer, microbatch) everybody it waits for? Else `linger_until_ns` is lowered to the end of lingering.
+M2N_HD inline bool is_complete(const InboxView& view, const Wanted& wanted, uint32_t layer, uint32_t microbatch,
+                               int64_t now_ns, int64_t* linger_until_ns) {
+  int64_t first_seen_ns = kNever;
+  bool is_anyone_missing = false;
+  uint32_t num_listed = 0;
+  for (uint32_t peer_idx = 0; peer_idx < view.peers.size(); ++peer_idx) {
+    if (!view.peers.is_live(peer_idx)) continue;
+    const Inbox& box = view.at(peer_idx, microbatch);
+    const bool is_here = box.is_pending && box.header.layer == layer;
+    if (is_here && box.seen_ns < first_seen_ns) first_seen_ns = box.seen_ns;
+    if (is_here && wanted.is_listed(view.peers.entries[peer_idx].rank)) ++num_listed;
+    // A peer whose slot holds another layer cannot send this one before that is answered.
+    if (!box.is_pending && box.is_expected && box.seq.accepted == box.seq.replied) is_anyone_missing = true;
+  }
+  if (wanted.is_strict()) return num_listed == wanted.num_attention_ranks;
+  if (!is_anyone_missing || now_ns - first_seen_ns >= wanted.linger_ns) return true;
+  const int64_t until_ns = first_seen_ns + wanted.linger_ns;
+  if (until_ns < *linger_until_ns) *linger_until_ns = until_ns;
+  return false;
+}
+
+// The complete (layer, microbatch) whose first message came first.
+M2N_HD inline Found find_complete(const InboxView& view, const Wanted& wanted, int64_t now_ns) {
+  Found found;
+  int64_t found_seen_ns = kNever;
+  const uint32_t num_microbatches = view.layout.num_slots - 1;
+  for (uint32_t i = 0; i < view.peers.size() * num_microbatches; ++i) {
+    const uint32_t microbatch = i % num_microbatches;
+    if (!view.peers.is_live(i / num_microbatches)) continue;
+    const Inbox& box = view.at(i / num_microbatches, microbatch);
+    if (!wanted.matches(box)) continue;
+    found.is_started = true;
+    if (box.seen_ns >= found_seen_ns) continue;
+    if (!is_complete(view, wanted, box.header.layer, microbatch, now_ns, &found.linger_until_ns)) continue;
+    found.is_complete = true;
+    found.layer = box.header.layer;
+    found.microbatch = microbatch;
+    found_seen_ns = box.seen_ns;
+  }
+  return found;
+}
+
+// Does this message go into the batch (layer, microbatch)?
+M2N_HD inline bool belongs(const InboxView& view, const Wanted& wanted, uint32_t layer, uint32_t microbatch,
+                           uint32_t peer_idx) {
+  const Inbox& box = view.at(peer_idx, microbatch);
+  if (!box.is_pending || box.header.layer != layer || !view.peers.is_live(peer_idx)) return false;
+  return !wanted.is_strict() || wanted.is_listed(view.peers.entries[peer_idx].rank);
+}
+
+}  // namespace m2n
