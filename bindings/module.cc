@@ -173,9 +173,10 @@ Array window_array(const Comm& comm) {
           static_cast<uint8_t>(8 * dtype_bytes(dtype))};
 }
 
-py::dict offer_to_dict(const Comm::Offer& offer) {
+// The descriptors belong to the caller from here on.
+py::dict offer_to_dict(Comm::Offer offer) {
   py::list objects;
-  for (const Handle& handle : offer.handles) objects.append(py::make_tuple(handle.fd, handle.id));
+  for (Handle& handle : offer.handles) objects.append(py::make_tuple(handle.fd.release(), handle.id));
   py::dict dict;
   dict["peer_idx"] = offer.peer_idx;
   dict["process"] = offer.process;
@@ -200,8 +201,8 @@ const char* state_name(PeerState state) {
 void attach_peer(Comm& comm, uint32_t peer_idx, const std::vector<std::pair<int, uint64_t>>& objects,
                  uint64_t process) {
   std::vector<Handle> handles;
-  for (const auto& [fd, id] : objects) handles.push_back({fd, 0, id});
-  comm.attach(peer_idx, handles, process);
+  for (const auto& [fd, id] : objects) handles.push_back({Fd(fd), 0, id});
+  comm.attach(peer_idx, std::move(handles), process);
 }
 
 py::dict stats_dict(const Comm& comm) {
@@ -220,7 +221,8 @@ py::dict stats_dict(const Comm& comm) {
 py::list peers_list(const Comm& comm) {
   py::list list;
   for (const PeerInfo& info : comm.peer_infos()) {
-    list.append(py::make_tuple(info.rank, state_name(info.state), info.life, describe(info.cause)));
+    const char* cause = info.state == PeerState::kLive ? "" : describe(info.cause);
+    list.append(py::make_tuple(info.rank, state_name(info.state), info.life, cause));
   }
   return list;
 }
@@ -240,7 +242,14 @@ void check_interrupt() {
 void bind_comm(py::module_& module) {
   py::class_<Comm, std::shared_ptr<Comm>> type(module, "Comm");
   type.def(
-      "offer", [](Comm& comm, uint32_t rank, uint64_t life) { return offer_to_dict(comm.offer(rank, life)); },
+      "offer",
+      [](Comm& comm, uint32_t rank, uint64_t life) {
+        auto offer = [&] {
+          const py::gil_scoped_release release;  // it allocates the peer's memory
+          return comm.offer(rank, life);
+        }();
+        return offer_to_dict(std::move(offer));
+      },
       py::arg("rank"), py::arg("life"));
   type.def("attach", &attach_peer, py::arg("peer_idx"), py::arg("objects"), py::arg("process"));
   type.def("watch", &Comm::watch, py::arg("peer_idx"), py::arg("connection_fd"), py::arg("pidfd"));

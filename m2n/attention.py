@@ -117,7 +117,7 @@ class AttentionComm(Comm):
             topk_ids, topk_weights = topk_ids[:num_tokens], topk_weights[:num_tokens]
         if out is None:
             out = Route(_C.Route(self.shape._native()))
-        elif any(route is out for _, route in self._borrowed.values()):
+        elif any(route is out for _, route in list(self._borrowed.values())):
             raise ValueError("out: this route is in flight; call combine_recv for its microbatch first")
         placement = self.placement
         out._native.build_from_topk(

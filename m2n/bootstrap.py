@@ -48,6 +48,7 @@ class Identity:
     role: str
     rank: int
     shape: Shape
+    transport: str = "shm"
     life: int = dataclasses.field(default_factory=lambda: secrets.randbits(63) | 1)
 
     def store_key(self, role: str, rank: int) -> str:
@@ -77,7 +78,7 @@ def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
         message = json.loads(data)
         if not isinstance(message, dict):
             raise ValueError("not an object")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         _close_all(fds)
         raise SetupError(f"handshake: not a message of m2n: {error}") from error
     return message, fds
@@ -114,12 +115,18 @@ def _introduction(identity: Identity, offer: dict[str, Any]) -> dict[str, Any]:
         "rank": identity.rank,
         "life": identity.life,
         "shape": dataclasses.asdict(identity.shape),
+        "transport": identity.transport,
         "process": offer["process"],
         "objects": [object_id for _, object_id in offer["objects"]],
+        "has_fd": [fd >= 0 for fd, _ in offer["objects"]],
     }
 
 
-def _check_introduction(identity: Identity, message: dict[str, Any]) -> None:
+def _descriptors(offer: dict[str, Any]) -> list[int]:
+    return [fd for fd, _ in offer["objects"] if fd >= 0]
+
+
+def _check_introduction(identity: Identity, message: dict[str, Any], num_fds: int) -> None:
     """Both sides check the other's introduction. Raises SetupError with what differs."""
     theirs = f"{message.get('role')} rank {message.get('rank')}"
     if message.get("m2n") != PROTOCOL_VERSION:
@@ -127,6 +134,9 @@ def _check_introduction(identity: Identity, message: dict[str, Any]) -> None:
             f"handshake: {theirs} speaks version {message.get('m2n')} of the protocol, {identity} speaks "
             f"{PROTOCOL_VERSION}; install the same m2n on both"
         )
+    expected_role = {"attention": "expert", "expert": "attention"}[identity.role]
+    if message.get("role") != expected_role:
+        raise SetupError(f"handshake: {identity} links with {expected_role} ranks only, not with {theirs}")
     shape = message.get("shape")
     if not isinstance(shape, dict):
         raise SetupError(f"handshake: {theirs} sent no shape")
@@ -136,9 +146,18 @@ def _check_introduction(identity: Identity, message: dict[str, Any]) -> None:
                 f"handshake: shapes differ in {field}: {theirs} has {shape.get(field)!r}, {identity} has {ours!r}; "
                 "all ranks of a comm need the same Shape"
             )
-    objects = message.get("objects")
+    if message.get("transport") != identity.transport:
+        raise SetupError(
+            f"handshake: {theirs} uses the transport {str(message.get('transport'))[:40]!r}, {identity} uses "
+            f"{identity.transport!r}; this version links ranks on one kind of device only: give both the same device="
+        )
+    objects, has_fd = message.get("objects"), message.get("has_fd")
     if not isinstance(objects, list) or len(objects) != _NUM_OBJECTS:
         raise SetupError(f"handshake: {theirs} sent no memory objects")
+    if not isinstance(has_fd, list) or [type(flag) for flag in has_fd] != [bool] * _NUM_OBJECTS:
+        raise SetupError(f"handshake: {theirs} does not say which memory objects have descriptors")
+    if sum(has_fd) != num_fds:
+        raise SetupError(f"handshake: expected {sum(has_fd)} file descriptors from {theirs}, got {num_fds}")
     numbers = [(message.get("rank"), 32)]
     numbers += [(number, 64) for number in (message.get("life"), message.get("process"), *objects)]
     for number, bits in numbers:
@@ -150,12 +169,11 @@ def _join(
     native: NativeComm, peer_idx: int, message: dict[str, Any], fds: list[int], connection: socket.socket
 ) -> Callable[[], None]:
     """Maps the peer's memory; the returned call makes the link live and hands the connection to the watcher."""
-    if len(fds) != _NUM_OBJECTS:
-        _close_all(fds)
-        raise SetupError(f"handshake: expected {_NUM_OBJECTS} file descriptors, got {len(fds)}")
-    pidfd = _pidfd(_credentials(connection))
-    native.attach(peer_idx, list(zip(fds, message["objects"])), message["process"])
-    return lambda: native.watch(peer_idx, connection.detach(), pidfd)
+    remaining = iter(fds)
+    each = [next(remaining) if sent else -1 for sent in message["has_fd"]]
+    native.attach(peer_idx, list(zip(each, message["objects"])), message["process"])
+    pid = _credentials(connection)
+    return lambda: native.watch(peer_idx, connection.detach(), _pidfd(pid))
 
 
 class Listener:
@@ -212,14 +230,14 @@ class Listener:
         _credentials(connection)
         message, fds = _receive(connection)
         try:
-            _check_introduction(self._identity, message)
+            _check_introduction(self._identity, message, len(fds))
             if message.get("to_life") != self._identity.life:
                 raise SetupError(f"handshake: {self._identity} has another life than the one that was looked up")
             offer = self._native.offer(message["rank"], message["life"])
         except BaseException:
             _close_all(fds)
             raise
-        offered = [fd for fd, _ in offer["objects"]]
+        offered = _descriptors(offer)
         try:
             go_live = _join(self._native, offer["peer_idx"], message, fds, connection)
             _send(connection, _introduction(self._identity, offer), offered)
@@ -288,7 +306,7 @@ def _greet(native: NativeComm, identity: Identity, address: str, life: int, expe
         connection.settimeout(_HANDSHAKE_TIMEOUT_S)
         connection.connect("\0" + address)
         offer = native.offer(expert_rank, life)
-        offered = [fd for fd, _ in offer["objects"]]
+        offered = _descriptors(offer)
         try:
             introduction = {**_introduction(identity, offer), "to_life": life}
             _send(connection, introduction, offered)
@@ -299,7 +317,7 @@ def _greet(native: NativeComm, identity: Identity, address: str, life: int, expe
             _close_all(fds)
             raise Refused(f"{identity} was refused by expert rank {expert_rank}: {message['error']}")
         try:
-            _check_introduction(identity, message)
+            _check_introduction(identity, message, len(fds))
         except SetupError as error:
             _close_all(fds)
             raise Refused(str(error)) from error

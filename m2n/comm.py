@@ -15,8 +15,17 @@ from .shape import Config, Placement, Shape, require_int
 
 _open_ranks: set[tuple[str, str, str, int]] = set()
 _open_ranks_lock = threading.Lock()
-# A child owns none of its parent's comms, and may open ranks of the same names.
-os.register_at_fork(after_in_child=_open_ranks.clear)
+
+
+def _forget_open_ranks() -> None:
+    """A child owns none of its parent's comms, and may open ranks of the same names."""
+    _open_ranks.clear()
+    _open_ranks_lock.release()
+
+
+os.register_at_fork(
+    before=_open_ranks_lock.acquire, after_in_parent=_open_ranks_lock.release, after_in_child=_forget_open_ranks
+)
 
 
 class PeerStatus(NamedTuple):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ class Batch:
         self._counters = counters
         self._window = window
         self._library = library
+        self._pid = os.getpid()
         self.layer: int = native.layer
         self.microbatch: int = native.microbatch
         self.num_rows: int = native.num_rows
@@ -37,6 +39,8 @@ class Batch:
         """[R, hidden] of shape.dispatch_dtype: the window itself, where the rows landed. Ends with combine_send."""
         if self._window is None:
             raise _C.Error("batch.x: combine_send has given the rows back; copy before it what is needed later")
+        if os.getpid() != self._pid:
+            raise _C.SetupError("batch.x: it was received before fork(); a child does not have its parent's windows")
         return self._window
 
     @property

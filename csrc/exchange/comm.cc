@@ -3,7 +3,6 @@
 #include "exchange/comm.h"
 
 #include <fcntl.h>
-#include <unistd.h>
 
 #include <cstring>
 #include <limits>
@@ -73,10 +72,6 @@ Comm::Comm(Role role, const Shape& shape, uint32_t rank, uint32_t max_peers, con
   exec_ = HostExec(own_wake_);
 }
 
-Comm::~Comm() {
-  if (wake_handle_.fd >= 0) ::close(wake_handle_.fd);
-}
-
 Comm::Offer Comm::offer(uint32_t peer_rank, uint64_t life) {
   require_usable();
   std::lock_guard lock(membership_mutex_);
@@ -89,20 +84,22 @@ Comm::Offer Comm::offer(uint32_t peer_rank, uint64_t life) {
   }
   peers_.entries[peer_idx].rank = peer_rank;
   links_[peer_idx].life = life;
-  const Handle rows = rows_window_->add_object(peer_idx);
-  const Handle small = small_window_->add_object(peer_idx);
+  Offer offer{peer_idx, process_nonce(), {}};
+  offer.handles.push_back(rows_window_->add_object(peer_idx));
+  offer.handles.push_back(small_window_->add_object(peer_idx));
   for (uint32_t slot = 0; slot < layout_.num_slots; ++slot) {
     small_window_->set_word(peer_idx * this->small().object_bytes + this->small().signal(slot),
                             make_signal(0, first_seq_));
   }
-  Handle wake = wake_handle_;
-  wake.fd = fcntl(wake_handle_.fd, F_DUPFD_CLOEXEC, 0);
+  Fd wake_fd(fcntl(wake_handle_.fd.get(), F_DUPFD_CLOEXEC, 0));
+  if (wake_fd.get() < 0) throw Error(Failure::kSetup, own_name() + ": no file descriptor left for a joining peer");
+  offer.handles.push_back({std::move(wake_fd), wake_handle_.bytes, wake_handle_.id});
   // The entry is readable from here on, but not LIVE before attach().
   store_release(peers_.count, peer_idx + 1);  // SYNC: link-added
-  return {peer_idx, process_nonce(), {rows, small, wake}};
+  return offer;
 }
 
-void Comm::attach(uint32_t peer_idx, const std::vector<Handle>& handles, uint64_t process) {
+void Comm::attach(uint32_t peer_idx, std::vector<Handle> handles, uint64_t process) {
   require_usable();
   if (handles.size() != 3) throw Error(Failure::kSetup, "handshake: expected 3 memory objects");
   const Role peer_role = role_ == Role::kExpert ? Role::kAttention : Role::kExpert;
@@ -111,10 +108,9 @@ void Comm::attach(uint32_t peer_idx, const std::vector<Handle>& handles, uint64_
   const uint64_t expected[] = {peer_rows.object_bytes, peer_small.object_bytes, kPageBytes};
   Link& link = links_.at(peer_idx);
   for (size_t i = 0; i < handles.size(); ++i) {
-    Handle handle = handles[i];
-    handle.bytes = expected[i];                                     // never what the peer says
+    handles[i].bytes = expected[i];                                 // never what the peer says
     const auto& transport = i == 2 ? host_transport_ : transport_;  // the wake word is the host's
-    link.mappings.push_back(transport->attach(handle, process));
+    link.mappings.push_back(transport->attach(std::move(handles[i]), process));
   }
   peers_.entries[peer_idx].view = {link.mappings[0]->data(), link.mappings[1]->data(),
                                    reinterpret_cast<WakeWord*>(link.mappings[2]->data())};
@@ -133,6 +129,7 @@ void Comm::watch(uint32_t peer_idx, int connection_fd, int pidfd) {
 }
 
 void Comm::drop_peer(uint32_t peer_idx, LossCause cause) {
+  require_usable();
   std::lock_guard lock(membership_mutex_);
   drop_locked(peer_idx, cause);
 }
@@ -156,10 +153,13 @@ void Comm::peer_gone(uint32_t peer_idx, PeerState state, LossCause cause) {
 }
 
 void Comm::close() {
+  if (fork_count_ != m2n::fork_count()) {  // a child owns neither the links nor the windows, and the lock may be held
+    store_release(&is_closed_, 1u);        // SYNC: comm-closed
+    return;
+  }
   std::lock_guard lock(membership_mutex_);
   if (is_closed()) return;
-  store_release(&is_closed_, 1u);                // SYNC: comm-closed
-  if (fork_count_ != m2n::fork_count()) return;  // a child owns neither the links nor the windows
+  store_release(&is_closed_, 1u);  // SYNC: comm-closed
   exec_.wake(own_wake_);
   for (uint32_t i = 0; i < peers_.size(); ++i) {
     if (links_[i].ticket != 0) unwatch_peer(links_[i].ticket, /*say_goodbye=*/true);

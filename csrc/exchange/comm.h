@@ -45,7 +45,7 @@ class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
  public:
   enum class Role { kAttention, kExpert };
 
-  // What a peer needs to write here. The fds belong to the caller, who sends and closes them.
+  // What a peer needs to write here.
   struct Offer {
     uint32_t peer_idx;
     uint64_t process;
@@ -53,11 +53,9 @@ class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
   };
 
   Comm(Role role, const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport);
-  ~Comm() override;
-
   // Handshake, in this order. Peer indices are never used again.
   Offer offer(uint32_t peer_rank, uint64_t life);
-  void attach(uint32_t peer_idx, const std::vector<Handle>& handles, uint64_t process);
+  void attach(uint32_t peer_idx, std::vector<Handle> handles, uint64_t process);
   // The link is LIVE from here on. Takes both descriptors; pidfd -1: the peer is in this process or on no pid
   // of ours.
   void watch(uint32_t peer_idx, int connection_fd, int pidfd);
@@ -116,6 +114,7 @@ class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
   // Waits for ready() with the comm's own ending conditions; throws when the comm is closed meanwhile.
   template <class Ready>
   WaitResult wait(Ready&& ready, int64_t deadline_ns) {
+    require_usable();
     if (ready()) return WaitResult::kReady;
     const int64_t began_ns = now_ns();
     if (deadline_ns <= began_ns) return WaitResult::kTimeout;

@@ -182,6 +182,7 @@ void ExpertComm::combine_send(Batch& batch, const unsigned char* y, uint64_t y_s
 }
 
 void ExpertComm::recover(uint32_t attention_rank) {
+  require_usable();  // before the lock: in a forked child nobody may be left to free it
   std::lock_guard lock(inbox_mutex_);
   give_up(attention_rank);
 }

@@ -121,10 +121,9 @@ class ShmWindow final : public Window, public std::enable_shared_from_this<ShmWi
     if (peer_idx >= max_peers_) throw Error(Failure::kSetup, "shm: peer index beyond max_peers");
     Handle handle;
     handle.bytes = object_bytes_;
-    handle.fd = make_sealed_memfd(object_bytes_);
+    handle.fd = Fd(make_sealed_memfd(object_bytes_));
     const uint64_t offset = stride_bytes_ * peer_idx;
-    if (const int error_number = range_.map(offset, handle.fd, object_bytes_); error_number != 0) {
-      close(handle.fd);
+    if (const int error_number = range_.map(offset, handle.fd.get(), object_bytes_); error_number != 0) {
       fail("cannot map an object", error_number);
     }
     LocalObjects& objects = local_objects();
@@ -193,15 +192,8 @@ class ShmTransport final : public Transport {
     return std::make_shared<ShmWindow>(object_bytes, stride_bytes, max_peers);
   }
 
-  std::shared_ptr<Mapping> attach(const Handle& handle, uint64_t process) override {
-    // The fd is closed on every way out; a mapping holds the object by itself.
-    struct FdCloser {
-      int fd;
-      ~FdCloser() {
-        if (fd >= 0) close(fd);
-      }
-    } closer{handle.fd};
-    if (process != process_nonce()) return std::make_shared<ShmMapping>(handle.fd, handle.bytes);
+  std::shared_ptr<Mapping> attach(Handle handle, uint64_t process) override {
+    if (process != process_nonce()) return std::make_shared<ShmMapping>(handle.fd.get(), handle.bytes);
     std::lock_guard lock(local_objects().mutex);
     const auto found = local_objects().by_id.find(handle.id);
     auto window = found == local_objects().by_id.end() ? nullptr : found->second.window.lock();

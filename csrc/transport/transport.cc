@@ -4,6 +4,7 @@
 
 #include <pthread.h>
 #include <sys/random.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <mutex>
@@ -11,6 +12,10 @@
 #include "core/error.h"
 
 namespace m2n {
+
+Fd::~Fd() {
+  if (fd_ >= 0) close(fd_);
+}
 
 std::unique_ptr<Transport> make_shm_transport();
 

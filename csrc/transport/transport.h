@@ -10,14 +10,32 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "core/platform.h"
 
 namespace m2n {
 
+// A file descriptor with one owner; -1: none.
+class Fd {
+ public:
+  explicit Fd(int fd = -1) : fd_(fd) {}
+  Fd(Fd&& other) noexcept : fd_(other.release()) {}
+  Fd& operator=(Fd&& other) noexcept {
+    std::swap(fd_, other.fd_);
+    return *this;
+  }
+  ~Fd();
+  int get() const { return fd_; }
+  int release() { return std::exchange(fd_, -1); }
+
+ private:
+  int fd_;
+};
+
 // How an object travels to the peer, beside the control connection's text.
 struct Handle {
-  int fd = -1;         // owned by whoever holds the Handle
+  Fd fd;
   uint64_t bytes = 0;  // exact size of the object
   uint64_t id = 0;     // key of the object inside the process that made it
 };
@@ -49,8 +67,8 @@ class Transport {
   virtual std::shared_ptr<void> make_words(uint64_t bytes) = 0;
   // `object_bytes` and `stride_bytes` are rounded up to whole pages by the caller.
   virtual std::shared_ptr<Window> make_window(uint64_t object_bytes, uint64_t stride_bytes, uint32_t max_peers) = 0;
-  // `process` is the maker's process_nonce(): inside one process both sides share one mapping. Takes the fd.
-  virtual std::shared_ptr<Mapping> attach(const Handle& handle, uint64_t process) = 0;
+  // `process` is the maker's process_nonce(): inside one process both sides share one mapping.
+  virtual std::shared_ptr<Mapping> attach(Handle handle, uint64_t process) = 0;
 };
 
 // Names -> factories. Throws Error(kSetup) that lists what there is.
