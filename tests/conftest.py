@@ -41,11 +41,19 @@ def why_no_cuda_compiler() -> str | None:
     return None if shutil.which("nvcc") else "no nvcc on PATH"
 
 
+def why_no_fuzzer() -> str | None:
+    """Why tests with the marker `fuzz` cannot run here; None when they can."""
+    compiler = next((path for name in ("clang++", "clang++-16", "clang++-14") if (path := shutil.which(name))), None)
+    library = compiler and next(Path(os.path.realpath(compiler)).parents[1].rglob("libclang_rt.fuzzer-*.a"), None)
+    return None if library else "no clang++ with libFuzzer (apt-get install -y clang-16 libclang-rt-16-dev)"
+
+
 # (tier, the marker that makes a test part of it, why it cannot run here). A test counts for every tier it is in.
 TIERS = (
     ("fast", None, lambda: None),
     ("slow", "slow", lambda: None),
     ("sanitizers", "under_sanitizer", lambda: None),
+    ("fuzz", "fuzz", why_no_fuzzer),
     ("CUDA compiler", "nvcc", why_no_cuda_compiler),
     ("CUDA device", "cuda", why_no_cuda_device),
     ("two hosts", "two_hosts", lambda: "needs a second machine"),

@@ -1,0 +1,379 @@
+// SPDX-License-Identifier: Apache-2.0
+// Fuzzes what attention peers write into an expert rank's window: signals, headers, ids, weights, in any order of
+// messages, peers and slots. A model beside the comm says what must come of each message.
+#include <optional>
+
+#include "exchange/expert.h"
+#include "expert_model.h"
+#include "harness.h"
+
+namespace {
+
+using namespace fuzz;
+using namespace m2n;
+
+constexpr uint32_t kMaxLives = 4;
+constexpr uint32_t kMaxOps = 48;
+
+// One comm with its peers. It lives on while nobody breaks the protocol, so that most inputs are cheap.
+class World {
+ public:
+  World(ReduceAt reduce_at, uint32_t first_seq) : shape_(make_shape(reduce_at)), first_seq_(first_seq) { renew(); }
+
+  void run(Bytes& bytes) {
+    for (uint32_t i = 0; i < kMaxOps && !bytes.is_empty(); ++i) step(bytes);
+    settle();
+    if (is_spoiled_) renew();
+  }
+
+ private:
+  void renew() {
+    if (comm_) comm_->close();
+    batches_.clear();
+    peers_.clear();
+    g_first_seq = first_seq_;
+    comm_ = std::make_shared<ExpertComm>(shape_, 0, kMaxLives, "shm", kLocal);
+    layout_ = comm_->layout();
+    while (desks_.size() < kMaxLives) {
+      desks_.push_back(std::make_unique<Desk>(layout_.combine_rows, layout_.combine_small));
+    }
+    join(0);
+    join(1);
+    is_spoiled_ = false;
+  }
+
+  void join(uint32_t rank) {
+    if (peers_.size() == kMaxLives) return;
+    for (Peer& peer : peers_) {
+      if (peer.fake->rank() == rank) peer.is_live = false;  // replaced
+    }
+    Peer peer;
+    peer.fake = std::make_unique<FakePeer>(*comm_, *desks_[peers_.size()], rank);
+    for (Box& box : peer.boxes) box.accepted = box.replied = first_seq_;
+    peers_.push_back(std::move(peer));
+    is_spoiled_ = true;
+  }
+
+  void step(Bytes& bytes) {
+    // What ends a link is rare: it costs a new comm afterwards.
+    const uint32_t what = bytes.below(64);
+    if (what == 0) return end_peer(bytes);
+    if (what == 1) return recover(bytes.below(3));
+    if (what == 2) return join(bytes.below(3));
+    if (what < 6) return look_for_work();
+    if (what < 14) return answer(bytes);
+    if (what < 32) return receive(bytes);
+    write(bytes);
+  }
+
+  void write(Bytes& bytes) {
+    const Peer& peer = peers_[bytes.below(static_cast<uint32_t>(peers_.size()))];
+    const uint32_t slot = bytes.below(16) == 0 ? layout_.retry_slot() : bytes.below(kMicrobatches);
+    const auto raw =
+        bytes.below(4) != 0 ? uint8_t{0} : bytes.take<uint8_t>();  // which fields are what the fuzzer likes
+    const auto pick = [&](uint32_t bit, uint32_t good) { return raw >> bit & 1 ? bytes.take<uint32_t>() : good; };
+    uint32_t seq = peer.boxes[slot].accepted + 1;
+    if (raw & 1) seq += static_cast<uint32_t>(bytes.take<int8_t>());
+    const uint32_t num_rows = pick(1, bytes.below(kMaxTokens + 1));
+    Header header{};
+    header.layer = bytes.below(2);
+    header.num_rows = pick(2, num_rows);
+    header.microbatch = pick(3, slot);
+    header.flags = pick(4, bytes.below(4));
+    int32_t ids[kMaxTokens][kTopK];
+    float weights[kMaxTokens][kTopK];
+    for (auto& row : ids) {
+      for (uint32_t k = 0; k < kTopK; ++k) {
+        row[k] = static_cast<int32_t>(pick(5, k == 0 ? kLocal[bytes.below(4)] : bytes.below(kExperts + 1) - 1));
+      }
+    }
+    for (auto& row : weights) {
+      for (float& weight : row) weight = bits_to_float(pick(6, 0x3F000000u));
+    }
+    unsigned char* small = peer.fake->small();
+    std::memcpy(small + layout_.dispatch_small.header(slot), &header, sizeof header);
+    std::memcpy(small + layout_.dispatch_small.ids(slot), ids, sizeof ids);
+    std::memcpy(small + layout_.dispatch_small.weights(slot), weights, sizeof weights);
+    if ((raw & 0x80) == 0) peer.fake->ring(layout_.dispatch_small.signal(slot), make_signal(num_rows, seq));
+  }
+
+  // The comm's next look, in the model. Returns the peer that is found to have broken the protocol.
+  std::optional<uint32_t> scan() {
+    for (uint32_t i = 0; i < peers_.size(); ++i) {
+      for (uint32_t slot = 0; slot < kSlots && peers_[i].is_live; ++slot) {
+        Box& box = peers_[i].boxes[slot];
+        const Signal signal = peers_[i].fake->signal_at(layout_.dispatch_small.signal(slot));
+        if (signal_seq(signal) == box.accepted) continue;
+        if (signal_seq(signal) != box.accepted + 1 || box.accepted != box.replied) return i;
+        Header header;
+        std::memcpy(&header, peers_[i].fake->small() + layout_.dispatch_small.header(slot), sizeof header);
+        if (signal_rows(signal) > kMaxTokens || header.num_rows != signal_rows(signal)) return i;
+        if (slot != layout_.retry_slot() && header.microbatch != slot) return i;
+        if (header.flags > 3) return i;
+        box.accepted = signal_seq(signal);
+        box.header = header;
+        box.is_pending = header.num_rows != 0 || (header.flags & kFlagIdleNext) == 0;
+        if (!box.is_pending) box.replied = box.accepted;
+      }
+    }
+    return std::nullopt;
+  }
+
+  // Idle messages without rows are answered at once.
+  void check_idle_answers() const {
+    for (const Peer& peer : peers_) {
+      for (uint32_t slot = 0; slot < kSlots && peer.is_live; ++slot) {
+        const Box& box = peer.boxes[slot];
+        if (box.replied == first_seq_) continue;
+        const Signal answer = peer.fake->answer_at(layout_.combine_small.signal(slot));
+        require(signal_seq(answer) == box.replied, "every message that is done with has its answer");
+      }
+    }
+  }
+
+  // Takes note of the messages that were refused since the last look; how many there were.
+  uint32_t note_refusals() {
+    uint32_t num_refused = 0;
+    for (Peer& peer : peers_) {
+      for (uint32_t slot = 0; slot < kSlots; ++slot) {
+        Box& box = peer.boxes[slot];
+        if (!box.is_pending) continue;
+        const Signal answer = peer.fake->answer_at(layout_.combine_small.signal(slot));
+        if (answer != make_signal(kRefusedRows, box.accepted)) continue;
+        const Header header = peer.fake->answer_header(layout_.combine_small.header(slot));
+        require(judge(layout_, peer, slot) == Verdict::kNotHosted, "only a message for experts of others is refused");
+        require(header.num_rows == kRefusedRows && local_idx(static_cast<int32_t>(header.detail)) == kNone,
+                "a refusal names an expert that is not hosted");
+        box.is_pending = false;
+        box.replied = box.accepted;
+        ++num_refused;
+      }
+    }
+    return num_refused;
+  }
+
+  Wanted make_wanted(Bytes& bytes) {
+    static constexpr uint32_t kRanks[] = {0, 1, 2};
+    const uint32_t how = bytes.below(32);
+    Wanted wanted;
+    wanted.is_any_layer = (how & 1) == 0;
+    wanted.layer = how >> 4;
+    wanted.is_any_microbatch = (how & 2) == 0;
+    wanted.microbatch = how >> 3 & 1;
+    if ((how & 12) == 12) {
+      wanted.attention_ranks = kRanks;
+      wanted.num_attention_ranks = 1 + how % 2;
+    }
+    return wanted;
+  }
+
+  void receive(Bytes& bytes) { receive(make_wanted(bytes)); }
+
+  // False when there was nothing to receive.
+  bool receive(const Wanted& wanted) {
+    const std::optional<uint32_t> culprit = scan();
+    std::shared_ptr<Batch> batch;
+    try {
+      batch = comm_->dispatch_recv(wanted, 0);
+    } catch (const Error& error) {
+      note_refusals();
+      note_error(error, culprit, wanted.is_strict());
+      return true;
+    }
+    require(!culprit, "what breaks the protocol is noticed by dispatch_recv");
+    const uint32_t num_refused = note_refusals();
+    check_idle_answers();
+    if (batch != nullptr) {
+      check_batch(*batch, wanted);
+      batches_.push_back(std::move(batch));
+      return true;
+    }
+    for (const Peer& peer : peers_) {
+      for (uint32_t slot = 0; slot < kMicrobatches; ++slot) {
+        const Box& box = peer.boxes[slot];
+        const bool is_wanted = (wanted.is_any_layer || wanted.layer == box.header.layer) &&
+                               (wanted.is_any_microbatch || wanted.microbatch == slot);
+        require(num_refused != 0 || wanted.is_strict() || !peer.is_live || !box.is_pending || !is_wanted,
+                "what can be received is received");
+      }
+    }
+    return num_refused != 0;
+  }
+
+  void note_error(const Error& error, std::optional<uint32_t> culprit, bool is_strict) {
+    is_spoiled_ = true;
+    if (error.kind() == Failure::kProtocol) return note_drop(error, culprit);
+    require(!culprit, "what breaks the protocol is told before anything else");
+    if (error.kind() == Failure::kTimeout) return require(is_strict, "only a strict receive times out with an error");
+    require(error.kind() == Failure::kPeerLost, "only kProtocol, kPeerLost, and kTimeout where strict");
+    bool is_any_lost = false;
+    for (const Peer& peer : peers_) is_any_lost |= !peer.is_live && !peer.is_given_up;
+    require(is_any_lost || is_strict, "kPeerLost is for a peer that is gone");
+  }
+
+  // Somebody was dropped: it must have deserved it, and must know.
+  void note_drop(const Error& error, std::optional<uint32_t> culprit) {
+    Peer* dropped = culprit ? &peers_[*culprit] : nullptr;
+    for (Peer& peer : peers_) {
+      for (uint32_t slot = 0; slot < kMicrobatches && dropped == nullptr; ++slot) {
+        const bool is_broken = peer.boxes[slot].is_pending && judge(layout_, peer, slot) == Verdict::kBroken;
+        if (peer.is_live && is_broken && static_cast<int>(peer.fake->rank()) == error.peer_rank()) dropped = &peer;
+      }
+    }
+    require(dropped != nullptr, "who is dropped has broken the protocol");
+    require(error.peer_rank() == static_cast<int>(dropped->fake->rank()), "the error names who broke the protocol");
+    const PeerInfo info = comm_->peer_infos().at(dropped->fake->idx());
+    require(info.state == PeerState::kLost && info.cause == LossCause::kProtocol, "who breaks the protocol is dropped");
+    require(dropped->fake->is_told(), "who is dropped is told");
+    dropped->is_live = false;
+  }
+
+  void check_batch(const Batch& batch, const Wanted& wanted) {
+    require(wanted.is_any_layer || batch.layer == wanted.layer, "the layer that was asked for");
+    require(wanted.is_any_microbatch || batch.microbatch == wanted.microbatch, "the microbatch that was asked for");
+    std::vector<std::pair<int32_t, float>> by_expert[kExperts];  // (window row, weight), by local expert
+    std::vector<std::pair<int32_t, uint32_t>> wire;              // (window row, local expert)
+    uint32_t num_rows = 0;
+    for (const Batch::Message& message : batch.messages) {
+      Peer& peer = peers_.at(message.arrived.peer_idx);
+      Box& box = peer.boxes[message.arrived.slot];
+      require(peer.is_live && box.is_pending && message.arrived.slot == batch.microbatch, "a message that waited");
+      require(box.header.layer == batch.layer && message.seq == box.accepted, "the message that was accepted");
+      require(message.arrived.num_rows == box.header.num_rows && message.first_row == num_rows, "its rows");
+      require(judge(layout_, peer, batch.microbatch) == Verdict::kFine, "only good messages are received");
+      box.is_pending = false;
+      for (uint32_t row = 0; row < box.header.num_rows; ++row) {
+        const uint64_t at = layout_.dispatch_rows.row_in_window(message.arrived.peer_idx, batch.microbatch, row);
+        require(at < comm_->window_rows(), "rows lie in the window");
+        require(batch.pair_begin.at(num_rows + row) == static_cast<int32_t>(wire.size()), "pair_begin");
+        for (uint32_t k = 0; k < kTopK; ++k) {
+          const int32_t id = ids_of(layout_, peer, batch.microbatch)[row * kTopK + k];
+          if (id == -1) break;
+          const auto expert = static_cast<uint32_t>(local_idx(id));
+          wire.emplace_back(static_cast<int32_t>(at), expert);
+          by_expert[expert].emplace_back(static_cast<int32_t>(at),
+                                         weights_of(layout_, peer, batch.microbatch)[row * kTopK + k]);
+        }
+      }
+      num_rows += box.header.num_rows;
+    }
+    require(batch.num_rows() == num_rows && batch.num_pairs() == wire.size(), "the numbers of rows and pairs");
+    check_lists(batch, by_expert, wire);
+  }
+
+  void look_for_work() {
+    const std::optional<uint32_t> culprit = scan();
+    try {
+      const std::optional<Work> work = comm_->wait_work(0);
+      require(!culprit, "what breaks the protocol is noticed by wait_work");
+      bool is_any = false;
+      for (const Peer& peer : peers_) {
+        for (uint32_t slot = 0; slot < kMicrobatches; ++slot) {
+          if (!peer.is_live || !peer.boxes[slot].is_pending) continue;
+          is_any |= !work || (work->layer == peer.boxes[slot].header.layer && work->microbatch == slot);
+        }
+      }
+      require(is_any == work.has_value(), "wait_work names a message that waits");
+    } catch (const Error& error) {
+      note_error(error, culprit, false);
+    }
+  }
+
+  void answer(Bytes& bytes) {
+    if (batches_.empty()) return;
+    const auto which = batches_.begin() + bytes.below(static_cast<uint32_t>(batches_.size()));
+    const std::shared_ptr<Batch> batch = *which;
+    batches_.erase(which);
+    const bool is_reduced = shape_.reduce_at == ReduceAt::kExpert && bytes.below(2) == 1;
+    const auto dtype = static_cast<DType>(bytes.below(3));
+    const uint64_t row_bytes = shape_.hidden * uint64_t{dtype_bytes(dtype)};
+    const uint32_t num_rows = is_reduced ? batch->num_rows() : batch->num_pairs();
+    // Exactly as large as it must be, so that a read behind it is found.
+    const std::vector<unsigned char> y(num_rows * row_bytes, bytes.take<uint8_t>());
+    comm_->combine_send(*batch, y.data(), row_bytes, dtype, is_reduced);
+    for (const Batch::Message& message : batch->messages) {
+      Peer& peer = peers_[message.arrived.peer_idx];
+      peer.boxes[message.arrived.slot].replied = message.seq;
+      const auto first = static_cast<size_t>(message.first_row);
+      const uint32_t num_pairs =
+          static_cast<uint32_t>(batch->pair_begin[first + message.arrived.num_rows] - batch->pair_begin[first]);
+      const uint32_t expected = shape_.reduce_at == ReduceAt::kExpert ? message.arrived.num_rows : num_pairs;
+      const Signal seen = peer.fake->answer_at(layout_.combine_small.signal(message.arrived.slot));
+      require(seen == make_signal(expected, message.seq), "the reply announces its rows");
+      const Header header = peer.fake->answer_header(layout_.combine_small.header(message.arrived.slot));
+      require(header.num_rows == expected && header.layer == batch->layer, "the reply's header");
+    }
+  }
+
+  void end_peer(Bytes& bytes) {
+    Peer& peer = peers_[bytes.below(static_cast<uint32_t>(peers_.size()))];
+    if (!peer.is_live) return;
+    peer.fake->hang_up(*comm_, bytes.below(2) == 1);
+    peer.is_live = false;
+    is_spoiled_ = true;
+  }
+
+  Peer* newest(uint32_t rank) {
+    Peer* found = nullptr;
+    for (Peer& peer : peers_) {
+      if (peer.fake->rank() == rank) found = &peer;
+    }
+    return found;
+  }
+
+  void recover(uint32_t rank) {
+    Peer* peer = newest(rank);
+    const bool is_right = peer != nullptr && !peer->is_live;
+    try {
+      comm_->recover(rank);
+      require(is_right, "only who is gone can be given up");
+      peer->is_given_up = true;
+    } catch (const Error& error) {
+      require(!is_right && error.kind() == Failure::kArgument, "who is gone can be given up");
+    }
+  }
+
+  // Whatever came before: who is still there is served, and then all is as at the start.
+  void settle() {
+    Bytes nothing(nullptr, 0);
+    for (uint32_t i = 0; true; ++i) {
+      for (const Peer& peer : peers_) {
+        if (!peer.is_live && !peer.is_given_up && newest(peer.fake->rank()) == &peer) recover(peer.fake->rank());
+      }
+      if (!receive(Wanted{})) break;
+      require(i < kMaxLives * kSlots * 4, "receiving comes to an end");
+    }
+    while (!batches_.empty()) answer(nothing);
+    for (const Peer& peer : peers_) is_spoiled_ |= peer.boxes[layout_.retry_slot()].is_pending;
+    for (const Peer& peer : peers_) {
+      if (is_spoiled_) continue;
+      for (uint32_t slot = 0; slot < kSlots; ++slot) {
+        require(peer.boxes[slot].accepted == peer.boxes[slot].replied, "everything is answered in the end");
+      }
+      std::memset(peer.fake->small() + layout_.dispatch_small.headers_offset, 0,
+                  layout_.dispatch_small.object_bytes - layout_.dispatch_small.headers_offset);
+    }
+  }
+
+  const Shape shape_;
+  const uint32_t first_seq_;
+  Layout layout_{};
+  std::shared_ptr<ExpertComm> comm_;
+  std::vector<std::unique_ptr<Desk>> desks_;
+  std::vector<Peer> peers_;  // by peer index
+  std::vector<std::shared_ptr<Batch>> batches_;
+  bool is_spoiled_ = false;  // the next input needs a new comm
+};
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  // Sums at the expert and at the attention rank; message numbers from 0, and just before they wrap.
+  static World worlds[] = {{ReduceAt::kExpert, 0},
+                           {ReduceAt::kAttention, 0},
+                           {ReduceAt::kExpert, 0xFFFFFFFDu},
+                           {ReduceAt::kAttention, 0xFFFFFFFDu}};
+  fuzz::Bytes bytes(data, size);
+  worlds[bytes.below(4)].run(bytes);
+  return 0;
+}

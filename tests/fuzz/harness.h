@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the fuzz targets share: numbers out of the fuzzer's bytes, a check that ends the run, and a fake peer.
+#pragma once
+
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "core/atomic.h"
+#include "core/peer.h"
+#include "exchange/comm.h"
+#include "transport/transport.h"
+
+namespace fuzz {
+
+// Ends the run: libFuzzer prints the stack and keeps the input.
+inline void require(bool holds, const char* what) {
+  if (holds) return;
+  std::fprintf(stderr, "FUZZ: does not hold: %s\n", what);
+  std::abort();
+}
+
+// The fuzzer's input as a stream of numbers; zeros behind its end.
+class Bytes {
+ public:
+  Bytes(const uint8_t* data, size_t size) : data_(data), left_(size) {}
+
+  bool is_empty() const { return left_ == 0; }
+  template <class T>
+  T take() {
+    T value{};
+    const size_t size = left_ < sizeof(T) ? left_ : sizeof(T);
+    if (size != 0) std::memcpy(&value, data_, size);
+    data_ += size;
+    left_ -= size;
+    return value;
+  }
+  uint32_t below(uint32_t limit) { return take<uint8_t>() % limit; }
+
+ private:
+  const uint8_t* data_;
+  size_t left_;
+};
+
+// The memory of a fake peer, which the comm under test writes into. Made once and used again: that is most of the cost.
+struct Desk {
+  std::shared_ptr<m2n::Window> rows, small, wake;
+  std::vector<m2n::Handle> handles;
+
+  Desk(const m2n::Rows& rows_layout, const m2n::Small& small_layout) {
+    const auto transport = m2n::make_transport("shm");
+    rows = transport->make_window(rows_layout.object_bytes, rows_layout.stride_bytes, 1);
+    small = transport->make_window(small_layout.object_bytes, small_layout.object_bytes, 1);
+    wake = transport->make_window(m2n::kPageBytes, m2n::kPageBytes, 1);
+    for (m2n::Window* window : {rows.get(), small.get(), wake.get()}) {
+      handles.push_back(window->add_object(0));
+      close(handles.back().fd);
+      handles.back().fd = -1;  // not looked at inside one process
+    }
+  }
+};
+
+// A peer that writes what it likes: its end of a link to a comm in this process.
+class FakePeer {
+ public:
+  FakePeer(m2n::Comm& comm, Desk& desk, uint32_t rank) : rank_(rank), desk_(desk) {
+    std::memset(desk.small->data(), 0, desk.small->bytes());
+    const m2n::Comm::Offer offer = comm.offer(rank, 1);
+    idx_ = offer.peer_idx;
+    for (const m2n::Handle& handle : offer.handles) {
+      mappings_.push_back(m2n::make_transport("shm")->attach(handle, offer.process));
+    }
+    comm.attach(idx_, desk.handles, m2n::process_nonce());
+    int ends[2];
+    require(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) == 0, "socketpair");
+    connection_ = ends[0];
+    comm.watch(idx_, ends[1], -1);
+  }
+  ~FakePeer() {
+    if (connection_ >= 0) close(connection_);
+  }
+  FakePeer(const FakePeer&) = delete;
+  FakePeer& operator=(const FakePeer&) = delete;
+
+  uint32_t rank() const { return rank_; }
+  uint32_t idx() const { return idx_; }
+  // Where this peer writes: its objects in the comm's windows.
+  unsigned char* rows() const { return mappings_[0]->data(); }
+  unsigned char* small() const { return mappings_[1]->data(); }
+  // Where the comm writes.
+  const unsigned char* desk_rows() const { return desk_.rows->data(); }
+  const unsigned char* desk_small() const { return desk_.small->data(); }
+
+  m2n::Signal signal_at(uint64_t offset) const { return m2n::load_signal(word(small() + offset)); }
+  m2n::Signal answer_at(uint64_t offset) const { return m2n::load_signal(word(desk_.small->data() + offset)); }
+  m2n::Header answer_header(uint64_t offset) const {
+    m2n::Header header;
+    std::memcpy(&header, desk_.small->data() + offset, sizeof header);
+    return header;
+  }
+  void ring(uint64_t offset, m2n::Signal value) { m2n::store_signal(word(small() + offset), value); }
+
+  // The comm has closed the connection: the peer learns of its end.
+  bool is_told() const {
+    char byte;
+    return recv(connection_, &byte, 1, MSG_DONTWAIT) == 0;
+  }
+
+  // Ends the connection, with a goodbye or without, and waits until the comm knows.
+  void hang_up(m2n::Comm& comm, bool say_goodbye) {
+    if (say_goodbye) require(send(connection_, &m2n::kGoodbye, 1, 0) == 1, "send");
+    close(connection_);
+    connection_ = -1;
+    const int64_t deadline_ns = m2n::now_ns() + 4'000'000'000;
+    while (comm.peer_infos().at(idx_).state == m2n::PeerState::kLive) {
+      require(m2n::now_ns() < deadline_ns, "the end of a connection is noticed");
+      usleep(10);
+    }
+  }
+
+ private:
+  static m2n::Signal* word(unsigned char* at) { return reinterpret_cast<m2n::Signal*>(at); }
+
+  uint32_t rank_;
+  uint32_t idx_ = 0;
+  Desk& desk_;
+  int connection_ = -1;
+  std::vector<std::shared_ptr<m2n::Mapping>> mappings_;
+};
+
+}  // namespace fuzz
