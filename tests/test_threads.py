@@ -118,24 +118,30 @@ def test_microbatches_driven_and_served_by_different_threads() -> None:
 
 
 def test_routes_are_used_again_by_several_threads() -> None:
+    """While many microbatches are in flight: to use a route again is to ask whether one of them has it."""
+    shape = dataclasses.replace(SMALL, microbatches=62)
+
     def attend(comm: m2n.AttentionComm) -> None:
-        ids, weights = np.array([[0, 1]] * 8, np.int32), np.ones((8, 2), np.float32)
+        ids, weights, x = np.array([[0, 1]] * 8, np.int32), np.ones((8, 2), np.float32), np.ones((8, 64), np.float32)
 
         def drive(microbatch: int) -> None:
             route = None
-            for _ in range(40):
+            for _ in range(60):
                 route = comm.route(ids, weights, out=route)
-                comm.dispatch_send(np.ones((8, 64), np.float32), route, microbatch)
+                comm.dispatch_send(x, route, microbatch)
                 comm.combine_recv(microbatch)
 
-        with ThreadPoolExecutor(16) as pool:
-            list(pool.map(drive, range(16)))
+        for microbatch in range(8, 62):
+            comm.dispatch_send(x, comm.route(ids, weights), microbatch)
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(drive, range(8)))
+        for microbatch in range(8, 62):
+            comm.combine_recv(microbatch)
 
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)  # so that threads meet in the middle of what looks like one step
     try:
-        body = (attend, lambda comm: bodies.answer(comm, 1))
-        run_ranks(body, 1, 1, shape=dataclasses.replace(SMALL, microbatches=16), config=NUMPY)
+        run_ranks((attend, lambda comm: bodies.answer(comm, 1)), 1, 1, shape=shape, config=NUMPY)
     finally:
         sys.setswitchinterval(before)
 
@@ -147,10 +153,11 @@ def test_comms_of_several_names_live_side_by_side(tmp_path: Path) -> None:
     placement = m2n.Placement.block(8, 1)
     with contextlib.ExitStack() as stack:
 
-        def open_pair(name: str, shape: m2n.Shape) -> tuple[m2n.ExpertComm, m2n.AttentionComm]:
-            options: dict[str, Any] = {"name": name, "config": NUMPY}
-            server = stack.enter_context(m2n.ExpertComm(0, shape, placement, tmp_path, **options))
-            return server, stack.enter_context(m2n.AttentionComm(0, shape, placement, tmp_path, **options))
+        def open_pairs(names: str) -> None:
+            for role in (m2n.ExpertComm, m2n.AttentionComm):  # all expert ranks are there before the first that joins
+                for name in names:
+                    comm: Any = role(0, shapes[name], placement, tmp_path, name=name, config=NUMPY)
+                    pairs.setdefault(name, []).append(stack.enter_context(comm))
 
         def exchange(names: str) -> None:
             given = {name: testing.make_workload(shapes[name], "uniform", ord(name)) for name in names}
@@ -164,14 +171,15 @@ def test_comms_of_several_names_live_side_by_side(tmp_path: Path) -> None:
                 expected = testing.oracle_combine(given[name], shapes[name], placement)
                 assert np.array_equal(pairs[name][1].combine_recv(), as_numpy(expected)), name
 
-        pairs = {name: open_pair(name, shape) for name, shape in shapes.items()}
+        pairs: dict[str, list[Any]] = {}
+        open_pairs("abc")
         exchange("abc")
-        for comm in pairs["b"]:
+        for comm in pairs.pop("b"):
             comm.close()
         exchange("ca")
         assert all(comm.peers()[0].state == "live" for name in "ac" for comm in pairs[name])
         shapes["b"] = dataclasses.replace(SHAPE, top_k=1)
-        pairs["b"] = open_pair("b", shapes["b"])
+        open_pairs("b")
         exchange("bca")
 
 
