@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""libFuzzer on what peers write and on routes (tests/fuzz/*.cc), each for some seconds with a new seed.
+"""libFuzzer on what peers of either role write and on routes (tests/fuzz/*.cc), each for some seconds with a new seed.
 
 A long campaign: M2N_FUZZ_SECONDS=3600 pytest tests/test_fuzz.py -s. A finding is printed with its stack and its input.
 """
@@ -27,11 +27,11 @@ SECONDS = int(os.environ.get("M2N_FUZZ_SECONDS", "8"))
 INSTRUMENT = "address,undefined"
 FLAGS = [
     "-std=c++20", "-O1", "-g", "-fno-omit-frame-pointer", "-ffp-contract=off", "-pthread", "-DM2N_GUARD_PAGES",
-    "-D_GLIBCXX_ASSERTIONS", "-fno-sanitize-recover=undefined",
+    "-DM2N_HAS_CUDA=0", "-D_GLIBCXX_ASSERTIONS", "-fno-sanitize-recover=undefined",
 ]  # fmt: skip
 # No leaks: worlds live until the process ends. Fake stacks double the price of an exception, of which there are many.
 OPTIONS = "detect_leaks=0:detect_stack_use_after_return=0"
-TARGETS = ("fuzz_expert", "fuzz_route")
+TARGETS = ("fuzz_expert", "fuzz_attention", "fuzz_route")
 
 
 class Mutation(NamedTuple):
@@ -40,11 +40,18 @@ class Mutation(NamedTuple):
     target: str
     header: str  # below csrc
     check: str  # a pattern; found exactly once
+    instead: str = ""
 
 
 WRONG = (
     Mutation("fuzz_expert", "exchange/inbox.h", r"  if \(signal_rows\(signal\) > max_tokens\) return [^;]*;\n"),
     Mutation("fuzz_expert", "exchange/dispatch.h", r"  if \(id < 0 \|\| [^;]*num_experts\) return [^;]*;\n"),
+    Mutation(
+        "fuzz_attention",
+        "core/slot.h",
+        r"seq == last_seq \+ 1u \? Arrival::kNext : Arrival::kViolation",
+        "Arrival::kNext",
+    ),
     Mutation("fuzz_route", "exchange/route.h", r"      if \(ids\[j\] == ids\[k\]\) return [^;]*;\n"),
 )
 
@@ -87,7 +94,9 @@ def includes(*more: Path) -> list[str]:
 @functools.cache
 def build() -> dict[str, Path]:
     """All targets, from csrc itself."""
-    library = [path for folder in ("transport", "exchange") for path in sorted((ROOT / "csrc" / folder).glob("*.cc"))]
+    # What every build has: the sources that CMake adds only with CUDA come by target_sources().
+    cmake = "".join(re.findall(r"add_library\(m2n_\w+ STATIC[^)]*\)", (ROOT / "CMakeLists.txt").read_text()))
+    library = [ROOT / path for path in re.findall(r"csrc/\w+/\w+\.cc", cmake)]
     sources = [ROOT / f"tests/fuzz/{target}.cc" for target in TARGETS]
     objects = compile_objects([*sources, *library], BUILD / "objects", includes())
     for target, main in zip(TARGETS, objects):
@@ -104,14 +113,15 @@ def build_wrong(mutation: Mutation) -> Path:
     build()
     directory = BUILD / f"wrong-{WRONG.index(mutation)}"
     text = (ROOT / "csrc" / mutation.header).read_text()
-    wrong, count = re.subn(mutation.check, "", text)
+    wrong, count = re.subn(mutation.check, mutation.instead, text)
     assert count == 1, f"{mutation.header} holds {mutation.check!r} {count} times; the control needs the check's text"
     header = directory / mutation.header
     header.parent.mkdir(parents=True, exist_ok=True)
     header.write_text(wrong)
     # What includes the header is compiled again; the rest is the library as it is.
     again = [ROOT / f"tests/fuzz/{mutation.target}.cc"]
-    again += [ROOT / "csrc/exchange/expert.cc"] if mutation.target == "fuzz_expert" else []
+    role = ROOT / f"csrc/exchange/{mutation.target.removeprefix('fuzz_')}.cc"
+    again += [role] if mutation.target != "fuzz_route" else []
     objects = compile_objects(again, directory / "objects", includes(directory))
     rest = [path for path in (BUILD / "objects").glob("*.o") if path.stem not in {*TARGETS, *(o.stem for o in objects)}]
     program = directory / mutation.target

@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "core/atomic.h"
@@ -50,7 +51,7 @@ class Bytes {
 // The memory of a fake peer, which the comm under test writes into. Made once and used again: that is most of the cost.
 struct Desk {
   std::shared_ptr<m2n::Window> rows, small, wake;
-  std::vector<m2n::Handle> handles;
+  std::vector<uint64_t> ids;
 
   Desk(const m2n::Rows& rows_layout, const m2n::Small& small_layout) {
     const auto transport = m2n::make_transport("shm");
@@ -58,9 +59,7 @@ struct Desk {
     small = transport->make_window(small_layout.object_bytes, small_layout.object_bytes, 1);
     wake = transport->make_window(m2n::kPageBytes, m2n::kPageBytes, 1);
     for (m2n::Window* window : {rows.get(), small.get(), wake.get()}) {
-      handles.push_back(window->add_object(0));
-      close(handles.back().fd);
-      handles.back().fd = -1;  // not looked at inside one process
+      ids.push_back(window->add_object(0).id);
     }
   }
 };
@@ -70,12 +69,14 @@ class FakePeer {
  public:
   FakePeer(m2n::Comm& comm, Desk& desk, uint32_t rank) : rank_(rank), desk_(desk) {
     std::memset(desk.small->data(), 0, desk.small->bytes());
-    const m2n::Comm::Offer offer = comm.offer(rank, 1);
+    m2n::Comm::Offer offer = comm.offer(rank, 1);
     idx_ = offer.peer_idx;
-    for (const m2n::Handle& handle : offer.handles) {
-      mappings_.push_back(m2n::make_transport("shm")->attach(handle, offer.process));
+    for (m2n::Handle& handle : offer.handles) {
+      mappings_.push_back(m2n::make_transport("shm")->attach(std::move(handle), offer.process));
     }
-    comm.attach(idx_, desk.handles, m2n::process_nonce());
+    std::vector<m2n::Handle> handles(desk.ids.size());  // inside one process only the ids are looked at
+    for (size_t i = 0; i < handles.size(); ++i) handles[i].id = desk.ids[i];
+    comm.attach(idx_, std::move(handles), m2n::process_nonce());
     int ends[2];
     require(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) == 0, "socketpair");
     connection_ = ends[0];

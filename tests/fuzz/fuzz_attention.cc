@@ -1,0 +1,377 @@
+// SPDX-License-Identifier: Apache-2.0
+// Fuzzes what expert peers write into an attention rank's window: replies of any seq, size, header and rows, at any
+// time. What must come of them is computed again in the simplest way.
+#include <cmath>
+
+#include "attention_model.h"
+#include "exchange/attention.h"
+#include "harness.h"
+
+namespace {
+
+using namespace fuzz;
+using namespace m2n;
+
+constexpr uint32_t kMaxOps = 48;
+
+enum class Reply { kPending, kGone, kGood, kRefused, kBroken };
+
+class World {
+ public:
+  World(ReduceAt reduce_at, uint32_t first_seq)
+      : shape_{kHidden, kExperts, kTopK, kMaxTokens, kMicrobatches, DType::kFloat32, DType::kFloat32, reduce_at},
+        first_seq_(first_seq) {
+    renew();
+  }
+
+  void run(Bytes& bytes) {
+    for (uint32_t i = 0; i < kMaxOps && !bytes.is_empty(); ++i) step(bytes);
+    settle();
+    if (is_spoiled_) renew();
+  }
+
+ private:
+  void renew() {
+    if (comm_) comm_->close();
+    peers_.clear();
+    for (Flight& flight : flights_) flight = Flight{};
+    g_first_seq = first_seq_;
+    comm_ = std::make_shared<AttentionComm>(shape_, 0, kMaxLives, "shm");
+    layout_ = comm_->layout();
+    while (desks_.size() < kMaxLives) {
+      desks_.push_back(std::make_unique<Desk>(layout_.dispatch_rows, layout_.dispatch_small));
+    }
+    for (uint32_t rank = 0; rank < kRanks; ++rank) join(rank);
+    is_spoiled_ = false;
+  }
+
+  void join(uint32_t rank) {
+    if (peers_.size() == kMaxLives) return;
+    for (Peer& peer : peers_) {
+      if (peer.fake->rank() == rank) peer.is_live = false;  // replaced
+    }
+    Peer peer;
+    peer.fake = std::make_unique<FakePeer>(*comm_, *desks_[peers_.size()], rank);
+    for (Lane& lane : peer.lanes) lane.sent = first_seq_;
+    peers_.push_back(std::move(peer));
+    is_spoiled_ = true;
+  }
+
+  void step(Bytes& bytes) {
+    // What ends a link is rare: it costs a new comm afterwards.
+    const uint32_t what = bytes.below(64);
+    if (what == 0) return end_peer(bytes);
+    if (what == 1) return recover(bytes.below(kRanks + 1));
+    if (what == 2) return join(bytes.below(kRanks));
+    if (what < 5) return idle();
+    if (what < 9) return ask(bytes.below(kMicrobatches));
+    if (what < 22) return send(bytes, bytes.below(kMicrobatches));
+    if (what < 34) return receive(bytes.below(kMicrobatches));
+    reply(bytes);
+  }
+
+  void reply(Bytes& bytes) {
+    Peer& peer = peers_[bytes.below(static_cast<uint32_t>(peers_.size()))];
+    const uint32_t slot = bytes.below(kMicrobatches);
+    Lane& lane = peer.lanes[slot];
+    const uint8_t raw = bytes.below(4) != 0 ? uint8_t{0} : bytes.take<uint8_t>();  // what the fuzzer likes
+    uint32_t seq = lane.sent;
+    if (raw & 1) seq += static_cast<uint32_t>(bytes.take<int8_t>());
+    uint32_t num_rows = raw & 2 ? bytes.take<uint32_t>() : lane.reply_rows;
+    if (raw & 4) num_rows = kRefusedRows;
+    Header header{};
+    header.num_rows = raw & 8 ? bytes.take<uint32_t>() : num_rows;
+    header.detail = raw & 16 ? bytes.take<uint32_t>() : 1;
+    const auto fill = static_cast<float>(bytes.take<int8_t>());
+    const float odd = raw & 32 ? bytes.take<float>() : 0.5f;
+    for (uint32_t i = 0; i < layout_.combine_rows.max_rows * kHidden; ++i) {
+      const float value = i % 7 == 0 ? odd : fill + static_cast<float>(i % 16);
+      const uint64_t at = layout_.combine_rows.row_in_object(slot, 0) * layout_.combine_rows.row_bytes;
+      std::memcpy(peer.fake->rows() + at + i * sizeof value, &value, sizeof value);
+    }
+    std::memcpy(peer.fake->small() + layout_.combine_small.header(slot), &header, sizeof header);
+    if (raw & 64) return;
+    peer.fake->ring(layout_.combine_small.signal(slot), make_signal(num_rows, seq));
+    lane.is_answered |= seq == lane.sent;
+  }
+
+  Reply reply_of(const Peer& peer, uint32_t slot) const {
+    const Lane& lane = peer.lanes[slot];
+    const Signal signal = peer.fake->signal_at(layout_.combine_small.signal(slot));
+    if (signal_seq(signal) == lane.sent - 1) return peer.is_live ? Reply::kPending : Reply::kGone;
+    if (signal_seq(signal) != lane.sent) return Reply::kBroken;
+    if (signal_rows(signal) == kRefusedRows) return Reply::kRefused;
+    Header header;
+    std::memcpy(&header, peer.fake->small() + layout_.combine_small.header(slot), sizeof header);
+    const bool is_right = signal_rows(signal) == lane.reply_rows && header.num_rows == signal_rows(signal);
+    return is_right ? Reply::kGood : Reply::kBroken;
+  }
+
+  bool is_any(uint32_t slot, Reply wanted) const {
+    for (uint32_t peer_idx : flights_[slot].peer_of_rank) {
+      if (peer_idx < kMaxLives && reply_of(peers_[peer_idx], slot) == wanted) return true;
+    }
+    return false;
+  }
+
+  // A protocol error that is no refusal: its culprit was dropped, deserved it, and knows.
+  void note_drop(const Error& error) {
+    Peer* peer = nullptr;
+    for (Peer& candidate : peers_) {
+      const PeerInfo info = comm_->peer_infos().at(candidate.fake->idx());
+      const bool is_named = static_cast<int>(info.rank) == error.peer_rank();
+      if (is_named && info.state == PeerState::kLost && info.cause == LossCause::kProtocol) peer = &candidate;
+      // One that was gone before it was found out stays what it was.
+      if (is_named && !candidate.is_live && peer == nullptr) peer = &candidate;
+    }
+    require(peer != nullptr, "who breaks the protocol is dropped");
+    bool is_deserved = false;
+    for (uint32_t slot = 0; slot < kMicrobatches; ++slot) is_deserved |= reply_of(*peer, slot) == Reply::kBroken;
+    require(is_deserved, "who is dropped has broken the protocol");
+    require(!peer->is_live || peer->fake->is_told(), "who is dropped is told");
+    peer->is_live = false;
+    is_spoiled_ = true;
+  }
+
+  // The ends that every call may have because of what peers do.
+  void note_error(const Error& error) {
+    is_spoiled_ = true;
+    if (error.kind() == Failure::kProtocol) return note_drop(error);
+    require(error.kind() == Failure::kPeerLost, "only kProtocol and kPeerLost");
+    bool is_any_gone = false;
+    for (const Peer& peer : peers_) {
+      is_any_gone |= !peer.is_live && static_cast<int>(peer.fake->rank()) == error.peer_rank();
+    }
+    require(is_any_gone, "kPeerLost is for a peer that is gone");
+  }
+
+  // Nobody who is live owes a reply on this slot: else a message would overwrite what is still read.
+  bool is_credit_there(uint32_t slot) const {
+    for (const Peer& peer : peers_) {
+      if (peer.is_live && !peer.lanes[slot].is_answered) return false;
+    }
+    return true;
+  }
+
+  void send(Bytes& bytes, uint32_t slot) {
+    Flight flight = make_flight(bytes);
+    const auto route = std::make_shared<Route>(shape_);
+    route->prepare(flight.num_tokens, kRanks);
+    route->build_from_topk(&flight.ids[0][0], &flight.weights[0][0], {0, 1, 2, 3, 4, 5, 6}, {0, 1, 0, 1, 0, 1}, 0);
+    const bool has_credit = is_credit_there(slot);
+    const std::vector<unsigned char> x(size_t{flight.num_tokens} * layout_.dispatch_rows.row_bytes, 0x3C);
+    try {
+      comm_->dispatch_send(x.data(), layout_.dispatch_rows.row_bytes, route, slot, 1, 0);
+    } catch (const Error& error) {
+      if (error.kind() == Failure::kSlotBusy) return require(flights_[slot].is_busy, "kSlotBusy is for a busy slot");
+      if (error.kind() == Failure::kTimeout)
+        return require(!has_credit, "kTimeout is for a peer that has not answered");
+      return note_error(error);
+    }
+    require(!flights_[slot].is_busy && has_credit, "a slot is dispatched again only after all its replies");
+    flight.is_busy = true;
+    for (uint32_t rank = 0; rank < kRanks; ++rank) {
+      const uint32_t num_rows = route->view().row_offsets[rank + 1] - route->view().row_offsets[rank];
+      Peer* peer = newest(rank);
+      flight.peer_of_rank[rank] = num_rows != 0 ? peer->fake->idx() : kNobody;
+      if (!peer->is_live) continue;
+      const uint32_t pairs = route->view().pair_counts[rank];
+      check_sent(*peer, slot, num_rows, shape_.reduce_at == ReduceAt::kExpert ? num_rows : pairs);
+    }
+    flights_[slot] = flight;
+  }
+
+  // A peer has a message with the next seq, and nothing in it is out of range.
+  void check_sent(Peer& peer, uint32_t slot, uint32_t num_rows, uint32_t reply_rows) {
+    Lane& lane = peer.lanes[slot];
+    lane = {lane.sent + 1, false, reply_rows};
+    // A peer may have rung this seq before the message: then it counts as its reply.
+    lane.is_answered = signal_seq(peer.fake->signal_at(layout_.combine_small.signal(slot))) == lane.sent;
+    const Signal seen = peer.fake->answer_at(layout_.dispatch_small.signal(slot));
+    require(seen == make_signal(num_rows, lane.sent), "the signal of a message");
+    const Header header = peer.fake->answer_header(layout_.dispatch_small.header(slot));
+    require(header.num_rows == num_rows && header.microbatch == slot, "the header of a message");
+    for (uint32_t i = 0; i < num_rows * kTopK; ++i) {
+      int32_t id;
+      std::memcpy(&id, peer.fake->desk_small() + layout_.dispatch_small.ids(slot) + i * sizeof id, sizeof id);
+      const bool is_of_rank =
+          id >= 0 && id < static_cast<int32_t>(kExperts) && id % 2 == static_cast<int>(peer.fake->rank());
+      require(is_of_rank || (id == -1 && i % kTopK != 0), "the ids of a message");
+    }
+  }
+
+  void receive(uint32_t slot) {
+    Flight& flight = flights_[slot];
+    // Exactly as large as it must be, so that a write behind it is found.
+    std::vector<float> y(size_t{flight.num_tokens} * kHidden, 77.0f);
+    try {
+      comm_->combine_recv(reinterpret_cast<unsigned char*>(y.data()), kHidden * sizeof(float), slot, 0);
+    } catch (const Error& error) {
+      if (!flight.is_busy) return require(error.kind() == Failure::kArgument, "nothing was dispatched");
+      if (error.kind() == Failure::kTimeout)
+        return require(is_any(slot, Reply::kPending), "kTimeout: a reply is missing");
+      if (error.kind() == Failure::kPeerLost) require(is_any(slot, Reply::kGone), "kPeerLost: a reply will never come");
+      if (error.kind() == Failure::kProtocol && !comm_->is_busy(slot)) {
+        require(is_any(slot, Reply::kRefused), "a refusal frees the slot");
+        require(!is_any(slot, Reply::kPending) && !is_any(slot, Reply::kGone), "once every reply is there");
+        flight.is_busy = false;
+        return;
+      }
+      return note_error(error);
+    }
+    require(flight.is_busy, "what was not dispatched is not received");
+    for (uint32_t peer_idx : flight.peer_of_rank) {
+      require(peer_idx >= kMaxLives || reply_of(peers_[peer_idx], slot) == Reply::kGood,
+              "only good replies are summed");
+    }
+    check_sums(flight, slot, y);
+    flight.is_busy = false;
+  }
+
+  float reply_value(const Flight& flight, uint32_t slot, uint32_t rank, uint32_t row, uint32_t h) const {
+    const Peer& peer = peers_[flight.peer_of_rank[rank]];
+    const uint64_t at = layout_.combine_rows.row_in_object(slot, row) * layout_.combine_rows.row_bytes;
+    float value;
+    std::memcpy(&value, peer.fake->rows() + at + h * sizeof value, sizeof value);
+    return value;
+  }
+
+  void check_sums(const Flight& flight, uint32_t slot, const std::vector<float>& y) const {
+    uint32_t rows[kRanks] = {};   // of the tokens so far
+    uint32_t pairs[kRanks] = {};  // in the order of the rows
+    for (uint32_t token = 0; token < flight.num_tokens; ++token) {
+      std::vector<std::pair<uint32_t, uint32_t>> sources;  // (rank, reply row)
+      std::vector<float> weights;
+      uint32_t counts[kRanks] = {};
+      for (uint32_t k = 0; k < kTopK; ++k) {
+        const int32_t id = flight.ids[token][k];
+        if (id == -1) continue;
+        const auto rank = static_cast<uint32_t>(id % 2);
+        if (shape_.reduce_at == ReduceAt::kAttention) sources.emplace_back(rank, pairs[rank]++);
+        weights.push_back(flight.weights[token][k]);
+        ++counts[rank];
+      }
+      for (uint32_t rank = 0; shape_.reduce_at == ReduceAt::kExpert && rank < kRanks; ++rank) {
+        if (counts[rank] != 0) sources.emplace_back(rank, rows[rank]++);
+      }
+      for (uint32_t h = 0; h < kHidden; ++h) {
+        float total = 0.0f;
+        bool is_lost = false;
+        for (size_t i = 0; i < sources.size(); ++i) {
+          is_lost |= flight.peer_of_rank[sources[i].first] == kMaxLives;
+          if (is_lost) break;
+          const float value = reply_value(flight, slot, sources[i].first, sources[i].second, h);
+          total += shape_.reduce_at == ReduceAt::kExpert ? value : weights[i] * value;
+        }
+        const float seen = y[size_t{token} * kHidden + h];
+        if (is_lost) total = NAN;
+        require(std::isnan(total) ? std::isnan(seen) : seen == total, "the sum of the replies");
+      }
+    }
+  }
+
+  void ask(uint32_t slot) {
+    try {
+      const bool is_ready = comm_->is_ready(slot);
+      require(!is_ready || (flights_[slot].is_busy && (is_any(slot, Reply::kGone) || !is_any(slot, Reply::kPending))),
+              "a slot is ready when no reply is missing");
+      require(!comm_->is_free(slot) || is_credit_there(slot), "a slot is free when every message has its reply");
+      require(comm_->wait_ready({slot}, 0) == (is_ready ? 0 : -1), "wait_ready says what is_ready says");
+    } catch (const Error& error) {
+      note_error(error);
+    }
+  }
+
+  void idle() {
+    bool had_credit[kMicrobatches];
+    for (uint32_t slot = 0; slot < kMicrobatches; ++slot) had_credit[slot] = is_credit_there(slot);
+    bool is_cut_short = false;
+    try {
+      comm_->idle(0);
+    } catch (const Error& error) {
+      is_cut_short = true;
+      if (error.kind() != Failure::kTimeout) note_error(error);
+    }
+    for (uint32_t slot = 0; slot < kMicrobatches; ++slot) {
+      for (Peer& peer : peers_) {
+        const uint32_t seen = signal_seq(peer.fake->answer_at(layout_.dispatch_small.signal(slot)));
+        const bool is_new = seen == peer.lanes[slot].sent + 1;
+        require(is_cut_short || !peer.is_live || flights_[slot].is_busy || is_new, "idle tells everybody");
+        if (!is_new) continue;
+        require(had_credit[slot] && !flights_[slot].is_busy, "a slot is used again only after all its replies");
+        check_sent(peer, slot, 0, 0);
+      }
+    }
+  }
+
+  void end_peer(Bytes& bytes) {
+    Peer& peer = peers_[bytes.below(static_cast<uint32_t>(peers_.size()))];
+    if (!peer.is_live) return;
+    peer.fake->hang_up(*comm_, bytes.below(2) == 1);
+    peer.is_live = false;
+    is_spoiled_ = true;
+  }
+
+  Peer* newest(uint32_t rank) {
+    Peer* found = nullptr;
+    for (Peer& peer : peers_) {
+      if (peer.fake->rank() == rank) found = &peer;
+    }
+    return found;
+  }
+
+  void recover(uint32_t rank) {
+    Peer* peer = newest(rank);
+    const bool is_right = peer != nullptr && !peer->is_live;
+    try {
+      comm_->recover(rank);
+      require(is_right, "only who is gone can be given up");
+      peer->is_given_up = true;
+      for (Flight& flight : flights_) {
+        for (uint32_t& peer_idx : flight.peer_of_rank) {
+          if (flight.is_busy && peer_idx == peer->fake->idx()) peer_idx = kMaxLives;  // its share becomes NaN
+        }
+      }
+    } catch (const Error& error) {
+      require(!is_right && error.kind() == Failure::kArgument, "who is gone can be given up");
+    }
+  }
+
+  // Everybody answers as it should; then all is as at the start.
+  void settle() {
+    for (uint32_t slot = 0; slot < kMicrobatches && !is_spoiled_; ++slot) {
+      for (Peer& peer : peers_) {
+        Lane& lane = peer.lanes[slot];
+        Header header{};
+        header.num_rows = lane.reply_rows;
+        std::memcpy(peer.fake->small() + layout_.combine_small.header(slot), &header, sizeof header);
+        peer.fake->ring(layout_.combine_small.signal(slot), make_signal(lane.reply_rows, lane.sent));
+        lane.is_answered = true;
+      }
+      if (flights_[slot].is_busy) receive(slot);
+      require(!flights_[slot].is_busy && comm_->is_free(slot), "with all replies every slot becomes free");
+    }
+  }
+
+  const Shape shape_;
+  const uint32_t first_seq_;
+  Layout layout_{};
+  std::shared_ptr<AttentionComm> comm_;
+  std::vector<std::unique_ptr<Desk>> desks_;
+  std::vector<Peer> peers_;  // by peer index
+  Flight flights_[kMicrobatches];
+  bool is_spoiled_ = false;  // the next input needs a new comm
+};
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  // Sums at the expert and at the attention rank; message numbers from 0, and just before they wrap.
+  static World worlds[] = {{ReduceAt::kExpert, 0},
+                           {ReduceAt::kAttention, 0},
+                           {ReduceAt::kExpert, 0xFFFFFFFDu},
+                           {ReduceAt::kAttention, 0xFFFFFFFDu}};
+  fuzz::Bytes bytes(data, size);
+  worlds[bytes.below(4)].run(bytes);
+  return 0;
+}
