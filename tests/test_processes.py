@@ -171,9 +171,10 @@ def test_a_forked_child_may_open_a_rank_of_its_own(tmp_path: Path) -> None:
             y = small_dispatch(comm)
             return str(small_answer(server) and np.array_equal(comm.combine_recv(), y))
 
-    with small_expert(tmp_path) as server, ThreadPoolExecutor(1) as pool, small_attention(tmp_path) as comm:
-        ends = [fork(as_rank(1)), fork(as_rank(2)), fork(own_pair)]
-        with small_expert(tmp_path, name="child"):  # the parent's rank of that name: not the child's
+    # The parent has a rank of the name that a child opens, with another store.
+    with small_expert(tmp_path / "parent", name="child"), small_expert(tmp_path) as server:
+        with ThreadPoolExecutor(1) as pool, small_attention(tmp_path) as comm:
+            ends = [fork(as_rank(1)), fork(as_rank(2)), fork(own_pair)]
             served = pool.submit(bodies.answer, server, 3)
             assert are_equal(bodies.exchange(comm, given), expected[0])
             assert [end() for end in ends] == ["returned 'True'"] * 3
