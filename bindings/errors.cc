@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // m2n.Error, PeerLost, Timeout, ProtocolError, SetupError, SlotBusy.
-#include "errors.h"
+#include "bind.h"
 
 #include <string>
 

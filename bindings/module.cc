@@ -3,36 +3,17 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cmath>
-#include <limits>
 #include <optional>
 
-#include "errors.h"
+#include "bind.h"
 #include "exchange/attention.h"
 #include "exchange/expert.h"
-#include "tensor.h"
 
 namespace m2n::bindings {
 namespace {
 
 // A copy of this many bytes takes a few microseconds: below it, giving up the lock costs more than it frees.
 constexpr uint64_t kLargeCopyBytes = 64 * 1024;
-
-int64_t deadline_after(double timeout_s) {
-  if (std::isnan(timeout_s) || timeout_s < 0) throw py::value_error("timeout: expected seconds >= 0");
-  constexpr double kForeverS = 1e9;  // no wait is endless, but this one ends in 30 years
-  return now_ns() + static_cast<int64_t>(std::min(timeout_s, kForeverS) * 1e9);
-}
-
-class MaybeRelease {
- public:
-  explicit MaybeRelease(bool is_long) {
-    if (is_long) release_.emplace();
-  }
-
- private:
-  std::optional<py::gil_scoped_release> release_;
-};
 
 Shape make_shape(uint32_t hidden, uint32_t num_experts, uint32_t top_k, uint32_t max_tokens, uint32_t microbatches,
                  const std::string& dispatch_dtype, const std::string& combine_dtype, const std::string& reduce_at) {
@@ -58,18 +39,10 @@ struct TopK {
 };
 
 TopK read_topk(const Shape& shape, const py::object& topk_ids, const py::object& topk_weights) {
-  const Tensor ids(topk_ids, "topk_ids");
-  const Tensor weights(topk_weights, "topk_weights");
-  TopK topk{ids.read_ids(shape.top_k), weights.read_floats(shape.top_k), static_cast<uint32_t>(ids.num_rows())};
-  if (ids.num_rows() != weights.num_rows()) {
-    throw py::value_error("topk_weights: expected " + std::to_string(ids.num_rows()) + " rows as in topk_ids, got " +
-                          std::to_string(weights.num_rows()));
-  }
-  if (topk.num_tokens > shape.max_tokens) {
-    throw py::value_error("topk_ids: " + std::to_string(topk.num_tokens) + " tokens, but max_tokens is " +
-                          std::to_string(shape.max_tokens) + "; send them in several dispatches");
-  }
-  return topk;
+  const Tensor ids(topk_ids, "topk_ids", kOnCpu);
+  const Tensor weights(topk_weights, "topk_weights", kOnCpu);
+  require_topk(shape, ids, weights);
+  return {ids.read_ids(shape.top_k), weights.read_floats(shape.top_k), static_cast<uint32_t>(ids.num_rows())};
 }
 
 void build_from_topk(Route& route, const py::object& topk_ids, const py::object& topk_weights,
@@ -83,24 +56,15 @@ void build_from_topk(Route& route, const py::object& topk_ids, const py::object&
 void build_from_splits(Route& route, const std::vector<uint32_t>& splits, const py::object& topk_ids,
                        const py::object& topk_weights) {
   const TopK topk = read_topk(route.shape(), topk_ids, topk_weights);
-  uint64_t num_rows = 0;
-  for (uint32_t split : splits) num_rows += split;
-  if (num_rows != topk.num_tokens) {
-    throw py::value_error("splits: they add up to " + std::to_string(num_rows) + " rows, topk_ids has " +
-                          std::to_string(topk.num_tokens));
-  }
+  require_splits(splits, topk.num_tokens);
   route.prepare(topk.num_tokens, static_cast<uint32_t>(splits.size()));
   route.build_from_splits(topk.ids.data(), topk.weights.data(), splits);
 }
 
 void attention_dispatch_send(AttentionComm& comm, const py::object& x, std::shared_ptr<const Route> route,
                              uint32_t microbatch, uint32_t layer, double timeout_s) {
-  const Tensor rows(x, "x");
-  rows.require_rows(comm.shape().dispatch_dtype, comm.shape().hidden);
-  if (rows.num_rows() != route->view().num_tokens) {
-    throw py::value_error("x: the route is for " + std::to_string(route->view().num_tokens) + " tokens, x has " +
-                          std::to_string(rows.num_rows()) + " rows");
-  }
+  const Tensor rows(x, "x", kOnCpu);
+  require_x_rows(rows, comm.shape(), route->view().num_tokens);
   const uint64_t bytes = route->num_rows() * comm.layout().dispatch_rows.row_bytes;
   const int64_t deadline_ns = deadline_after(timeout_s);
   const bool is_long = bytes >= kLargeCopyBytes || (!comm.is_busy(microbatch) && !comm.is_free(microbatch));
@@ -109,12 +73,8 @@ void attention_dispatch_send(AttentionComm& comm, const py::object& x, std::shar
 }
 
 void attention_combine_recv(AttentionComm& comm, const py::object& y, uint32_t microbatch, double timeout_s) {
-  const Tensor rows(y, "out");
-  rows.require_rows(comm.shape().combine_dtype, comm.shape().hidden);
-  if (rows.num_rows() != comm.num_tokens(microbatch)) {
-    throw py::value_error("out: expected " + std::to_string(comm.num_tokens(microbatch)) + " rows, got " +
-                          std::to_string(rows.num_rows()));
-  }
+  const Tensor rows(y, "out", kOnCpu);
+  require_out_rows(rows, comm.shape(), comm.num_tokens(microbatch));
   const int64_t deadline_ns = deadline_after(timeout_s);
   const uint64_t bytes = rows.num_rows() * comm.layout().combine_rows.row_bytes;
   const MaybeRelease release(bytes >= kLargeCopyBytes || !comm.is_ready(microbatch));
@@ -124,13 +84,7 @@ void attention_combine_recv(AttentionComm& comm, const py::object& y, uint32_t m
 std::shared_ptr<Batch> expert_dispatch_recv(ExpertComm& comm, std::optional<uint32_t> layer,
                                             std::optional<uint32_t> microbatch, double linger_us,
                                             const std::vector<uint32_t>& attention_ranks, double timeout_s) {
-  const Wanted wanted{!layer.has_value(),
-                      layer.value_or(0),
-                      !microbatch.has_value(),
-                      microbatch.value_or(0),
-                      static_cast<int64_t>(linger_us * 1e3),
-                      attention_ranks.data(),
-                      static_cast<uint32_t>(attention_ranks.size())};
+  const Wanted wanted = make_wanted(layer, microbatch, linger_us, attention_ranks);
   const int64_t deadline_ns = deadline_after(timeout_s);
   if (timeout_s == 0) return comm.dispatch_recv(wanted, 0);
   const py::gil_scoped_release release;
@@ -138,39 +92,11 @@ std::shared_ptr<Batch> expert_dispatch_recv(ExpertComm& comm, std::optional<uint
 }
 
 void expert_combine_send(ExpertComm& comm, const std::shared_ptr<Batch>& batch, const py::object& y, bool reduced) {
-  const Tensor rows(y, "y");
-  const DType dtype = rows.float_dtype();
-  rows.require_rows(dtype, comm.shape().hidden);
-  if (reduced && comm.shape().reduce_at == ReduceAt::kAttention) {
-    throw py::value_error("reduced: with reduce_at='attention' the attention rank sums, so y must hold every pair");
-  }
-  const uint32_t num_rows = reduced ? batch->num_rows() : batch->num_pairs();
-  if (rows.num_rows() != num_rows) {
-    throw py::value_error("y: expected " + std::to_string(num_rows) +
-                          (reduced ? " rows, one per received row" : " rows, one per (row, expert) pair") + ", got " +
-                          std::to_string(rows.num_rows()));
-  }
-  const MaybeRelease release(num_rows * comm.layout().combine_rows.row_bytes >= kLargeCopyBytes);
+  const Tensor rows(y, "y", kOnCpu);
+  const DType dtype = require_y_rows(rows, comm.shape(), batch->num_rows(), batch->num_pairs(), reduced);
+  const MaybeRelease release(static_cast<uint64_t>(rows.num_rows()) * comm.layout().combine_rows.row_bytes >=
+                             kLargeCopyBytes);
   comm.combine_send(*batch, rows.data(), rows.row_stride_bytes(), dtype, reduced);
-}
-
-// A list of a batch as an array that keeps the batch alive.
-template <class T>
-Array list_array(const std::shared_ptr<Batch>& batch, std::vector<T>& list) {
-  return {batch,
-          list.data(),
-          {static_cast<int64_t>(list.size())},
-          std::is_same_v<T, float> ? Kind::kFloat : Kind::kInt,
-          32};
-}
-
-Array window_array(const Comm& comm) {
-  const DType dtype = comm.shape().dispatch_dtype;
-  return {comm.rows_window(),
-          comm.rows_window()->data(),
-          {static_cast<int64_t>(comm.window_rows()), static_cast<int64_t>(comm.shape().hidden)},
-          dtype == DType::kBFloat16 ? Kind::kBFloat : Kind::kFloat,
-          static_cast<uint8_t>(8 * dtype_bytes(dtype))};
 }
 
 // The descriptors belong to the caller from here on.
@@ -308,7 +234,9 @@ void bind_expert(py::module_& module) {
       py::arg("timeout_s"));
   type.def("combine_send", &expert_combine_send, py::arg("batch"), py::arg("y"), py::arg("reduced"));
   type.def("recover", &ExpertComm::recover, py::arg("rank"));
-  type.def("window", [](const ExpertComm& comm) { return window_array(comm); });
+  type.def("window", [](const ExpertComm& comm) {
+    return window_array(comm.rows_window(), comm.window_rows(), comm.shape(), kOnCpu);
+  });
 }
 
 void bind_values(py::module_& module) {
@@ -331,7 +259,8 @@ void bind_values(py::module_& module) {
       });
   py::class_<Array>(module, "Array")
       .def("__dlpack__", [](const Array& array, const py::kwargs&) { return array.to_dlpack(); })
-      .def("__dlpack_device__", [](const Array&) { return py::make_tuple(1, 0); })
+      .def("__dlpack_device__",
+           [](const Array& array) { return py::make_tuple(array.device.device_type, array.device.device_id); })
       .def_property_readonly("is_bfloat16", [](const Array& array) { return array.kind == Kind::kBFloat; })
       .def("bits", [](const Array& array) {
         Array bits = array;
@@ -345,10 +274,17 @@ void bind_values(py::module_& module) {
       .def_property_readonly("num_rows", &Batch::num_rows)
       .def_property_readonly("num_pairs", &Batch::num_pairs)
       .def_property_readonly("row_index_by_expert",
-                             [](const std::shared_ptr<Batch>& b) { return list_array(b, b->row_index_by_expert); })
+                             [](const std::shared_ptr<Batch>& b) {
+                               return list_array(b, b->row_index_by_expert.data(), b->row_index_by_expert.size(),
+                                                 kOnCpu);
+                             })
       .def_property_readonly("expert_offsets",
-                             [](const std::shared_ptr<Batch>& b) { return list_array(b, b->expert_offsets); })
-      .def_property_readonly("weights", [](const std::shared_ptr<Batch>& b) { return list_array(b, b->weights); });
+                             [](const std::shared_ptr<Batch>& b) {
+                               return list_array(b, b->expert_offsets.data(), b->expert_offsets.size(), kOnCpu);
+                             })
+      .def_property_readonly("weights", [](const std::shared_ptr<Batch>& b) {
+        return list_array(b, b->weights.data(), b->weights.size(), kOnCpu);
+      });
 }
 
 }  // namespace
@@ -361,8 +297,10 @@ PYBIND11_MODULE(_C, module) {
   bind_comm(module);
   bind_attention(module);
   bind_expert(module);
+  bind_device(module);
   module.def("start_seq_at", [](uint32_t seq) { g_first_seq = seq; }, py::arg("seq"));  // for tests
   module.attr("has_cuda") = bool{M2N_HAS_CUDA};
+  module.def("why_no_cuda", &why_no_cuda);
   module.attr("sanitizer") = M2N_SANITIZE_NAME;
   module.attr("version") = M2N_VERSION;
 }

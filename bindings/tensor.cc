@@ -12,35 +12,57 @@ constexpr int32_t kCpu = 1;
 constexpr const char* kPlain = "dltensor";
 constexpr const char* kVersioned = "dltensor_versioned";
 
-py::object call_dlpack(const py::object& object, const char* argument) {
-  if (!py::hasattr(object, "__dlpack__")) {
+std::string name_of(DLDevice device) {
+  if (device.device_type == kCpu) return "the CPU";
+  const std::string number = std::to_string(device.device_id);
+  if (device.device_type == 2) return "cuda:" + number;
+  return "DLPack device type " + std::to_string(device.device_type) + ", number " + number;
+}
+
+// Throws unless the tensor lies on `device`.
+void require_device(const py::object& object, const char* argument, DLDevice device) {
+  if (!py::hasattr(object, "__dlpack__") || !py::hasattr(object, "__dlpack_device__")) {
     throw py::type_error(std::string(argument) + ": expected a torch, numpy or other DLPack tensor, got " +
                          std::string(py::str(py::type::of(object).attr("__name__"))));
   }
+  std::pair<int32_t, int32_t> where;
   try {
-    return object.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(1, 0));
+    where = py::cast<std::pair<int32_t, int32_t>>(object.attr("__dlpack_device__")());
+  } catch (const std::exception& error) {
+    throw py::type_error(std::string(argument) + ": DLPack does not know its device: " + error.what());
+  }
+  const auto [type, number] = where;
+  if (type == device.device_type && (type == kCpu || number == device.device_id)) return;
+  throw py::value_error(std::string(argument) + ": this comm is on " + name_of(device) + ", the tensor is on " +
+                        name_of({type, number}) + "; move it there first");
+}
+
+py::object call_dlpack(const py::object& object, const char* argument, DLDevice device) {
+  require_device(object, argument, device);
+  py::dict options;
+  if (device.device_type != kCpu) options["stream"] = -1;  // no waiting: whoever calls orders the streams
+  py::dict versioned(options);
+  versioned["max_version"] = py::make_tuple(1, 0);
+  try {
+    return object.attr("__dlpack__")(**versioned);
   } catch (py::error_already_set& error) {
     if (!error.matches(PyExc_TypeError)) {
       throw py::type_error(std::string(argument) + ": cannot be read through DLPack: " + error.what());
     }
   }
-  return object.attr("__dlpack__")();  // a library from before DLPack 1.0
+  return object.attr("__dlpack__")(**options);  // a library from before DLPack 1.0
 }
 
 }  // namespace
 
-Tensor::Tensor(const py::object& object, const char* argument)
-    : argument_(argument), capsule_(call_dlpack(object, argument)) {
+Tensor::Tensor(const py::object& object, const char* argument, DLDevice device)
+    : argument_(argument), capsule_(call_dlpack(object, argument, device)) {
   if (PyCapsule_IsValid(capsule_.ptr(), kVersioned)) {
     tensor_ = &static_cast<DLManagedTensorVersioned*>(PyCapsule_GetPointer(capsule_.ptr(), kVersioned))->tensor;
   } else if (PyCapsule_IsValid(capsule_.ptr(), kPlain)) {
     tensor_ = &static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule_.ptr(), kPlain))->tensor;
   } else {
     throw py::type_error(std::string(argument) + ": __dlpack__ gave no DLPack capsule");
-  }
-  if (tensor_->device.device_type != kCpu) {
-    throw py::value_error(std::string(argument) + ": this comm is on the CPU, the tensor is not (DLPack device type " +
-                          std::to_string(tensor_->device.device_type) + "); move it there first");
   }
 }
 
@@ -99,16 +121,13 @@ void Tensor::require_rows(DType dtype, uint32_t hidden) const {
 uint64_t Tensor::row_stride_bytes() const { return static_cast<uint64_t>(stride(0)) * (tensor_->dtype.bits / 8); }
 
 std::vector<int32_t> Tensor::read_ids(uint32_t top_k) const {
-  require_matrix(top_k);
-  if (!is(Kind::kInt, 32) && !is(Kind::kInt, 64)) {
-    throw py::type_error(std::string(argument_) + ": expected int32 or int64, got " + describe());
-  }
+  const bool is_short = id_type() == IdType::kInt32;
   std::vector<int32_t> ids(static_cast<size_t>(num_rows()) * top_k);
   for (int64_t row = 0; row < num_rows(); ++row) {
     for (uint32_t k = 0; k < top_k; ++k) {
       const int64_t at = row * stride(0) + k * stride(1);
       int64_t id;
-      if (is(Kind::kInt, 32)) {
+      if (is_short) {
         id = reinterpret_cast<const int32_t*>(data())[at];
       } else {
         id = reinterpret_cast<const int64_t*>(data())[at];
@@ -123,8 +142,26 @@ std::vector<int32_t> Tensor::read_ids(uint32_t top_k) const {
   return ids;
 }
 
+IdType Tensor::id_type() const {
+  if (is(Kind::kInt, 32)) return IdType::kInt32;
+  if (is(Kind::kInt, 64)) return IdType::kInt64;
+  throw py::type_error(std::string(argument_) + ": expected int32 or int64, got " + describe());
+}
+
+WeightType Tensor::weight_type() const {
+  if (is(Kind::kFloat, 64)) return WeightType::kFloat64;
+  switch (float_dtype()) {
+    case DType::kFloat32:
+      return WeightType::kFloat32;
+    case DType::kBFloat16:
+      return WeightType::kBFloat16;
+    case DType::kFloat16:
+      return WeightType::kFloat16;
+  }
+  return WeightType::kFloat32;
+}
+
 std::vector<float> Tensor::read_floats(uint32_t top_k) const {
-  require_matrix(top_k);
   std::vector<float> values(static_cast<size_t>(num_rows()) * top_k);
   const auto read = [&](auto element) {
     using T = decltype(element);
@@ -154,13 +191,9 @@ py::capsule Array::to_dlpack() const {
     std::vector<int64_t> shape;
   };
   auto* context = new Context{{}, owner, shape};
-  context->managed.tensor = {data,
-                             {kCpu, 0},
-                             static_cast<int32_t>(shape.size()),
-                             {static_cast<uint8_t>(kind), bits, 1},
-                             context->shape.data(),
-                             nullptr,
-                             0};
+  context->managed.tensor = {
+      data,    device, static_cast<int32_t>(shape.size()), {static_cast<uint8_t>(kind), bits, 1}, context->shape.data(),
+      nullptr, 0};
   context->managed.context = context;
   context->managed.deleter = [](DLManagedTensor* managed) { delete static_cast<Context*>(managed->context); };
   return py::capsule(&context->managed, kPlain, [](PyObject* capsule) {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "exchange/dtype.h"
+#include "exchange/route_verb.h"
 
 namespace m2n::bindings {
 
@@ -53,8 +54,9 @@ enum class Kind : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBFloat = 4 };
 // Somebody's tensor, held while this lives. Make and destroy it with the GIL.
 class Tensor {
  public:
-  // Throws TypeError that names `argument` when `object` is no CPU tensor.
-  Tensor(const py::object& object, const char* argument);
+  // Throws TypeError or ValueError that names `argument` when `object` is no tensor on that device. On a GPU it is
+  // taken as it is: the caller's stream is what orders it.
+  Tensor(const py::object& object, const char* argument, DLDevice device);
   ~Tensor();
   Tensor(const Tensor&) = delete;
   Tensor& operator=(const Tensor&) = delete;
@@ -70,12 +72,15 @@ class Tensor {
   // [T][K] of any integer (int32, int64) or float type, as a packed copy.
   std::vector<int32_t> read_ids(uint32_t top_k) const;
   std::vector<float> read_floats(uint32_t top_k) const;
+  IdType id_type() const;
+  WeightType weight_type() const;
+
+  void require_matrix(uint32_t columns) const;
+  int64_t stride(int dim) const;
 
  private:
   bool is(Kind kind, uint8_t bits) const;
   std::string describe() const;
-  void require_matrix(uint32_t columns) const;
-  int64_t stride(int dim) const;
 
   const char* argument_;
   py::object capsule_;
@@ -89,6 +94,7 @@ struct Array {
   std::vector<int64_t> shape;
   Kind kind;
   uint8_t bits;
+  DLDevice device;
 
   py::capsule to_dlpack() const;
 };

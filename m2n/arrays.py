@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tensor edge: torch and numpy in and out, by DLPack. torch is used only where the caller uses it."""
+"""The tensor edge: torch, numpy and cupy in and out, by DLPack; each is used only where the caller uses it."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,14 @@ def is_torch(tensor: Any) -> bool:
     """Is it a torch tensor? Looks without importing torch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(tensor, torch.Tensor)
+
+
+def is_on_cpu(tensor: Any) -> bool:
+    """Where a tensor says that it lies; True for what is none, which somebody else refuses."""
+    try:
+        return bool(tensor.__dlpack_device__()[0] == 1)
+    except Exception:
+        return True
 
 
 def exportable(tensor: Any) -> Any:
@@ -35,28 +44,105 @@ def numpy_bfloat16() -> Any:
     return np.dtype(ml_dtypes.bfloat16)
 
 
-def empty(rows: int, hidden: int, dtype: str, library: str) -> Any:
-    """A new [rows, hidden] tensor of "torch" or "numpy"."""
+def library_of(tensor: Any) -> str:
+    """ "torch", "cupy" or "numpy": what a tensor belongs to."""
+    if is_torch(tensor):
+        return "torch"
+    return "cupy" if type(tensor).__module__.partition(".")[0] == "cupy" else "numpy"
+
+
+def empty(rows: int, hidden: int, dtype: str, like: Any) -> Any:
+    """A new [rows, hidden] tensor of the library, and on the device, of `like`."""
+    library = library_of(like)
     if library == "torch":
         import torch
 
-        return torch.empty((rows, hidden), dtype=getattr(torch, dtype))
+        return torch.empty((rows, hidden), dtype=getattr(torch, dtype), device=like.device)
+    if library == "cupy":
+        import cupy
+
+        return cupy.empty((rows, hidden), dtype="uint16" if dtype == "bfloat16" else dtype)
     return np.empty((rows, hidden), dtype=numpy_bfloat16() if dtype == "bfloat16" else dtype)
 
 
+def zeros(shape: Sequence[int], like: Any) -> Any:
+    """A new tensor of zeros of the library, dtype and device of `like`."""
+    library = library_of(like)
+    if library == "torch":
+        return like.new_zeros(shape)
+    if library == "cupy":
+        import cupy
+
+        return cupy.zeros(shape, like.dtype)
+    return np.zeros(shape, like.dtype)
+
+
 def view(array: _C.Array, library: str) -> Any:
-    """A tensor of "torch" or "numpy" over native memory, which it keeps alive."""
+    """A tensor of "torch", "cupy" or "numpy" over native memory, which it keeps alive. cupy has bfloat16 as uint16."""
     if library == "torch":
         import torch
 
         return torch.from_dlpack(array)
+    if library == "cupy":
+        import cupy
+
+        return cupy.from_dlpack(array.bits() if array.is_bfloat16 else array)
     if array.is_bfloat16:
         return np.from_dlpack(array.bits()).view(numpy_bfloat16())
     return np.from_dlpack(array)
 
 
-def choose(library: str) -> str:
-    """Resolves "auto": torch when this process has imported it."""
+def choose(library: str, device: str) -> str:
+    """Resolves "auto": torch when this process has imported it; else cupy on a GPU, numpy on the CPU."""
+    if library == "numpy" and device.startswith("cuda"):
+        raise ValueError(f"config.arrays: 'numpy' cannot hold the memory of {device!r}; use 'torch' or 'cupy'")
     if library != "auto":
         return library
-    return "torch" if "torch" in sys.modules else "numpy"
+    if "torch" in sys.modules:
+        return "torch"
+    return "cupy" if device.startswith("cuda") else "numpy"
+
+
+def device_name(device: Any) -> str:
+    """ "cpu", "emulated" or "cuda:0", from a name or a torch.device.
+
+    Raises:
+        ValueError: another device.
+    """
+    name = str(device)
+    if name == "cuda":
+        return "cuda:0"
+    is_cuda = name.startswith("cuda:") and name[5:].isdecimal()
+    if name not in ("cpu", "emulated") and not is_cuda:
+        raise ValueError(f"device: expected 'cpu', 'cuda', 'cuda:<number>' or 'emulated', got {name!r}")
+    return name
+
+
+def stream_handle(stream: Any, device: str) -> int:
+    """The CUDA stream a verb goes to, as an integer: torch's or cupy's object, a raw handle, or the current one.
+
+    Raises:
+        ValueError: a stream for a device that has none. TypeError: not a stream.
+    """
+    if not device.startswith("cuda"):
+        if stream is not None:
+            raise ValueError(f"stream: {device!r} has none, got {stream!r}")
+        return 0
+    if stream is None:
+        if "torch" in sys.modules:
+            import torch
+
+            return int(torch.cuda.current_stream(torch.device(device)).cuda_stream)
+        if "cupy" in sys.modules:
+            import cupy
+
+            return int(cupy.cuda.get_current_stream().ptr)
+        return 0
+    for attribute in ("cuda_stream", "ptr"):  # torch, cupy
+        if hasattr(stream, attribute):
+            return int(getattr(stream, attribute))
+    if hasattr(stream, "__cuda_stream__"):
+        return int(stream.__cuda_stream__()[1])
+    if isinstance(stream, bool) or not hasattr(stream, "__index__"):
+        raise TypeError(f"stream: expected a torch or cupy stream or a handle, got {type(stream).__name__}")
+    return int(stream.__index__())

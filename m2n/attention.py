@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import _C, arrays, bootstrap
-from .comm import Comm, require_cpu
+from .comm import Comm
 from .shape import Config, Placement, Shape, require_int
 from .store import open_store
 
@@ -16,10 +16,11 @@ from .store import open_store
 class Route:
     """Where each (token, expert) goes. Made by `AttentionComm.route`, or from rows that are sorted already."""
 
-    __slots__ = ("_native",)
+    __slots__ = ("_native", "_splits")
 
-    def __init__(self, native: _C.Route) -> None:
-        self._native = native
+    def __init__(self, native: Any, splits: tuple[list[int], Any, Any] | None = None) -> None:
+        self._native: _C.Route | _C.DeviceRoute = native
+        self._splits = splits  # what a route of ready-made splits is built from, on a device by its first dispatch
 
     @classmethod
     def from_splits(cls, splits: Sequence[int], topk_ids: Any, topk_weights: Any, *, shape: Shape) -> Route:
@@ -36,9 +37,12 @@ class Route:
         Raises:
             ValueError, TypeError: naming the argument.
         """
+        rows = [require_int("splits", split, 0) for split in splits]
+        if not arrays.is_on_cpu(topk_ids):
+            return cls(None, (rows, topk_ids, topk_weights))
         native = _C.Route(shape._native())
-        native.build_from_splits([require_int("splits", split, 0) for split in splits], topk_ids, topk_weights)
-        return cls(native)
+        native.build_from_splits(rows, topk_ids, topk_weights)
+        return cls(native, (rows, topk_ids, topk_weights))
 
     @property
     def num_tokens(self) -> int:
@@ -65,7 +69,9 @@ class AttentionComm(Comm):
         rank: of this attention rank, from 0.
         shape, placement: equal on all ranks of the comm.
         store: a path, "tcp://host:port", or an object with set, get and wait.
-        device: "cpu".
+        device: "cpu"; "cuda:0" (all ranks of the comm in one process on one GPU, in this version): verbs are launched
+            on the caller's stream and return at once, what goes wrong in one is raised by the next call; or
+            "emulated": the kernels on CPU threads, to test without a GPU.
         name: separates several comms of one job.
         max_peers: expert ranks that can ever join, restarted ones counted again.
         config: deadlines and more.
@@ -76,7 +82,6 @@ class AttentionComm(Comm):
     """
 
     role = "attention"
-    _native: _C.AttentionComm
 
     def __init__(
         self,
@@ -92,7 +97,8 @@ class AttentionComm(Comm):
         super().__init__(rank, shape, placement, name, config, device)
         deadline = time.monotonic() + self.config.connect_timeout_s
         self._borrowed: dict[int, tuple[Any, Route]] = {}
-        native = _C.AttentionComm(shape._native(), self.rank, require_int("max_peers", max_peers, 1), self._transport)
+        self._native = self._make_native(require_int("max_peers", max_peers, 1))
+        native = self._native
         with self._opened(native) as key:
             opened = open_store(store, self.config.connect_timeout_s)
             bootstrap.publish(opened, self._identity, None)
@@ -100,7 +106,21 @@ class AttentionComm(Comm):
                 bootstrap.connect(native, self._identity, opened, expert_rank, deadline)
         self._keep_open(native, None, key)
 
-    def route(self, topk_ids: Any, topk_weights: Any, num_tokens: int | None = None, out: Route | None = None) -> Route:
+    def _make_native(self, max_peers: int) -> Any:
+        shape, placement = self.shape._native(), self.placement
+        if self.device == "cpu":
+            return _C.AttentionComm(shape, self.rank, max_peers, self._transport)
+        hosts = (placement._offsets, placement._ranks, placement.num_expert_ranks)
+        return _C.DeviceAttentionComm(shape, self.rank, max_peers, self._transport, self.device, *hosts)
+
+    def route(
+        self,
+        topk_ids: Any,
+        topk_weights: Any,
+        num_tokens: int | None = None,
+        out: Route | None = None,
+        stream: Any = None,
+    ) -> Route:
         """Where each token goes, from the router's top-k.
 
         Args:
@@ -108,6 +128,7 @@ class AttentionComm(Comm):
             topk_weights: float [T, top_k].
             num_tokens: use only the first so many rows.
             out: a route whose memory is used again; it must not be in flight.
+            stream: on a GPU, as for dispatch_send. This version waits for the device here.
 
         Raises:
             ValueError: shapes, ids out of range or twice in a row, weights that are not finite, more than
@@ -115,20 +136,23 @@ class AttentionComm(Comm):
         """
         if num_tokens is not None:
             topk_ids, topk_weights = topk_ids[:num_tokens], topk_weights[:num_tokens]
-        if out is None:
-            out = Route(_C.Route(self.shape._native()))
-        elif any(route is out for _, route in list(self._borrowed.values())):
+        handle = self._on(stream)
+        if out is not None and any(route is out for _, route in list(self._borrowed.values())):
             raise ValueError("out: this route is in flight; call combine_recv for its microbatch first")
+        topk_ids, topk_weights = arrays.exportable(topk_ids), arrays.exportable(topk_weights)
+        if self.device != "cpu":
+            native = self._native.make_route(topk_ids, topk_weights, [], *handle)
+            if out is None:
+                return Route(native)
+            out._native, out._splits = native, None
+            return out
         placement = self.placement
-        out._native.build_from_topk(
-            arrays.exportable(topk_ids),
-            arrays.exportable(topk_weights),
-            placement._offsets,
-            placement._ranks,
-            placement.num_expert_ranks,
-            self.rank,
-        )
-        return out
+        target = _C.Route(self.shape._native()) if out is None else out._native
+        if not isinstance(target, _C.Route):
+            raise ValueError(f"out: it was made for another device than {self.device!r}")
+        hosts = (placement._offsets, placement._ranks, placement.num_expert_ranks)
+        target.build_from_topk(topk_ids, topk_weights, *hosts, self.rank)
+        return Route(target) if out is None else out
 
     def dispatch_send(self, x: Any, route: Route, microbatch: int = 0, layer: int = 0, stream: Any = None) -> None:
         """Writes each token's row into the window of every expert rank it goes to.
@@ -139,15 +163,25 @@ class AttentionComm(Comm):
             route: for the same T tokens.
             microbatch: 0 to shape.microbatches - 1; the slot that is used.
             layer: goes with the message; expert ranks batch by (layer, microbatch).
+            stream: on a GPU, a torch or cupy stream or a raw handle; default: the current one. Verbs of one microbatch
+                are ordered among each other on whatever streams; x and the results are ordered by this stream alone.
 
         Raises:
             SlotBusy: this microbatch is in flight. PeerLost: an expert rank that gets rows is lost or has left.
             Timeout: an expert rank has not answered this slot's last, empty message. ValueError, TypeError.
         """
-        require_cpu("cpu", stream)
+        handle = self._on(stream)
         if not isinstance(route, Route):
             raise TypeError(f"route: expected m2n.Route, got {type(route).__name__}")
-        self._native.dispatch_send(arrays.exportable(x), route._native, microbatch, layer, self.config.timeout_s)
+        if self.device != "cpu" and route._splits is not None and not isinstance(route._native, _C.DeviceRoute):
+            splits, topk_ids, topk_weights = route._splits
+            tensors = arrays.exportable(topk_ids), arrays.exportable(topk_weights)
+            route._native = self._native.make_route(*tensors, splits, *handle)
+        if not isinstance(route._native, _C.Route if self.device == "cpu" else _C.DeviceRoute):
+            raise ValueError(f"route: it was made for another device than {self.device!r}; use comm.route")
+        self._native.dispatch_send(
+            arrays.exportable(x), route._native, microbatch, layer, self.config.timeout_s, *handle
+        )
         self._borrowed[microbatch] = (x, route)
 
     def combine_recv(
@@ -158,6 +192,7 @@ class AttentionComm(Comm):
         Args:
             out: [T, hidden] of shape.combine_dtype to be filled; default: a new tensor of the library x came from.
             timeout: seconds; default: config.timeout_s.
+            stream: on a GPU, as for dispatch_send.
 
         Returns:
             [T, hidden]: for each token the weighted sum over its experts; 0 for a padded token.
@@ -165,14 +200,14 @@ class AttentionComm(Comm):
         Raises:
             PeerLost: an expert rank died or left and owes rows. Timeout: one is alive but late; call again.
             ProtocolError: one refused the message (it names the expert) or broke the protocol.
+            On a device the next call raises it, and the rows that are missing are NaN.
         """
-        require_cpu("cpu", stream)
+        handle = self._on(stream)
         num_tokens = self._native.num_tokens(microbatch)
         if out is None:
-            library = "torch" if arrays.is_torch(self._borrowed[microbatch][0]) else "numpy"
-            out = arrays.empty(num_tokens, self.shape.hidden, self.shape.combine_dtype, library)
+            out = arrays.empty(num_tokens, self.shape.hidden, self.shape.combine_dtype, self._borrowed[microbatch][0])
         try:
-            self._native.combine_recv(arrays.exportable(out), microbatch, self._timeout(timeout))
+            self._native.combine_recv(arrays.exportable(out), microbatch, self._timeout(timeout), *handle)
         finally:
             if not self._native.is_closed and not self._native.is_busy(microbatch):
                 self._borrowed.pop(microbatch, None)
@@ -180,13 +215,13 @@ class AttentionComm(Comm):
 
     def ready(self, microbatch: int) -> bool:
         """Would `combine_recv` return, or raise, without waiting?"""
-        return self._native.ready(microbatch)
+        return bool(self._native.ready(microbatch, *self._on(None)))
 
     def wait_ready(self, microbatches: Sequence[int], timeout: float | None = None) -> int | None:
         """Sleeps until one of these microbatches is ready and returns it; None at the timeout (seconds)."""
-        position = self._native.wait_ready(list(microbatches), self._timeout(timeout))
+        position = self._native.wait_ready(list(microbatches), self._timeout(timeout), *self._on(None))
         return None if position < 0 else microbatches[position]
 
     def idle(self) -> None:
         """Nothing to send for now: tells it to every peer, so that no expert rank lingers for this one."""
-        self._native.idle(self.config.timeout_s)
+        self._native.idle(self.config.timeout_s, *self._on(None))

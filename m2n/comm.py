@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from . import _C, bootstrap
+from . import _C, arrays, bootstrap
 from .shape import Config, Placement, Shape, require_int
 
 _open_ranks: set[tuple[str, str, str, int]] = set()
@@ -38,7 +38,7 @@ class PeerStatus(NamedTuple):
 
 
 def _shut_down(
-    native: _C.AttentionComm | _C.ExpertComm,
+    native: _C.Comm,
     listener: bootstrap.Listener | None,
     key: tuple[str, str, str, int],
 ) -> None:
@@ -47,13 +47,6 @@ def _shut_down(
         listener.close()
     with _open_ranks_lock:
         _open_ranks.discard(key)
-
-
-def require_cpu(device: Any, stream: Any) -> None:
-    if str(device) != "cpu":
-        raise ValueError(f"device: this version runs on 'cpu', got {str(device)!r}")
-    if stream is not None:
-        raise ValueError(f"stream: the CPU has none, got {stream!r}")
 
 
 class Comm:
@@ -72,16 +65,24 @@ class Comm:
             raise TypeError(f"placement: expected m2n.Placement, got {type(placement).__name__}")
         if placement.num_experts != shape.num_experts:
             raise ValueError(f"placement: places {placement.num_experts} experts, the shape has {shape.num_experts}")
-        require_cpu(device, None)
+        self.device = arrays.device_name(device)
         self.shape = shape
         self.placement = placement
         self.config = config if config is not None else Config()
         self._counters: dict[str, float] = {"rows_gathered": 0}
-        self._identity = bootstrap.Identity(self.config.job, name, self.role, self.rank, shape)
+        # Ranks on a GPU write into each other's memory there; all others share memory of the host.
+        transport = "cuda" if self.device.startswith("cuda") else "shm"
+        if self.config.transport not in ("auto", transport):
+            raise ValueError(
+                f"config.transport: device {self.device!r} needs 'auto' or {transport!r}, got {self.config.transport!r}"
+            )
+        self._transport = self.device if transport == "cuda" else transport
+        self._identity = bootstrap.Identity(self.config.job, name, self.role, self.rank, shape, transport)
 
-    @property
-    def _transport(self) -> str:
-        return "shm" if self.config.transport == "auto" else self.config.transport
+    def _on(self, stream: Any) -> tuple[int, ...]:
+        """The last argument of verbs that run on a device; none on the CPU."""
+        handle = arrays.stream_handle(stream, self.device)
+        return () if self.device == "cpu" else (handle,)
 
     @contextmanager
     def _opened(self, native: Any) -> Iterator[tuple[str, str, str, int]]:

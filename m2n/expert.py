@@ -7,10 +7,8 @@ import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import numpy as np
-
 from . import _C, arrays, bootstrap
-from .comm import Comm, require_cpu
+from .comm import Comm
 from .shape import Config, Placement, Shape, require_int
 from .store import open_store
 
@@ -22,7 +20,9 @@ class Batch:
     Pairs lie expert by expert (ascending global id), within an expert by attention rank's joining and by row.
     """
 
-    def __init__(self, native: _C.Batch, window: Any, library: str, counters: dict[str, float]) -> None:
+    def __init__(
+        self, native: _C.Batch | _C.DeviceBatch, window: Any, library: str, counters: dict[str, float]
+    ) -> None:
         self._native = native
         self._counters = counters
         self._window = window
@@ -76,7 +76,7 @@ class Batch:
             offsets = self.expert_offsets.tolist()
             counts = [end - begin for begin, end in zip(offsets, offsets[1:])]
             shape = (len(counts), max(counts, default=0), x.shape[1])
-            rows = x.new_zeros(shape) if self._library == "torch" else np.zeros(shape, x.dtype)
+            rows = arrays.zeros(shape, x)
             for expert, (begin, count) in enumerate(zip(offsets, counts)):
                 rows[expert, :count] = x[index[begin : begin + count]]
         else:
@@ -102,7 +102,6 @@ class ExpertComm(Comm):
     """
 
     role = "expert"
-    _native: _C.ExpertComm
 
     def __init__(
         self,
@@ -118,13 +117,14 @@ class ExpertComm(Comm):
         super().__init__(rank, shape, placement, name, config, device)
         if self.rank >= placement.num_expert_ranks:
             raise ValueError(f"rank: expected below {placement.num_expert_ranks} (the placement's), got {self.rank}")
-        native = _C.ExpertComm(
-            shape._native(),
-            self.rank,
-            require_int("max_peers", max_peers, 1),
-            self._transport,
-            placement.experts_of(self.rank),
-        )
+        self._library = arrays.choose(self.config.arrays, self.device)
+        common = (shape._native(), self.rank, require_int("max_peers", max_peers, 1), self._transport)
+        experts = placement.experts_of(self.rank)
+        native: Any
+        if self.device == "cpu":
+            native = _C.ExpertComm(*common, experts)
+        else:
+            native = _C.DeviceExpertComm(*common, self.device, experts)
         with self._opened(native) as key:
             opened = open_store(store, self.config.connect_timeout_s)
             listener = bootstrap.Listener(native, self._identity)
@@ -134,7 +134,6 @@ class ExpertComm(Comm):
                 listener.close()
                 raise
         self._keep_open(native, listener, key)
-        self._library = arrays.choose(self.config.arrays)
         self._window = arrays.view(native.window(), self._library)
 
     def dispatch_recv(
@@ -153,6 +152,8 @@ class ExpertComm(Comm):
             linger_us: after the first message, how long to wait for the other attention ranks that are active.
                 None: strict lockstep, wait for every rank of `attention_ranks`.
             timeout: seconds; default: config.timeout_s.
+            stream: on a GPU, where the rows are to be read: a torch or cupy stream or a raw handle; default: the
+                current one. This version waits for the device here. A batch's lists are valid until its combine_send.
 
         Returns:
             The batch, or None when none was ready by the timeout: idle is not an error.
@@ -161,7 +162,7 @@ class ExpertComm(Comm):
             PeerLost: an attention rank died and no batch is ready; recover(peer) goes on without it.
             Timeout: strict, and some but not all have sent. ProtocolError: a peer broke the protocol and was dropped.
         """
-        require_cpu("cpu", stream)
+        handle = self._on(stream)
         if (linger_us is None) != (attention_ranks is not None):
             raise ValueError("attention_ranks: give it together with linger_us=None (strict lockstep), and only then")
         if linger_us is not None and not 0 <= linger_us <= 1e9:
@@ -174,12 +175,14 @@ class ExpertComm(Comm):
             linger_us or 0.0,
             sorted(set(attention_ranks or ())),
             self._timeout(timeout),
+            *handle,
         )
         return None if native is None else Batch(native, self._window, self._library, self._counters)
 
     def wait_work(self, timeout: float | None = None) -> tuple[int, int] | None:
         """Sleeps until a message waits to be received; its (layer, microbatch), or None at the timeout (seconds)."""
-        return self._native.wait_work(self._timeout(timeout))
+        work: tuple[int, int] | None = self._native.wait_work(self._timeout(timeout), *self._on(None))
+        return work
 
     def combine_send(self, batch: Batch, y: Any, reduced: bool = False, stream: Any = None) -> None:
         """Sends the results of a batch to the attention ranks they belong to.
@@ -188,16 +191,17 @@ class ExpertComm(Comm):
             batch: from `dispatch_recv`, once.
             y: [P, hidden] expert-major, float32, bfloat16 or float16; unweighted. With `reduced` [num_rows, hidden]
                 in the order of arrival (batch.peers, then row): weighted and summed by the caller.
+            stream: on a GPU, the one that computes y.
 
         Raises:
             ValueError, TypeError: naming the argument.
         """
-        require_cpu("cpu", stream)
+        handle = self._on(stream)
         if not isinstance(batch, Batch):
             raise TypeError(f"batch: expected m2n.Batch, got {type(batch).__name__}")
-        self._native.combine_send(batch._native, arrays.exportable(y), reduced)
+        self._native.combine_send(batch._native, arrays.exportable(y), reduced, *handle)
         batch._window = None
 
     def wait_peer(self, rank: int, timeout: float | None = None) -> bool:
         """Waits until an attention rank has joined; False at the timeout (seconds)."""
-        return self._native.wait_peer(require_int("rank", rank, 0), self._timeout(timeout))
+        return bool(self._native.wait_peer(require_int("rank", rank, 0), self._timeout(timeout)))

@@ -14,19 +14,15 @@ __version__ = _C.version
 def features() -> dict[str, Any]:
     """The version, the transports, and whether CUDA was compiled in (`cuda`: driver or not).
 
-    `cuda_words` says in words what works with it.
+    `cuda_words` says whether a GPU can be used here, and if not, why. It looks for one.
     """
-    compiled = bool(_C.has_cuda)
+    reason = _C.why_no_cuda()
     return {
         "version": __version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "transports": ["shm"],
-        "cuda": compiled,
-        "cuda_words": (
-            "the bodies were compiled for a device; kernels that launch them are not part of this version"
-            if compiled
-            else "not compiled in: no CUDA compiler was found at build time, or M2N_CUDA=OFF"
-        ),
+        "transports": ["shm", *(["cuda"] if _C.has_cuda else [])],
+        "cuda": bool(_C.has_cuda),
+        "cuda_words": reason or "a GPU can be used: device='cuda:0'",
         "sanitizer": _C.sanitizer or None,
     }

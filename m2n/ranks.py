@@ -73,6 +73,7 @@ def run_ranks(
     timeout: float = 60.0,
     name: str = "default",
     max_peers: int = 64,
+    device: Any = "cpu",
     config: Config | None = None,
 ) -> _Results:
     """Runs fn(comm) on M attention and N expert ranks and waits for all.
@@ -84,6 +85,7 @@ def run_ranks(
         placement: default Placement.block(shape.num_experts, experts).
         processes: spawned processes instead of threads of this one.
         timeout: seconds for the whole run.
+        device: of all ranks.
 
     Returns:
         fn's results by (role, rank).
@@ -102,6 +104,7 @@ def run_ranks(
             "store": store,
             "name": name,
             "max_peers": max_peers,
+            "device": device,
             # A job of its own: ranks of an earlier run that failed may still be ending.
             "config": dataclasses.replace(config or Config(), job=f"run_ranks-{secrets.token_hex(8)}"),
         }

@@ -149,21 +149,21 @@ class Config:
         job: separates jobs that use one store; default: M2N_JOB or "default".
         timeout_s: deadline of a verb that is given none, in seconds; no wait is endless.
         connect_timeout_s: deadline for finding and joining all peers, in seconds.
-        transport: "auto" or "shm".
-        arrays: what an expert rank gets its batches as: "torch", "numpy", or "auto": torch if it was imported.
+        transport: "auto", "shm" or "cuda"; must fit the comm's device.
+        arrays: what an expert rank gets its batches as: "torch", "numpy", "cupy", or "auto": torch if it was imported,
+            else cupy on a GPU and numpy on the CPU.
     """
 
     job: str = dataclasses.field(default_factory=lambda: os.environ.get("M2N_JOB", "default"))
     timeout_s: float = 30.0
     connect_timeout_s: float = 60.0
     transport: str = "auto"
-    arrays: Literal["auto", "torch", "numpy"] = "auto"
+    arrays: Literal["auto", "torch", "numpy", "cupy"] = "auto"
 
     def __post_init__(self) -> None:
         for field in ("timeout_s", "connect_timeout_s"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"{field}: expected seconds > 0, got {getattr(self, field)!r}")
-        if self.transport not in ("auto", "shm"):
-            raise ValueError(f"transport: expected 'auto' or 'shm', got {self.transport!r}")
-        if self.arrays not in ("auto", "torch", "numpy"):
-            raise ValueError(f"arrays: expected 'auto', 'torch' or 'numpy', got {self.arrays!r}")
+        for field, known in (("transport", ("auto", "shm", "cuda")), ("arrays", ("auto", "torch", "numpy", "cupy"))):
+            if getattr(self, field) not in known:
+                raise ValueError(f"{field}: expected one of {', '.join(known)}, got {getattr(self, field)!r}")

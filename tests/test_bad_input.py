@@ -134,7 +134,7 @@ def test_arguments_of_the_verbs(pair: Any) -> None:
     attention, expert = pair
     with pytest.raises(TypeError, match=r"route: expected m2n.Route"):
         attention.dispatch_send(X, IDS)
-    with pytest.raises(ValueError, match="stream: the CPU has none"):
+    with pytest.raises(ValueError, match="stream: 'cpu' has none"):
         attention.dispatch_send(X, attention.route(IDS, WEIGHTS), stream=3)
     with pytest.raises(ValueError, match="timeout: expected seconds >= 0"):
         expert.dispatch_recv(timeout=-1)
@@ -212,7 +212,8 @@ def test_placement() -> None:
         ({"placement": m2n.Placement.block(5, 1)}, ValueError, "places 5 experts, the shape has 4"),
         ({"max_peers": 0}, ValueError, "max_peers: expected at least 1"),
         ({"max_peers": 5000}, ValueError, "max_peers: expected 1 to 1024"),
-        ({"device": "cuda:0"}, ValueError, "device: this version runs on 'cpu', got 'cuda:0'"),
+        ({"device": "tpu:0"}, ValueError, "device: expected 'cpu', 'cuda', 'cuda:<number>' or 'emulated', got 'tpu:0'"),
+        ({"device": "cuda:x"}, ValueError, "device: expected 'cpu', 'cuda', 'cuda:<number>' or 'emulated'"),
         ({"store": 5}, TypeError, "store: expected a path"),
         ({"store": "http://host:1"}, ValueError, "store: expected tcp://host:port"),
         ({"store": "/proc/nowhere"}, m2n.SetupError, "store: cannot use the directory /proc/nowhere"),
@@ -230,7 +231,7 @@ def test_opening_a_comm(options: dict[str, Any], error: Any, words: str, tmp_pat
 def test_config() -> None:
     for change, words in [
         ({"timeout_s": 0}, "timeout_s: expected seconds > 0"),
-        ({"transport": "smoke"}, "transport: expected 'auto' or 'shm'"),
+        ({"transport": "smoke"}, "transport: expected one of auto, shm, cuda"),
         ({"arrays": "jax"}, "arrays: expected"),
     ]:
         with pytest.raises(ValueError, match=words):

@@ -161,7 +161,7 @@ def native_arguments(name: str, value: Any) -> list[str] | None:
     inside = re.split(r"\)\s*->", line[len(name) + 1 :])[0]
     while "[" in inside:  # types such as tuple[int, int], innermost first
         inside = re.sub(r"\[[^\[\]]*\]", "", inside)
-    return [re.split(r"[:=]", part)[0].strip() for part in inside.split(",")]
+    return [re.split(r"[:=]", part)[0].strip() for part in inside.split(",") if part]
 
 
 def native_signatures(module: Any) -> dict[str, list[str]]:

@@ -28,13 +28,16 @@ FLOORS = (
     Floor("csrc/transport/", ("core/", "transport/"), ("token", "expert", "route")),
     Floor(
         "csrc/exchange/",
-        ("core/", "exchange/", "transport/transport.h", "transport/host_exec.h", "transport/watcher.h"),
+        (
+            *("core/", "exchange/", "transport/transport.h", "transport/host_exec.h", "transport/watcher.h"),
+            "transport/cuda_api.h",
+        ),
         ("shm", "ucx", "ipc"),
     ),
-    Floor("bindings/", ("exchange/", "core/error.h", "tensor.h", "errors.h"), ("shm", "ucx", "ipc")),
+    Floor("bindings/", ("exchange/", "core/error.h", "tensor.h", "bind.h"), ("shm", "ucx", "ipc")),
 )
 # Files that implement one transport each: none knows another.
-TRANSPORT_CONTRACT = ("transport", "host_exec", "watcher")
+TRANSPORT_CONTRACT = ("transport", "host_exec", "watcher", "local")
 # Headers of the C++ library have no dot; `.h` means an operating system, which floor 0 does not know.
 CORE_SYSTEM_INCLUDE = re.compile(r"[a-z_]+|cuda/atomic")
 
@@ -60,14 +63,17 @@ def includes(path: str, text: str) -> Iterator[str]:
         if not any(own.startswith(may) if may.endswith("/") else own == may for may in floor.may_include):
             yield f"{path}: includes {own}, which its floor must not know"
         stem, other = re.split(r"[/.]", path)[-2], own.removeprefix("transport/").split(".")[0]
-        is_other_transport = own.startswith("transport/") and other not in (*TRANSPORT_CONTRACT, stem)
+        is_other_transport = own.startswith("transport/") and other not in (*TRANSPORT_CONTRACT, stem, f"{stem}_api")
         if floor.folder == "csrc/transport/" and is_other_transport and stem not in TRANSPORT_CONTRACT:
             yield f"{path}: includes {own}, another transport's file"
+        if own == "transport/cuda_api.h" and not (path.endswith(".cu") or path.startswith("csrc/transport/cuda")):
+            yield f"{path}: includes {own}; CUDA stays in .cu files and in csrc/transport/cuda*"
     for system in re.findall(r"^\s*#\s*include\s+<([^>]+)>", text, re.MULTILINE):
         if floor.folder == "csrc/core/" and not CORE_SYSTEM_INCLUDE.fullmatch(system):
             yield f"{path}: includes <{system}>; floor 0 knows no operating system"
-        if system.startswith("cuda") and not path.endswith(".cu") and system != "cuda/atomic":
-            yield f"{path}: includes <{system}>; CUDA stays in .cu files"
+        is_cuda_file = path.endswith(".cu") or path.startswith("csrc/transport/cuda")
+        if system.startswith("cuda") and not is_cuda_file and system != "cuda/atomic":
+            yield f"{path}: includes <{system}>; CUDA stays in .cu files and in csrc/transport/cuda*"
         if system.startswith(("torch", "ATen", "c10")):
             yield f"{path}: includes <{system}>; tensors cross as DLPack"
 

@@ -7,17 +7,9 @@
 namespace m2n {
 
 AttentionComm::AttentionComm(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport)
-    : Comm(Role::kAttention, shape, rank, max_peers, transport),
+    : AttentionSide(shape, rank, max_peers, transport),
       send_seqs_(static_cast<size_t>(max_peers) * layout_.num_slots, SendSeq{first_seq_, first_seq_, 0}),
       slots_(layout_.num_slots) {}
-
-void AttentionComm::require_microbatch(uint32_t microbatch) const {
-  require_usable();
-  if (microbatch >= shape_.microbatches) {
-    throw Error(Failure::kArgument, "microbatch: expected 0 to " + std::to_string(shape_.microbatches - 1) + ", got " +
-                                        std::to_string(microbatch));
-  }
-}
 
 bool AttentionComm::is_busy(uint32_t microbatch) const {
   require_microbatch(microbatch);
@@ -25,10 +17,7 @@ bool AttentionComm::is_busy(uint32_t microbatch) const {
 }
 
 uint32_t AttentionComm::num_tokens(uint32_t microbatch) const {
-  if (!is_busy(microbatch)) {
-    throw Error(Failure::kArgument, "microbatch " + std::to_string(microbatch) +
-                                        ": nothing was dispatched, so there is nothing to combine");
-  }
+  if (!is_busy(microbatch)) raise_nothing_sent(microbatch);
   return slots_[microbatch].route->view().num_tokens;
 }
 
@@ -36,15 +25,10 @@ void AttentionComm::find_peers(const Route& route, std::vector<int32_t>& peer_of
   const RouteView& view = route.view();
   peer_of_rank.assign(view.num_ranks, kNone);
   for (uint32_t rank = 0; rank < view.num_ranks; ++rank) {
-    const int32_t peer_idx = peers_.find(rank);
-    if (peer_idx >= 0 && peers_.is_live(static_cast<uint32_t>(peer_idx))) {
+    if (view.row_offsets[rank + 1] != view.row_offsets[rank]) {
+      peer_of_rank[rank] = static_cast<int32_t>(require_live(rank));
+    } else if (const int32_t peer_idx = peers_.find(rank); peer_idx >= 0 && peers_.is_live(peer_idx)) {
       peer_of_rank[rank] = peer_idx;
-    } else if (view.row_offsets[rank + 1] != view.row_offsets[rank]) {
-      if (peer_idx >= 0) raise_lost(static_cast<uint32_t>(peer_idx), "dispatch_send");
-      throw Error(Failure::kPeerLost,
-                  "dispatch_send: the route needs expert rank " + std::to_string(rank) +
-                      ", which this rank never connected to; check the placement",
-                  static_cast<int>(rank));
     }
   }
 }
@@ -95,11 +79,7 @@ void AttentionComm::send_to_peer(uint32_t peer_idx, uint32_t slot_idx, const Hea
   m2n::dispatch_send(exec_, layout_, send);
   seq.sent = send.seq;
   seq.reply_rows = reply_rows;
-  add_relaxed(&stats_.messages_sent, uint64_t{1});
-  add_relaxed(&stats_.rows_sent, uint64_t{send.header.num_rows});
-  const uint64_t ids_bytes = 2 * sizeof(int32_t) * uint64_t{shape_.top_k};
-  add_relaxed(&stats_.bytes_sent,
-              sizeof(Header) + send.header.num_rows * (layout_.dispatch_rows.row_bytes + ids_bytes));
+  count_sent(1, send.header.num_rows);
 }
 
 void AttentionComm::dispatch_send(const unsigned char* x, uint64_t x_stride_bytes, std::shared_ptr<const Route> route,
@@ -109,11 +89,7 @@ void AttentionComm::dispatch_send(const unsigned char* x, uint64_t x_stride_byte
     throw Error(Failure::kArgument, "route: it was made for another Shape than this comm's");
   }
   Slot& slot = slots_[microbatch];
-  if (slot.is_busy) {
-    throw Error(Failure::kSlotBusy, "dispatch_send: microbatch " + std::to_string(microbatch) +
-                                        " is in flight since layer " + std::to_string(slot.layer) +
-                                        "; call combine_recv(microbatch=" + std::to_string(microbatch) + ") first");
-  }
+  if (slot.is_busy) raise_slot_busy(microbatch, slot.layer);
   std::vector<int32_t> peer_of_rank;
   finish_empty_messages(microbatch, deadline_ns);
   find_peers(*route, peer_of_rank);
@@ -194,8 +170,8 @@ void AttentionComm::wait_replies(Slot& slot, uint32_t slot_idx, int64_t deadline
 }
 
 void AttentionComm::take_replies(Slot& slot, uint32_t slot_idx) {
-  std::string refusal;
-  uint32_t refused_by = 0;
+  int32_t refused_by = kNone;
+  uint32_t refused_expert = 0;
   for (uint32_t rank = 0; rank < slot.peer_of_rank.size(); ++rank) {
     if (!owes_rows(slot, rank)) continue;
     const uint32_t peer_idx = static_cast<uint32_t>(slot.peer_of_rank[rank]);
@@ -203,10 +179,8 @@ void AttentionComm::take_replies(Slot& slot, uint32_t slot_idx) {
     const uint32_t num_rows = signal_rows(poll_signal(own_signal(peer_idx, slot_idx)));
     const Header header = own_header(peer_idx, slot_idx);
     if (num_rows == kRefusedRows) {
-      refusal = "expert rank " + std::to_string(rank) + " does not host expert " + std::to_string(header.detail) +
-                " and refused layer " + std::to_string(slot.layer) + " of microbatch " + std::to_string(slot_idx) +
-                "; give both sides the same placement";
-      refused_by = rank;
+      refused_by = static_cast<int32_t>(rank);
+      refused_expert = header.detail;
     } else if (num_rows != seq.reply_rows || header.num_rows != num_rows) {
       raise_violation(
           peer_idx, "expected a reply of " + std::to_string(seq.reply_rows) + " rows, got " + std::to_string(num_rows));
@@ -217,9 +191,9 @@ void AttentionComm::take_replies(Slot& slot, uint32_t slot_idx) {
     add_relaxed(&stats_.rows_received, uint64_t{num_rows});
     add_relaxed(&stats_.bytes_received, sizeof(Header) + num_rows * layout_.combine_rows.row_bytes);
   }
-  if (refusal.empty()) return;
+  if (refused_by == kNone) return;
   slot.is_busy = false;  // every reply is here: the slot is free for a dispatch with the right placement
-  throw Error(Failure::kProtocol, refusal, static_cast<int>(refused_by));
+  raise_refused(static_cast<uint32_t>(refused_by), refused_expert, slot.layer, slot_idx);
 }
 
 void AttentionComm::combine_recv(unsigned char* y, uint64_t y_stride_bytes, uint32_t microbatch, int64_t deadline_ns) {

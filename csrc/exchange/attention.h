@@ -7,9 +7,9 @@
 #include <vector>
 
 #include "exchange/combine.h"
-#include "exchange/comm.h"
 #include "exchange/dispatch.h"
 #include "exchange/route.h"
+#include "exchange/sides.h"
 
 namespace m2n {
 
@@ -32,7 +32,7 @@ class Route {
 
  private:
   // Throws for an error, and leaves an empty route then.
-  void require_built(const RouteResult& result);
+  void finish(const RouteResult& result);
 
   Shape shape_;
   std::vector<uint32_t> counts_;  // row_offsets, next_row, pair_counts
@@ -41,7 +41,7 @@ class Route {
   RouteView view_{};
 };
 
-class AttentionComm final : public Comm {
+class AttentionComm final : public AttentionSide {
  public:
   AttentionComm(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport);
 
@@ -72,7 +72,6 @@ class AttentionComm final : public Comm {
   };
 
   SendSeq& send_seq(uint32_t peer_idx, uint32_t slot) { return send_seqs_[peer_idx * layout_.num_slots + slot]; }
-  void require_microbatch(uint32_t microbatch) const;
   // Never kViolation: that raises.
   Look look_for_reply(uint32_t peer_idx, uint32_t slot);
   bool owes_rows(const Slot& slot, uint32_t rank) const;

@@ -153,8 +153,8 @@ void Comm::peer_gone(uint32_t peer_idx, PeerState state, LossCause cause) {
 }
 
 void Comm::close() {
-  if (fork_count_ != m2n::fork_count()) {  // a child owns neither the links nor the windows, and the lock may be held
-    store_release(&is_closed_, 1u);        // SYNC: comm-closed
+  if (!is_own_process()) {           // a child owns neither the links nor the windows, and the lock may be held
+    store_release(&is_closed_, 1u);  // SYNC: comm-closed
     return;
   }
   std::lock_guard lock(membership_mutex_);
@@ -166,7 +166,7 @@ void Comm::close() {
   }
 }
 
-void Comm::check() const {
+void Comm::check() {
   require_usable();
   for (uint32_t i = 0; i < peers_.size(); ++i) {
     if (is_lost(i)) raise_lost(i, "check()");
@@ -223,7 +223,7 @@ Stats Comm::stats() const {
 }
 
 void Comm::require_usable() const {
-  if (fork_count_ != m2n::fork_count()) {
+  if (!is_own_process()) {
     throw Error(Failure::kSetup, own_name() +
                                      ": this comm was made before fork() and cannot be used in the child; make a "
                                      "comm in the child, or start processes with 'spawn'");

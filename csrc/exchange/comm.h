@@ -65,11 +65,11 @@ class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
   void peer_gone(uint32_t peer_idx, PeerState state, LossCause cause) override;
 
   // Says goodbye to every peer; waiting calls end with Error(kSetup). Windows live as long as views of them.
-  void close();
+  virtual void close();
   bool is_closed() const { return load_acquire(&is_closed_) != 0; }  // SYNC: comm-closed
 
   // Raises for the first peer that is LOST and was not given up by recover().
-  void check() const;
+  virtual void check();
   // Waits until `peer_rank` is there (LIVE); false at the deadline.
   bool wait_peer(uint32_t peer_rank, int64_t deadline_ns);
 
@@ -97,6 +97,8 @@ class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
   // Marks a lost or left rank as known to the caller; its peer index.
   uint32_t give_up(uint32_t peer_rank);
   void require_usable() const;
+  // False in a child after fork().
+  bool is_own_process() const { return fork_count_ == m2n::fork_count(); }
   // The peer's name in messages, as in "expert rank 3".
   std::string peer_name(uint32_t peer_rank) const;
   std::string own_name() const;

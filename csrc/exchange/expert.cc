@@ -8,15 +8,12 @@
 namespace m2n {
 
 ExpertComm::ExpertComm(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport,
-                       std::vector<uint32_t> local_experts)
-    : Comm(Role::kExpert, shape, rank, max_peers, transport),
-      num_local_experts_(static_cast<uint32_t>(local_experts.size())),
-      expert_idx_(shape.num_experts, kNone),
+                       const std::vector<uint32_t>& local_experts)
+    : ExpertSide(shape, rank, max_peers, transport, local_experts),
       inboxes_(static_cast<size_t>(max_peers) * layout_.num_slots),
       inbox_view_{layout_, shape.max_tokens, peers_, small_window()->data(), inboxes_.data()},
       next_(local_experts.size()) {
   for (Inbox& box : inboxes_) box.seq = {first_seq_, first_seq_};
-  for (uint32_t i = 0; i < num_local_experts_; ++i) expert_idx_.at(local_experts[i]) = static_cast<int32_t>(i);
 }
 
 void ExpertComm::look_around() {
@@ -51,7 +48,7 @@ std::shared_ptr<Batch> ExpertComm::dispatch_recv(const Wanted& wanted, int64_t d
     wait(is_changed, std::min(deadline_ns, seen_linger_ns));
     if (batch != nullptr) return batch;
     if (now_ns() < deadline_ns) continue;
-    if (found.is_started && wanted.is_strict()) raise_timeout(wanted);
+    if (found.is_started && wanted.is_strict()) raise_timeout(missing_rank(inbox_view_, wanted));
     return nullptr;  // what has arrived stays, and goes on lingering from when it came
   }
 }
@@ -136,16 +133,12 @@ void ExpertComm::build_lists(Batch& batch) {
                        batch.expert_offsets.data(), batch.weights.data()};
   m2n::dispatch_recv(layout_, arrived.data(), static_cast<uint32_t>(arrived.size()), ids_.data(), row_weights_.data(),
                      expert_idx_.data(), num_local_experts_, next_.data(), view);
-  add_relaxed(&stats_.rows_received, uint64_t{batch.num_rows()});
-  const uint64_t row_bytes = layout_.dispatch_rows.row_bytes + 2 * sizeof(int32_t) * uint64_t{shape_.top_k};
-  add_relaxed(&stats_.bytes_received, arrived.size() * sizeof(Header) + batch.num_rows() * row_bytes);
+  count_batch(arrived.size(), batch.num_rows());
 }
 
 void ExpertComm::combine_send(Batch& batch, const unsigned char* y, uint64_t y_stride_bytes, DType y_dtype,
                               bool is_reduced) {
-  require_usable();
-  if (batch.owner != this) throw Error(Failure::kArgument, "batch: it was received by another comm");
-  if (batch.is_answered) throw Error(Failure::kArgument, "batch: combine_send was already called for it");
+  require_unanswered(batch.owner, batch.is_answered);
   batch.is_answered = true;
   for (const Batch::Message& message : batch.messages) {
     const uint32_t peer_idx = message.arrived.peer_idx;
@@ -175,9 +168,7 @@ void ExpertComm::combine_send(Batch& batch, const unsigned char* y, uint64_t y_s
       inbox(peer_idx, send.slot).seq.replied = message.seq;
     }
     m2n::combine_send(exec_, layout_, shape_, send);
-    add_relaxed(&stats_.messages_sent, uint64_t{1});
-    add_relaxed(&stats_.rows_sent, uint64_t{send.header.num_rows});
-    add_relaxed(&stats_.bytes_sent, sizeof(Header) + send.header.num_rows * layout_.combine_rows.row_bytes);
+    count_sent(1, send.header.num_rows);
   }
 }
 
@@ -185,35 +176,6 @@ void ExpertComm::recover(uint32_t attention_rank) {
   require_usable();  // before the lock: in a forked child nobody may be left to free it
   std::lock_guard lock(inbox_mutex_);
   give_up(attention_rank);
-}
-
-// A lost peer ends a wait that would otherwise go on: once no batch is ready, the caller must know.
-void ExpertComm::raise_if_lost(const Wanted& wanted) {
-  for (uint32_t peer_idx = 0; peer_idx < peers_.size(); ++peer_idx) {
-    const bool is_awaited =
-        wanted.is_listed(rank_of(peer_idx)) && peers_.find(rank_of(peer_idx)) == static_cast<int32_t>(peer_idx);
-    if (is_lost(peer_idx) || (is_awaited && peers_.state(peer_idx) == PeerState::kLeft)) {
-      raise_lost(peer_idx, "dispatch_recv");
-    }
-  }
-}
-
-void ExpertComm::raise_timeout(const Wanted& wanted) {
-  for (uint32_t i = 0; i < wanted.num_attention_ranks; ++i) {
-    const uint32_t rank = wanted.attention_ranks[i];
-    const int32_t peer_idx = peers_.find(rank);
-    bool is_here = false;
-    for (uint32_t slot = 0; peer_idx >= 0 && slot < shape_.microbatches; ++slot) {
-      is_here |= wanted.matches(inbox(static_cast<uint32_t>(peer_idx), slot));
-    }
-    if (is_here) continue;
-    throw Error(Failure::kTimeout,
-                "dispatch_recv: attention rank " + std::to_string(rank) +
-                    (peer_idx < 0 ? " has not connected" : " has not dispatched") +
-                    " in time, others have; with attention_ranks= every listed rank must send, if only zero rows",
-                static_cast<int>(rank));
-  }
-  throw Error(Failure::kTimeout, "dispatch_recv: the listed attention ranks are at different layers or microbatches");
 }
 
 }  // namespace m2n

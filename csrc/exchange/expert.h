@@ -9,9 +9,9 @@
 #include <vector>
 
 #include "exchange/combine.h"
-#include "exchange/comm.h"
 #include "exchange/dispatch.h"
 #include "exchange/inbox.h"
+#include "exchange/sides.h"
 
 namespace m2n {
 
@@ -41,11 +41,11 @@ struct Work {
   uint32_t microbatch;
 };
 
-class ExpertComm final : public Comm {
+class ExpertComm final : public ExpertSide {
  public:
   // `local_experts`: the global ids hosted here, ascending.
   ExpertComm(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport,
-             std::vector<uint32_t> local_experts);
+             const std::vector<uint32_t>& local_experts);
 
   // nullptr when no batch was ready by the deadline.
   std::shared_ptr<Batch> dispatch_recv(const Wanted& wanted, int64_t deadline_ns);
@@ -64,12 +64,8 @@ class ExpertComm final : public Comm {
   bool take_message(Batch& batch, uint32_t peer_idx, uint32_t slot);
   void build_lists(Batch& batch);
   [[noreturn]] void raise_breach(const Violation& violation);
-  void raise_if_lost(const Wanted& wanted);
-  [[noreturn]] void raise_timeout(const Wanted& wanted);
 
-  uint32_t num_local_experts_;
-  std::vector<int32_t> expert_idx_;  // global id -> local index, -1: not hosted
-  std::vector<Inbox> inboxes_;       // [peer][slot]
+  std::vector<Inbox> inboxes_;  // [peer][slot]
   const InboxView inbox_view_;
   // Held while looking and collecting, never while waiting: several threads may receive at once.
   std::mutex inbox_mutex_;

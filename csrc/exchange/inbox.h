@@ -126,10 +126,11 @@ struct Wanted {
   int64_t linger_ns = 0;                      // how long to wait for others after the first message
   const uint32_t* attention_ranks = nullptr;  // where given: strictly all of these, and no lingering
   uint32_t num_attention_ranks = 0;
+  uint64_t open_slots = 0;  // bits: not these; a batch of theirs is still being served (on a device)
 
   M2N_HD bool matches(const Inbox& box) const {
     return box.is_pending && (is_any_layer || layer == box.header.layer) &&
-           (is_any_microbatch || microbatch == box.header.microbatch);
+           (is_any_microbatch || microbatch == box.header.microbatch) && (open_slots >> box.header.microbatch & 1) == 0;
   }
   M2N_HD bool is_listed(uint32_t rank) const {
     for (uint32_t i = 0; i < num_attention_ranks; ++i) {
@@ -192,6 +193,19 @@ M2N_HD inline Found find_complete(const InboxView& view, const Wanted& wanted, i
     found_seen_ns = box.seen_ns;
   }
   return found;
+}
+
+// Strict: the first listed rank of which nothing that matches waits, or -1.
+M2N_HD inline int32_t missing_rank(const InboxView& view, const Wanted& wanted) {
+  for (uint32_t i = 0; i < wanted.num_attention_ranks; ++i) {
+    const int32_t peer_idx = view.peers.find(wanted.attention_ranks[i]);
+    bool is_here = false;
+    for (uint32_t slot = 0; peer_idx >= 0 && slot + 1 < view.layout.num_slots; ++slot) {
+      is_here |= wanted.matches(view.at(static_cast<uint32_t>(peer_idx), slot));
+    }
+    if (!is_here) return static_cast<int32_t>(wanted.attention_ranks[i]);
+  }
+  return -1;
 }
 
 // Does this message go into the batch (layer, microbatch)?

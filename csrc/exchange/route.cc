@@ -27,35 +27,40 @@ void Route::prepare(uint32_t num_tokens, uint32_t num_ranks) {
 void Route::build_from_topk(const int32_t* topk_ids, const float* topk_weights,
                             const std::vector<int32_t>& rank_offsets, const std::vector<int32_t>& ranks,
                             uint32_t own_rank) {
-  // Replicas are taken in turn, from another start on each attention rank.
   const auto rank_of = [&](uint32_t token, uint32_t k) {
     const int32_t id = topk_ids[static_cast<uint64_t>(token) * shape_.top_k + k];
-    const uint32_t num_replicas = static_cast<uint32_t>(rank_offsets[id + 1] - rank_offsets[id]);
-    return static_cast<uint32_t>(ranks[rank_offsets[id] + (token + own_rank) % num_replicas]);
+    return replica_of(id, token, own_rank, rank_offsets.data(), ranks.data());
   };
-  require_built(build_route(view_, shape_, topk_ids, topk_weights, rank_of));
+  finish(build_route(view_, shape_, topk_ids, topk_weights, rank_of));
 }
 
 void Route::build_from_splits(const int32_t* topk_ids, const float* topk_weights, const std::vector<uint32_t>& splits) {
   std::vector<uint32_t> rank_of_row;
   for (uint32_t rank = 0; rank < splits.size(); ++rank) rank_of_row.insert(rank_of_row.end(), splits[rank], rank);
   const auto rank_of = [&](uint32_t token, uint32_t) { return rank_of_row[token]; };
-  require_built(build_route(view_, shape_, topk_ids, topk_weights, rank_of));
-  if (num_rows() != view_.num_tokens) {
-    throw Error(Failure::kArgument, "topk_ids: with ready-made splits every row needs at least one expert, but " +
-                                        std::to_string(view_.num_tokens - num_rows()) + " rows have only -1");
-  }
+  finish(build_route(view_, shape_, topk_ids, topk_weights, rank_of));
+  require_full_splits(view_.num_tokens, num_rows());
 }
 
-void Route::require_built(const RouteResult& result) {
+void Route::finish(const RouteResult& result) {
   if (result.error != RouteError::kNone) view_ = RouteView{};
+  require_built(result, shape_);
+}
+
+void require_full_splits(uint32_t num_tokens, uint32_t num_rows) {
+  if (num_rows == num_tokens) return;
+  throw Error(Failure::kArgument, "topk_ids: with ready-made splits every row needs at least one expert, but " +
+                                      std::to_string(num_tokens - num_rows) + " rows have only -1");
+}
+
+void require_built(const RouteResult& result, const Shape& shape) {
   const std::string where = " at token " + std::to_string(result.token);
   switch (result.error) {
     case RouteError::kNone:
       return;
     case RouteError::kIdRange:
       throw Error(Failure::kArgument, "topk_ids: expert id " + std::to_string(result.value) + where +
-                                          " is out of range; expected 0 to " + std::to_string(shape_.num_experts - 1) +
+                                          " is out of range; expected 0 to " + std::to_string(shape.num_experts - 1) +
                                           ", or -1 for a padded entry");
     case RouteError::kIdTwice:
       throw Error(Failure::kArgument, "topk_ids: expert id " + std::to_string(result.value) + " comes twice" + where +

@@ -36,6 +36,14 @@ struct RouteResult {
   int32_t value = 0;
 };
 
+// The expert rank that serves an expert for a token: replicas are taken in turn, from another start on each attention
+// rank. The ranks of expert e are ranks[rank_offsets[e] .. rank_offsets[e + 1]).
+M2N_HD inline uint32_t replica_of(int32_t id, uint32_t token, uint32_t own_rank, const int32_t* rank_offsets,
+                                  const int32_t* ranks) {
+  const uint32_t num_replicas = static_cast<uint32_t>(rank_offsets[id + 1] - rank_offsets[id]);
+  return static_cast<uint32_t>(ranks[rank_offsets[id] + (token + own_rank) % num_replicas]);
+}
+
 // The checks of one token's ids and weights; -1 is padding.
 M2N_HD inline RouteResult check_token(const int32_t* ids, const float* weights, uint32_t top_k, uint32_t num_experts,
                                       uint32_t token) {
@@ -150,5 +158,10 @@ M2N_HD RouteResult build_route(const RouteView& route, const Shape& shape, const
   }
   return {};
 }
+
+// On the host: throws Error(kArgument) that says what is wrong.
+void require_built(const RouteResult& result, const Shape& shape);
+// Rows with ready-made splits all have an expert.
+void require_full_splits(uint32_t num_tokens, uint32_t num_rows);
 
 }  // namespace m2n

@@ -8,13 +8,12 @@
 
 #include <cerrno>
 #include <cstring>
-#include <mutex>
 #include <new>
-#include <unordered_map>
 #include <vector>
 
 #include "core/atomic.h"
 #include "core/error.h"
+#include "transport/local.h"
 #include "transport/transport.h"
 
 namespace m2n {
@@ -83,24 +82,6 @@ class Range {
   unsigned char* base_;
 };
 
-class ShmWindow;
-
-// Objects of this process by id: ranks that are threads of one process share the owner's mapping, so that
-// both sides of a signal are one address (ThreadSanitizer sees them as one, and no second mapping is needed).
-struct LocalObject {
-  std::weak_ptr<ShmWindow> window;
-  unsigned char* data;
-};
-struct LocalObjects {
-  std::mutex mutex;
-  std::unordered_map<uint64_t, LocalObject> by_id;
-  uint64_t next_id = 1;
-};
-LocalObjects& local_objects() {
-  static auto* objects = new LocalObjects;  // never destroyed: windows may outlive static destructors
-  return *objects;
-}
-
 class ShmWindow final : public Window, public std::enable_shared_from_this<ShmWindow> {
  public:
   ShmWindow(uint64_t object_bytes, uint64_t stride_bytes, uint32_t max_peers)
@@ -110,8 +91,7 @@ class ShmWindow final : public Window, public std::enable_shared_from_this<ShmWi
         range_(stride_bytes * max_peers) {}
 
   ~ShmWindow() override {
-    std::lock_guard lock(local_objects().mutex);
-    for (uint64_t id : ids_) local_objects().by_id.erase(id);
+    for (uint64_t id : ids_) forget_local_object(id);
   }
 
   unsigned char* data() const override { return range_.data(); }
@@ -126,10 +106,7 @@ class ShmWindow final : public Window, public std::enable_shared_from_this<ShmWi
     if (const int error_number = range_.map(offset, handle.fd.get(), object_bytes_); error_number != 0) {
       fail("cannot map an object", error_number);
     }
-    LocalObjects& objects = local_objects();
-    std::lock_guard lock(objects.mutex);
-    handle.id = objects.next_id++;
-    objects.by_id[handle.id] = {weak_from_this(), data() + offset};
+    handle.id = add_local_object(weak_from_this(), data() + offset);
     ids_.push_back(handle.id);
     return handle;
   }
@@ -144,16 +121,6 @@ class ShmWindow final : public Window, public std::enable_shared_from_this<ShmWi
   uint32_t max_peers_;
   Range range_;
   std::vector<uint64_t> ids_;
-};
-
-class LocalMapping final : public Mapping {
- public:
-  LocalMapping(std::shared_ptr<ShmWindow> window, unsigned char* data) : window_(std::move(window)), data_(data) {}
-  unsigned char* data() const override { return data_; }
-
- private:
-  std::shared_ptr<ShmWindow> window_;
-  unsigned char* data_;
 };
 
 class ShmMapping final : public Mapping {
@@ -178,7 +145,6 @@ class ShmMapping final : public Mapping {
 
 class ShmTransport final : public Transport {
  public:
-  const char* name() const override { return "shm"; }
   uint64_t page_bytes() const override { return kPageBytes; }
 
   std::shared_ptr<void> make_words(uint64_t bytes) override {
@@ -193,12 +159,8 @@ class ShmTransport final : public Transport {
   }
 
   std::shared_ptr<Mapping> attach(Handle handle, uint64_t process) override {
-    if (process != process_nonce()) return std::make_shared<ShmMapping>(handle.fd.get(), handle.bytes);
-    std::lock_guard lock(local_objects().mutex);
-    const auto found = local_objects().by_id.find(handle.id);
-    auto window = found == local_objects().by_id.end() ? nullptr : found->second.window.lock();
-    if (!window) throw Error(Failure::kSetup, "shm: the peer in this process has closed its window already");
-    return std::make_shared<LocalMapping>(std::move(window), found->second.data);
+    if (process == process_nonce()) return map_local_object(handle.id);
+    return std::make_shared<ShmMapping>(handle.fd.get(), handle.bytes);
   }
 };
 

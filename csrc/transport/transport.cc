@@ -18,10 +18,19 @@ Fd::~Fd() {
 }
 
 std::unique_ptr<Transport> make_shm_transport();
+#if M2N_HAS_CUDA
+std::unique_ptr<Transport> make_cuda_transport(const std::string& device);
+#else
+std::string why_no_cuda() { return "not compiled in: no CUDA compiler was found at build time, or M2N_CUDA=OFF"; }
+#endif
 
 std::unique_ptr<Transport> make_transport(const std::string& name) {
   if (name == "shm") return make_shm_transport();
-  throw Error(Failure::kSetup, "transport: '" + name + "' is not known to this build; known: shm");
+#if M2N_HAS_CUDA
+  if (name.rfind("cuda", 0) == 0) return make_cuda_transport(name);
+#endif
+  throw Error(Failure::kSetup, "transport: '" + name + "' is not known to this build; known: shm" +
+                                   (M2N_HAS_CUDA ? ", cuda" : "; cuda is " + why_no_cuda()));
 }
 
 std::unique_ptr<Transport> make_host_transport() { return make_shm_transport(); }

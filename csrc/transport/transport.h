@@ -61,7 +61,6 @@ class Window {
 class Transport {
  public:
   virtual ~Transport() = default;
-  virtual const char* name() const = 0;
   virtual uint64_t page_bytes() const = 0;
   // Zeroed host memory that bodies can read and write wherever they work on these windows.
   virtual std::shared_ptr<void> make_words(uint64_t bytes) = 0;
@@ -75,6 +74,9 @@ class Transport {
 std::unique_ptr<Transport> make_transport(const std::string& name);
 // The one for words that host threads of this machine wait on, whatever memory the rows lie in.
 std::unique_ptr<Transport> make_host_transport();
+
+// Why GPU ranks cannot run here, in words; "" when they can.
+std::string why_no_cuda();
 
 // A random number that tells this process from every other one, made anew after fork.
 uint64_t process_nonce();

@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: Apache-2.0
+// The comms whose verbs run on a device. Streams are handles of the device's own kind, as integers; 0: its default.
+#include <pybind11/stl.h>
+
+#include "bind.h"
+#include "exchange/device_attention.h"
+#include "exchange/device_expert.h"
+
+namespace m2n::bindings {
+namespace {
+
+constexpr int32_t kCuda = 2;  // in DLPack's words
+
+// "emulated" works in the memory of the host.
+DLDevice tensors_of(const std::string& device) {
+  if (device.rfind("cuda", 0) != 0) return kOnCpu;
+  return {kCuda, device.size() > 5 ? std::stoi(device.substr(5)) : 0};
+}
+
+Stream to_stream(uint64_t handle) { return reinterpret_cast<Stream>(handle); }
+
+std::shared_ptr<DeviceRoute> make_route(DeviceAttentionComm& comm, const py::object& topk_ids,
+                                        const py::object& topk_weights, const std::vector<uint32_t>& splits,
+                                        uint64_t stream) {
+  const Tensor ids(topk_ids, "topk_ids", tensors_of(comm.device()));
+  const Tensor weights(topk_weights, "topk_weights", tensors_of(comm.device()));
+  require_topk(comm.shape(), ids, weights);
+  if (!splits.empty()) require_splits(splits, ids.num_rows());
+  const TopKView topk{static_cast<uint32_t>(ids.num_rows()),
+                      ids.data(),
+                      ids.id_type(),
+                      ids.stride(0),
+                      ids.stride(1),
+                      weights.data(),
+                      weights.weight_type(),
+                      weights.stride(0),
+                      weights.stride(1)};
+  const py::gil_scoped_release release;
+  return comm.make_route(topk, splits, to_stream(stream));
+}
+
+void dispatch_send(DeviceAttentionComm& comm, const py::object& x, std::shared_ptr<const DeviceRoute> route,
+                   uint32_t microbatch, uint32_t layer, double timeout_s, uint64_t stream) {
+  const Tensor rows(x, "x", tensors_of(comm.device()));
+  require_x_rows(rows, comm.shape(), route->view.num_tokens);
+  const int64_t wait_ns = timeout_ns(timeout_s);
+  const py::gil_scoped_release release;
+  comm.dispatch_send(rows.data(), rows.row_stride_bytes(), std::move(route), microbatch, layer, wait_ns,
+                     to_stream(stream));
+}
+
+void combine_recv(DeviceAttentionComm& comm, const py::object& y, uint32_t microbatch, double timeout_s,
+                  uint64_t stream) {
+  const Tensor rows(y, "out", tensors_of(comm.device()));
+  require_out_rows(rows, comm.shape(), comm.num_tokens(microbatch));
+  const int64_t wait_ns = timeout_ns(timeout_s);
+  const py::gil_scoped_release release;
+  comm.combine_recv(rows.data(), rows.row_stride_bytes(), microbatch, wait_ns, to_stream(stream));
+}
+
+int wait_ready(DeviceAttentionComm& comm, const std::vector<uint32_t>& microbatches, double timeout_s,
+               uint64_t stream) {
+  const int64_t deadline_ns = deadline_after(timeout_s);
+  const py::gil_scoped_release release;
+  return comm.wait_ready(microbatches, deadline_ns, to_stream(stream));
+}
+
+std::shared_ptr<DeviceBatch> dispatch_recv(DeviceExpertComm& comm, std::optional<uint32_t> layer,
+                                           std::optional<uint32_t> microbatch, double linger_us,
+                                           const std::vector<uint32_t>& attention_ranks, double timeout_s,
+                                           uint64_t stream) {
+  const Wanted wanted = make_wanted(layer, microbatch, linger_us, attention_ranks);
+  const int64_t deadline_ns = deadline_after(timeout_s);
+  const py::gil_scoped_release release;
+  return comm.dispatch_recv(wanted, deadline_ns, to_stream(stream));
+}
+
+std::optional<std::pair<uint32_t, uint32_t>> wait_work(DeviceExpertComm& comm, double timeout_s, uint64_t stream) {
+  const int64_t deadline_ns = deadline_after(timeout_s);
+  const py::gil_scoped_release release;
+  const auto work = comm.wait_work(deadline_ns, to_stream(stream));
+  if (!work) return std::nullopt;
+  return std::pair{work->layer, work->microbatch};
+}
+
+void combine_send(DeviceExpertComm& comm, const std::shared_ptr<DeviceBatch>& batch, const py::object& y, bool reduced,
+                  uint64_t stream) {
+  const Tensor rows(y, "y", tensors_of(comm.device()));
+  const DType dtype = require_y_rows(rows, comm.shape(), batch->num_rows, batch->num_pairs, reduced);
+  const py::gil_scoped_release release;
+  comm.combine_send(*batch, rows.data(), rows.row_stride_bytes(), dtype, reduced, to_stream(stream));
+}
+
+void bind_attention(py::module_& module) {
+  py::class_<DeviceRoute, std::shared_ptr<DeviceRoute>>(module, "DeviceRoute")
+      .def_property_readonly("num_tokens", [](const DeviceRoute& route) { return route.view.num_tokens; })
+      .def_readonly("num_rows", &DeviceRoute::num_rows)
+      .def_readonly("rows_per_rank", &DeviceRoute::rows_per_rank);
+  py::class_<DeviceAttentionComm, Comm, std::shared_ptr<DeviceAttentionComm>> type(module, "DeviceAttentionComm");
+  type.def(py::init<const Shape&, uint32_t, uint32_t, const std::string&, const std::string&,
+                    const std::vector<int32_t>&, const std::vector<int32_t>&, uint32_t>(),
+           py::arg("shape"), py::arg("rank"), py::arg("max_peers"), py::arg("transport"), py::arg("device"),
+           py::arg("rank_offsets"), py::arg("ranks"), py::arg("num_ranks"));
+  type.def("make_route", &make_route, py::arg("topk_ids"), py::arg("topk_weights"), py::arg("splits"),
+           py::arg("stream"));
+  type.def("dispatch_send", &dispatch_send, py::arg("x"), py::arg("route"), py::arg("microbatch"), py::arg("layer"),
+           py::arg("timeout_s"), py::arg("stream"));
+  type.def("combine_recv", &combine_recv, py::arg("out"), py::arg("microbatch"), py::arg("timeout_s"),
+           py::arg("stream"));
+  type.def("num_tokens", &DeviceAttentionComm::num_tokens, py::arg("microbatch"));
+  type.def("is_busy", &DeviceAttentionComm::is_busy, py::arg("microbatch"));
+  type.def(
+      "ready",
+      [](DeviceAttentionComm& comm, uint32_t microbatch, uint64_t stream) {
+        return wait_ready(comm, {microbatch}, 0, stream) == 0;
+      },
+      py::arg("microbatch"), py::arg("stream"));
+  type.def("wait_ready", &wait_ready, py::arg("microbatches"), py::arg("timeout_s"), py::arg("stream"));
+  type.def(
+      "idle",
+      [](DeviceAttentionComm& comm, double timeout_s, uint64_t stream) {
+        const int64_t wait_ns = timeout_ns(timeout_s);
+        const py::gil_scoped_release release;
+        comm.idle(wait_ns, to_stream(stream));
+      },
+      py::arg("timeout_s"), py::arg("stream"));
+  type.def("recover", &DeviceAttentionComm::recover, py::arg("rank"));
+}
+
+void bind_expert(py::module_& module) {
+  using BatchPtr = std::shared_ptr<DeviceBatch>;
+  py::class_<DeviceBatch, BatchPtr>(module, "DeviceBatch")
+      .def_readonly("layer", &DeviceBatch::layer)
+      .def_readonly("microbatch", &DeviceBatch::microbatch)
+      .def_readonly("ranks", &DeviceBatch::ranks)
+      .def_readonly("num_rows", &DeviceBatch::num_rows)
+      .def_readonly("num_pairs", &DeviceBatch::num_pairs)
+      .def_property_readonly("row_index_by_expert",
+                             [](const BatchPtr& batch) {
+                               return list_array(batch, batch->lists.row_index_by_expert, batch->num_pairs,
+                                                 tensors_of(batch->device));
+                             })
+      .def_property_readonly("expert_offsets",
+                             [](const BatchPtr& batch) {
+                               return list_array(batch, batch->lists.expert_offsets, batch->num_local_experts + 1,
+                                                 tensors_of(batch->device));
+                             })
+      .def_property_readonly("weights", [](const BatchPtr& batch) {
+        return list_array(batch, batch->lists.weights, batch->num_pairs, tensors_of(batch->device));
+      });
+  py::class_<DeviceExpertComm, Comm, std::shared_ptr<DeviceExpertComm>> type(module, "DeviceExpertComm");
+  type.def(py::init<const Shape&, uint32_t, uint32_t, const std::string&, const std::string&,
+                    const std::vector<uint32_t>&>(),
+           py::arg("shape"), py::arg("rank"), py::arg("max_peers"), py::arg("transport"), py::arg("device"),
+           py::arg("local_experts"));
+  type.def("dispatch_recv", &dispatch_recv, py::arg("layer"), py::arg("microbatch"), py::arg("linger_us"),
+           py::arg("attention_ranks"), py::arg("timeout_s"), py::arg("stream"));
+  type.def("wait_work", &wait_work, py::arg("timeout_s"), py::arg("stream"));
+  type.def("combine_send", &combine_send, py::arg("batch"), py::arg("y"), py::arg("reduced"), py::arg("stream"));
+  type.def("recover", &DeviceExpertComm::recover, py::arg("rank"));
+  type.def("window", [](const DeviceExpertComm& comm) {
+    return window_array(comm.rows_window(), comm.window_rows(), comm.shape(), tensors_of(comm.device()));
+  });
+}
+
+}  // namespace
+
+void bind_device(py::module_& module) {
+  bind_attention(module);
+  bind_expert(module);
+}
+
+}  // namespace m2n::bindings

@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: Apache-2.0
+// Names of devices -> machines.
+#include "exchange/machine.h"
+
+#include "core/error.h"
+
+namespace m2n {
+
+std::unique_ptr<Machine> make_team_machine();
+#if M2N_HAS_CUDA
+std::unique_ptr<Machine> make_cuda_machine(const std::string& device);
+#endif
+
+std::unique_ptr<Machine> make_machine(const std::string& device) {
+  if (device == "emulated") return make_team_machine();
+#if M2N_HAS_CUDA
+  if (device.rfind("cuda", 0) == 0) return make_cuda_machine(device);
+#endif
+  throw Error(Failure::kSetup, "device: '" + device + "' is not known to this build");
+}
+
+}  // namespace m2n

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+// The words for what a caller or a peer did wrong, and the counters.
+#include "exchange/sides.h"
+
+namespace m2n {
+
+void AttentionSide::require_microbatch(uint32_t microbatch) const {
+  require_usable();
+  if (microbatch < shape_.microbatches) return;
+  throw Error(Failure::kArgument, "microbatch: expected 0 to " + std::to_string(shape_.microbatches - 1) + ", got " +
+                                      std::to_string(microbatch));
+}
+
+uint32_t AttentionSide::require_live(uint32_t expert_rank) const {
+  const int32_t peer_idx = peers_.find(expert_rank);
+  if (peer_idx < 0) {
+    throw Error(Failure::kPeerLost,
+                "dispatch_send: the route needs expert rank " + std::to_string(expert_rank) +
+                    ", which this rank never connected to; check the placement",
+                static_cast<int>(expert_rank));
+  }
+  if (!peers_.is_live(static_cast<uint32_t>(peer_idx))) raise_lost(static_cast<uint32_t>(peer_idx), "dispatch_send");
+  return static_cast<uint32_t>(peer_idx);
+}
+
+void AttentionSide::raise_nothing_sent(uint32_t microbatch) const {
+  throw Error(Failure::kArgument,
+              "microbatch " + std::to_string(microbatch) + ": nothing was dispatched, so there is nothing to combine");
+}
+
+void AttentionSide::raise_slot_busy(uint32_t microbatch, uint32_t layer) const {
+  throw Error(Failure::kSlotBusy, "dispatch_send: microbatch " + std::to_string(microbatch) +
+                                      " is in flight since layer " + std::to_string(layer) +
+                                      "; call combine_recv(microbatch=" + std::to_string(microbatch) + ") first");
+}
+
+void AttentionSide::raise_refused(uint32_t expert_rank, uint32_t expert, uint32_t layer, uint32_t microbatch) const {
+  throw Error(Failure::kProtocol,
+              "expert rank " + std::to_string(expert_rank) + " does not host expert " + std::to_string(expert) +
+                  " and refused layer " + std::to_string(layer) + " of microbatch " + std::to_string(microbatch) +
+                  "; give both sides the same placement",
+              static_cast<int>(expert_rank));
+}
+
+void AttentionSide::count_sent(uint64_t num_messages, uint64_t num_rows) {
+  const uint64_t ids_bytes = 2 * sizeof(int32_t) * uint64_t{shape_.top_k};
+  add_relaxed(&stats_.messages_sent, num_messages);
+  add_relaxed(&stats_.rows_sent, num_rows);
+  add_relaxed(&stats_.bytes_sent,
+              num_messages * sizeof(Header) + num_rows * (layout_.dispatch_rows.row_bytes + ids_bytes));
+}
+
+ExpertSide::ExpertSide(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport,
+                       const std::vector<uint32_t>& local_experts)
+    : Comm(Role::kExpert, shape, rank, max_peers, transport),
+      num_local_experts_(static_cast<uint32_t>(local_experts.size())),
+      expert_idx_(shape.num_experts, kNone) {
+  for (uint32_t i = 0; i < num_local_experts_; ++i) expert_idx_.at(local_experts[i]) = static_cast<int32_t>(i);
+}
+
+void ExpertSide::raise_if_lost(const Wanted& wanted) const {
+  for (uint32_t peer_idx = 0; peer_idx < peers_.size(); ++peer_idx) {
+    const bool is_awaited =
+        wanted.is_listed(rank_of(peer_idx)) && peers_.find(rank_of(peer_idx)) == static_cast<int32_t>(peer_idx);
+    if (is_lost(peer_idx) || (is_awaited && peers_.state(peer_idx) == PeerState::kLeft)) {
+      raise_lost(peer_idx, "dispatch_recv");
+    }
+  }
+}
+
+void ExpertSide::raise_timeout(int32_t missing_rank) const {
+  if (missing_rank < 0) {
+    throw Error(Failure::kTimeout, "dispatch_recv: the listed attention ranks are at different layers or microbatches");
+  }
+  throw Error(
+      Failure::kTimeout,
+      "dispatch_recv: attention rank " + std::to_string(missing_rank) +
+          (peers_.find(static_cast<uint32_t>(missing_rank)) < 0 ? " has not connected" : " has not dispatched") +
+          " in time, others have; with attention_ranks= every listed rank must send, if only zero rows",
+      missing_rank);
+}
+
+void ExpertSide::require_unanswered(const void* owner, bool is_answered) const {
+  require_usable();
+  if (owner != this) throw Error(Failure::kArgument, "batch: it was received by another comm");
+  if (is_answered) throw Error(Failure::kArgument, "batch: combine_send was already called for it");
+}
+
+void ExpertSide::count_batch(uint64_t num_messages, uint64_t num_rows) {
+  const uint64_t row_bytes = layout_.dispatch_rows.row_bytes + 2 * sizeof(int32_t) * uint64_t{shape_.top_k};
+  add_relaxed(&stats_.rows_received, num_rows);
+  add_relaxed(&stats_.bytes_received, num_messages * sizeof(Header) + num_rows * row_bytes);
+}
+
+void ExpertSide::count_sent(uint64_t num_messages, uint64_t num_rows) {
+  add_relaxed(&stats_.messages_sent, num_messages);
+  add_relaxed(&stats_.rows_sent, num_rows);
+  add_relaxed(&stats_.bytes_sent, num_messages * sizeof(Header) + num_rows * layout_.combine_rows.row_bytes);
+}
+
+}  // namespace m2n

@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the host and the device form of each role share: their checks, and the words of their errors.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "exchange/comm.h"
+#include "exchange/inbox.h"
+
+namespace m2n {
+
+class AttentionSide : public Comm {
+ protected:
+  AttentionSide(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport)
+      : Comm(Role::kAttention, shape, rank, max_peers, transport) {}
+
+  void require_microbatch(uint32_t microbatch) const;
+  // Throws for a rank that cannot be sent to: it is gone, or was never there. Else its peer index.
+  uint32_t require_live(uint32_t expert_rank) const;
+  [[noreturn]] void raise_nothing_sent(uint32_t microbatch) const;
+  [[noreturn]] void raise_slot_busy(uint32_t microbatch, uint32_t layer) const;
+  // An expert rank does not host an expert that it was asked for.
+  [[noreturn]] void raise_refused(uint32_t expert_rank, uint32_t expert, uint32_t layer, uint32_t microbatch) const;
+  void count_sent(uint64_t num_messages, uint64_t num_rows);
+};
+
+class ExpertSide : public Comm {
+ protected:
+  // `local_experts`: the global ids hosted here, ascending.
+  ExpertSide(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport,
+             const std::vector<uint32_t>& local_experts);
+
+  // A lost peer ends a wait that would otherwise go on: once no batch is ready, the caller must know.
+  void raise_if_lost(const Wanted& wanted) const;
+  // Strict: `missing_rank` has not sent, or (-1) all have, but of different batches.
+  [[noreturn]] void raise_timeout(int32_t missing_rank) const;
+  void require_unanswered(const void* owner, bool is_answered) const;
+  void count_batch(uint64_t num_messages, uint64_t num_rows);
+  void count_sent(uint64_t num_messages, uint64_t num_rows);
+
+  const uint32_t num_local_experts_;
+  std::vector<int32_t> expert_idx_;  // global id -> local index, -1: not hosted
+};
+
+}  // namespace m2n
