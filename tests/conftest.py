@@ -48,12 +48,20 @@ def why_no_fuzzer() -> str | None:
     return None if library else "no clang++ with libFuzzer (apt-get install -y clang-16 libclang-rt-16-dev)"
 
 
+def why_no_model_checker() -> str | None:
+    """Why tests with the marker `promela` cannot run here; None when they can."""
+    if not shutil.which("spin"):
+        return "no spin (apt-get install -y spin)"
+    return None if shutil.which(os.environ.get("CC", "gcc")) else "no C compiler for spin (apt-get install -y spin gcc)"
+
+
 # (tier, the marker that makes a test part of it, why it cannot run here). A test counts for every tier it is in.
 TIERS = (
     ("fast", None, lambda: None),
     ("slow", "slow", lambda: None),
     ("sanitizers", "under_sanitizer", lambda: None),
     ("fuzz", "fuzz", why_no_fuzzer),
+    ("model", "promela", why_no_model_checker),
     ("CUDA compiler", "nvcc", why_no_cuda_compiler),
     ("CUDA device", "cuda", why_no_cuda_device),
     ("two hosts", "two_hosts", lambda: "needs a second machine"),
