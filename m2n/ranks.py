@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing
 import pickle
 import secrets
+import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 
@@ -41,6 +43,20 @@ def serve(comm: ExpertComm, attention: int, apply: Callable[[Batch], Any], linge
             return num_batches
 
 
+@contextlib.contextmanager
+def _own_stream(device: Any) -> Iterator[None]:
+    """On a GPU each rank has a stream of its own, and has ended its work there when it ends."""
+    if not str(device).startswith("cuda") or "torch" not in sys.modules:
+        yield
+        return
+    import torch
+
+    torch.cuda.synchronize(device)  # what the caller prepared
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        yield
+        torch.cuda.current_stream(device).synchronize()
+
+
 def _run_rank(
     role: str,
     rank: int,
@@ -51,7 +67,8 @@ def _run_rank(
 ) -> Any:
     """Opens the rank's comm and calls fn; what fails is reported before its peers can notice, and None returned."""
     try:
-        with (AttentionComm if role == "attention" else ExpertComm)(rank, **options) as comm:
+        comm_type = AttentionComm if role == "attention" else ExpertComm
+        with _own_stream(options["device"]), comm_type(rank, **options) as comm:
             if opened is not None:
                 opened.append(comm)
             try:
@@ -85,7 +102,7 @@ def run_ranks(
         placement: default Placement.block(shape.num_experts, experts).
         processes: spawned processes instead of threads of this one.
         timeout: seconds for the whole run.
-        device: of all ranks.
+        device: of all ranks. On "cuda:0" each rank is a thread with a stream of its own, the current one in fn.
 
     Returns:
         fn's results by (role, rank).

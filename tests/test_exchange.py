@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import bodies
@@ -20,6 +21,8 @@ from m2n.ranks import run_ranks
 SHAPE = m2n.Shape(
     hidden=72, num_experts=8, top_k=3, max_tokens=17, microbatches=2, dispatch_dtype="float32", combine_dtype="float32"
 )
+# The host's own verbs; kernels on CPU threads; and kernels.
+DEVICES = ("cpu", "emulated", pytest.param("cuda:0", marks=pytest.mark.cuda))
 DTYPES = ("float32", "bfloat16", "float16")
 # Replicated experts, uneven ranks.
 REPLICAS = m2n.Placement([[0], [0, 1], [2], [1, 2], [0, 1, 2], [2], [1], [0, 2]])
@@ -38,16 +41,24 @@ def to_numpy(workload: testing.Workload) -> testing.Workload:
     return testing.Workload(as_numpy(workload.x), workload.topk_ids.numpy(), workload.topk_weights.numpy())
 
 
+def to_device(workload: testing.Workload, device: str) -> testing.Workload:
+    if device == "emulated":
+        device = "cpu"
+    return testing.Workload(*(getattr(workload, f.name).to(device) for f in dataclasses.fields(workload)))
+
+
 def check(
     shape: m2n.Shape,
     placement: m2n.Placement,
     workloads: list[list[testing.Workload]],
     processes: bool = False,
     in_numpy: bool = False,
+    device: str = "cpu",
     **options: Any,
 ) -> None:
     """Runs the workloads [rank][layer] through the library and compares every result with the oracle."""
-    given_workloads = [[to_numpy(w) for w in layers] for layers in workloads] if in_numpy else workloads
+    place = to_numpy if in_numpy else functools.partial(to_device, device=device)
+    given_workloads = [[place(w) for w in layers] for layers in workloads]
     config = dataclasses.replace(bodies.NUMPY, arrays="numpy" if in_numpy else "torch")
     results = run_ranks(
         bodies.pair(given_workloads, **options),
@@ -56,6 +67,7 @@ def check(
         shape=shape,
         placement=placement,
         processes=processes,
+        device=device,
         config=config,
     )
     for rank, layers in enumerate(workloads):
@@ -63,7 +75,7 @@ def check(
             expected = testing.oracle_combine(workload, shape, placement, rank)
             y = results["attention", rank][layer]
             y = torch.from_numpy(y.view(np.uint16) if y.dtype.name == "bfloat16" else y) if in_numpy else y
-            y = y.view(torch.bfloat16) if y.dtype == torch.uint16 else y
+            y = y.view(torch.bfloat16) if y.dtype == torch.uint16 else y.cpu()
             assert torch.equal(y, expected), f"attention rank {rank}, layer {layer}: differs from the oracle"
 
 
@@ -78,43 +90,50 @@ def all_kinds(shape: m2n.Shape, num_ranks: int) -> list[list[testing.Workload]]:
 
 @pytest.mark.parametrize("reduce_at", ["expert", "attention"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_workload_equals_the_oracle_bit_for_bit(dtype: str, reduce_at: str) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_workload_equals_the_oracle_bit_for_bit(device: str, dtype: str, reduce_at: str) -> None:
     shape = dataclasses.replace(SHAPE, dispatch_dtype=dtype, combine_dtype=dtype, reduce_at=reduce_at)
-    check(shape, REPLICAS, all_kinds(shape, 2))
+    check(shape, REPLICAS, all_kinds(shape, 2), device=device)
 
 
 @pytest.mark.parametrize("dispatch_dtype, combine_dtype", [("bfloat16", "float32"), ("float32", "float16")])
-def test_directions_may_have_different_dtypes(dispatch_dtype: str, combine_dtype: str) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_directions_may_have_different_dtypes(device: str, dispatch_dtype: str, combine_dtype: str) -> None:
     shape = dataclasses.replace(SHAPE, dispatch_dtype=dispatch_dtype, combine_dtype=combine_dtype)
-    check(shape, REPLICAS, all_kinds(shape, 2))
+    check(shape, REPLICAS, all_kinds(shape, 2), device=device)
 
 
 @pytest.mark.parametrize("m, n", [(1, 1), (3, 1), (1, 4), (3, 2), (2, 8)])
-def test_any_number_of_ranks_on_either_side(m: int, n: int) -> None:
-    check(SHAPE, m2n.Placement.block(8, n), all_kinds(SHAPE, m))
+@pytest.mark.parametrize("device", DEVICES)
+def test_any_number_of_ranks_on_either_side(device: str, m: int, n: int) -> None:
+    check(SHAPE, m2n.Placement.block(8, n), all_kinds(SHAPE, m), device=device)
 
 
 @pytest.mark.parametrize("microbatches", [1, 2, 3, 5])
-def test_several_microbatches_in_flight(microbatches: int) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_several_microbatches_in_flight(device: str, microbatches: int) -> None:
     shape = dataclasses.replace(SHAPE, microbatches=microbatches)
-    check(shape, REPLICAS, all_kinds(shape, 2))
+    check(shape, REPLICAS, all_kinds(shape, 2), device=device)
 
 
 @pytest.mark.parametrize("dtype, reduce_at", [("bfloat16", "expert"), ("float32", "attention")])
-def test_ranks_as_processes(dtype: str, reduce_at: str) -> None:
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_ranks_as_processes(device: str, dtype: str, reduce_at: str) -> None:
     shape = dataclasses.replace(SHAPE, dispatch_dtype=dtype, combine_dtype=dtype, reduce_at=reduce_at)
-    check(shape, REPLICAS, all_kinds(shape, 2), processes=True, in_numpy=True)
+    check(shape, REPLICAS, all_kinds(shape, 2), processes=True, in_numpy=True, device=device)
 
 
 @pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_numpy_in_numpy_out(dtype: str) -> None:
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_numpy_in_numpy_out(device: str, dtype: str) -> None:
     shape = dataclasses.replace(SHAPE, dispatch_dtype=dtype, combine_dtype=dtype)
-    check(shape, REPLICAS, all_kinds(shape, 2), in_numpy=True)
+    check(shape, REPLICAS, all_kinds(shape, 2), in_numpy=True, device=device)
 
 
-def test_no_lingering_serves_each_message_alone_with_the_same_bits() -> None:
-    check(SHAPE, REPLICAS, all_kinds(SHAPE, 3), linger_us=0)
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_lingering_serves_each_message_alone_with_the_same_bits(device: str) -> None:
+    check(SHAPE, REPLICAS, all_kinds(SHAPE, 3), linger_us=0, device=device)
 
 
 def test_bits_do_not_depend_on_the_placement_when_attention_reduces() -> None:
@@ -150,4 +169,4 @@ def test_random_shapes_equal_the_oracle(data: st.DataObject) -> None:
         testing.make_workload(shape, data.draw(st.sampled_from(testing.KINDS)), seed + i)
         for i in range(data.draw(st.integers(1, 4), "layers"))
     ]
-    check(shape, placement, [layers, layers[::-1]])
+    check(shape, placement, [layers, layers[::-1]], device=data.draw(st.sampled_from(["cpu", "emulated"]), "device"))

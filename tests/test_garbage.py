@@ -79,10 +79,11 @@ class FakePeer:
     ],
     ids=str,
 )
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
 def test_garbage_from_a_peer_is_a_protocol_error_and_the_peer_is_told(
-    garbage: dict[str, Any], words: str, tmp_path: Path
+    device: str, garbage: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
-    with expert(tmp_path) as server:
+    with expert(tmp_path, device=device) as server:
         fake = FakePeer(server, tmp_path)
         fake.write(**garbage)
         with pytest.raises(m2n.ProtocolError, match=words) as caught:
@@ -92,14 +93,15 @@ def test_garbage_from_a_peer_is_a_protocol_error_and_the_peer_is_told(
         assert fake.connection.recv(1) == b""  # the connection was closed: it knows
         fake.connection.close()
         server.recover(0)
-        with attention(tmp_path, rank=1) as comm:  # the others go on
+        with attention(tmp_path, rank=1, device=device) as comm:  # the others go on
             dispatch(comm)
             answer(server)
             assert np.isfinite(comm.combine_recv()).all()
 
 
-def test_a_message_before_the_reply_is_a_protocol_error(tmp_path: Path) -> None:
-    with expert(tmp_path) as server:
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_a_message_before_the_reply_is_a_protocol_error(device: str, tmp_path: Path) -> None:
+    with expert(tmp_path, device=device) as server:
         fake = FakePeer(server, tmp_path)
         fake.write()
         batch = server.dispatch_recv()
