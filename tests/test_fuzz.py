@@ -30,7 +30,7 @@ FLAGS = [
     "-DM2N_HAS_CUDA=0", "-D_GLIBCXX_ASSERTIONS", "-fno-sanitize-recover=undefined",
 ]  # fmt: skip
 # No leaks: worlds live until the process ends. Fake stacks double the price of an exception, of which there are many.
-OPTIONS = "detect_leaks=0:detect_stack_use_after_return=0"
+OPTIONS = "detect_leaks=0:detect_stack_use_after_return=0:quarantine_size_mb=32"
 TARGETS = ("fuzz_expert", "fuzz_attention", "fuzz_route")
 
 

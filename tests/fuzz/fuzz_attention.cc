@@ -116,20 +116,20 @@ class World {
 
   // A protocol error that is no refusal: its culprit was dropped, deserved it, and knows.
   void note_drop(const Error& error) {
-    Peer* peer = nullptr;
-    for (Peer& candidate : peers_) {
-      const PeerInfo info = comm_->peer_infos().at(candidate.fake->idx());
-      const bool is_named = static_cast<int>(info.rank) == error.peer_rank();
-      if (is_named && info.state == PeerState::kLost && info.cause == LossCause::kProtocol) peer = &candidate;
-      // One that was gone before it was found out stays what it was.
-      if (is_named && !candidate.is_live && peer == nullptr) peer = &candidate;
-    }
-    require(peer != nullptr, "who breaks the protocol is dropped");
     bool is_deserved = false;
-    for (uint32_t slot = 0; slot < kMicrobatches; ++slot) is_deserved |= reply_of(*peer, slot) == Reply::kBroken;
-    require(is_deserved, "who is dropped has broken the protocol");
-    require(!peer->is_live || peer->fake->is_told(), "who is dropped is told");
-    peer->is_live = false;
+    for (Peer& peer : peers_) {  // all lives of the rank: an older one may still owe a reply
+      if (static_cast<int>(peer.fake->rank()) != error.peer_rank()) continue;
+      bool is_broken = false;
+      for (uint32_t slot = 0; slot < kMicrobatches; ++slot) is_broken |= reply_of(peer, slot) == Reply::kBroken;
+      const PeerInfo info = comm_->peer_infos().at(peer.fake->idx());
+      require(info.state != PeerState::kLive || peer.is_live, "who is gone does not come back");
+      is_deserved |= is_broken && info.state != PeerState::kLive;
+      if (!peer.is_live || info.state == PeerState::kLive) continue;
+      require(is_broken && info.cause == LossCause::kProtocol, "who is dropped has broken the protocol");
+      require(peer.fake->is_told(), "who is dropped is told");
+      peer.is_live = false;
+    }
+    require(is_deserved, "who breaks the protocol is dropped");
     is_spoiled_ = true;
   }
 
