@@ -179,6 +179,9 @@ void bind_comm(py::module_& module) {
       py::arg("rank"), py::arg("life"));
   type.def("attach", &attach_peer, py::arg("peer_idx"), py::arg("objects"), py::arg("process"));
   type.def("watch", &Comm::watch, py::arg("peer_idx"), py::arg("connection_fd"), py::arg("pidfd"));
+  type.def(  // for tests
+      "drop_peer", [](Comm& comm, uint32_t peer_idx) { comm.drop_peer(peer_idx, LossCause::kProtocol); },
+      py::arg("peer_idx"));
   type.def("close", &Comm::close);
   type.def("check", &Comm::check);
   type.def("peers", &peers_list);

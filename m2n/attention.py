@@ -137,7 +137,7 @@ class AttentionComm(Comm):
         if num_tokens is not None:
             topk_ids, topk_weights = topk_ids[:num_tokens], topk_weights[:num_tokens]
         handle = self._on(stream)
-        if out is not None and any(route is out for _, route in list(self._borrowed.values())):
+        if out is not None and self.device == "cpu" and any(route is out for _, route in list(self._borrowed.values())):
             raise ValueError("out: this route is in flight; call combine_recv for its microbatch first")
         topk_ids, topk_weights = arrays.exportable(topk_ids), arrays.exportable(topk_weights)
         if self.device != "cpu":
@@ -209,7 +209,8 @@ class AttentionComm(Comm):
         try:
             self._native.combine_recv(arrays.exportable(out), microbatch, self._timeout(timeout), *handle)
         finally:
-            if not self._native.is_closed and not self._native.is_busy(microbatch):
+            # A launched combine may still have to run, or be called again: there the next dispatch ends the loan.
+            if self.device == "cpu" and not self._native.is_closed and not self._native.is_busy(microbatch):
                 self._borrowed.pop(microbatch, None)
         return out
 

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What holds for comms whose verbs are launched: troubles are told by the next call, everything else goes on.
+
+On `emulated` the launches run on CPU threads; on `cuda:0` they are kernels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import bodies
+import numpy as np
+import pytest
+import torch
+import virtual_ranks
+from test_faults import IDS, ONE, SHAPE, SOON_S, TWO, WEIGHTS, X
+
+import m2n
+from m2n import testing
+from m2n.testing import expert_outputs
+
+DEVICES = ("emulated", pytest.param("cuda:0", marks=pytest.mark.cuda))
+on_devices = pytest.mark.parametrize("device", DEVICES)
+CONFIG = dataclasses.replace(bodies.NUMPY, arrays="torch")
+
+
+class Pair:
+    """An attention rank and the expert ranks of a placement, on one device, in this thread."""
+
+    def __init__(self, store: Path, on: str, placed: m2n.Placement = ONE, **of_attention: Any) -> None:
+        self.where = on if on.startswith("cuda") else "cpu"
+        self.options = {"shape": SHAPE, "placement": placed, "store": store, "config": CONFIG, "device": on}
+        name = of_attention.get("name", "default")
+        self.experts = [m2n.ExpertComm(i, name=name, **self.options) for i in range(placed.num_expert_ranks)]
+        self.comm = m2n.AttentionComm(0, **{**self.options, **of_attention})
+
+    def __enter__(self) -> Pair:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for comm in (self.comm, *self.experts):
+            comm.close()
+
+    def tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.where)
+
+    def dispatch(self, microbatch: int = 0, layer: int = 0) -> None:
+        route = self.comm.route(self.tensor(IDS), self.tensor(WEIGHTS))
+        self.comm.dispatch_send(self.tensor(X), route, microbatch, layer)
+
+    def answer(self, **options: Any) -> None:
+        for comm in self.experts:
+            batch = comm.dispatch_recv(**options)
+            assert batch is not None
+            comm.combine_send(batch, expert_outputs(batch, comm.placement.experts_of(comm.rank)))
+
+    def expected(self) -> torch.Tensor:
+        workload = testing.Workload(torch.from_numpy(X), torch.from_numpy(IDS), torch.from_numpy(WEIGHTS))
+        return testing.oracle_combine(workload, SHAPE, self.options["placement"])
+
+
+def is_nan(y: torch.Tensor) -> list[bool]:
+    """Row by row: all NaN, or none."""
+    assert (y.isnan().all(1) | ~y.isnan().any(1)).all()
+    return y.isnan().all(1).tolist()
+
+
+@on_devices
+def test_all_ranks_in_one_thread_equal_the_oracle(device: str) -> None:
+    shape = dataclasses.replace(SHAPE, hidden=72, microbatches=3)
+    assert virtual_ranks.run(device, shape, m2n.Placement.block(4, 2), 3, 12) == 36
+
+
+@on_devices
+def test_a_late_reply_is_nan_and_a_timeout_of_the_next_call_and_can_be_combined_again(
+    device: str, tmp_path: Path
+) -> None:
+    with Pair(tmp_path, device) as pair:
+        pair.dispatch()
+        assert not pair.comm.ready(0)
+        assert all(is_nan(pair.comm.combine_recv(timeout=0.05).cpu()))
+        with pytest.raises(m2n.Timeout, match=r"combine_recv\(microbatch=0\): expert rank 0 is alive") as caught:
+            pair.comm.check()
+        assert caught.value.peer == 0
+        pair.comm.check()  # told once
+        with pytest.raises(m2n.SlotBusy, match="microbatch 0 is in flight"):
+            pair.dispatch()
+        pair.answer()
+        assert pair.comm.wait_ready([1, 0], timeout=SOON_S) == 0
+        assert torch.equal(pair.comm.combine_recv().cpu(), pair.expected())
+        pair.dispatch(layer=1)
+        pair.answer()
+        assert torch.equal(pair.comm.combine_recv().cpu(), pair.expected())
+
+
+@on_devices
+def test_a_lost_rank_leaves_nan_in_its_rows_and_the_others_go_on(device: str, tmp_path: Path) -> None:
+    with Pair(tmp_path, device, TWO) as pair:
+        pair.dispatch()
+        pair.experts[1]._native.drop_peer(0)  # it cuts the link: a loss for the attention rank
+        kept = pair.experts[:1]
+        pair.experts, gone = kept, pair.experts[1]
+        pair.answer()
+        y = pair.comm.combine_recv(timeout=SOON_S).cpu()
+        # IDS: token 0 goes to rank 0 only, token 1 to rank 1 only, token 2 to both.
+        assert is_nan(y) == [False, True, True]
+        with pytest.raises(m2n.PeerLost, match="expert rank 1 is lost") as caught:
+            pair.dispatch(microbatch=1)
+        assert caught.value.peer == 1
+        pair.comm.recover(1)
+        pair.comm.check()
+        here = np.array([[0, 1], [1, 0], [1, -1]], np.int32)
+        for layer in (1, 2):
+            route = pair.comm.route(pair.tensor(here), pair.tensor(WEIGHTS))
+            pair.comm.dispatch_send(pair.tensor(X), route, layer % 2, layer)
+            pair.answer()
+            assert not any(is_nan(pair.comm.combine_recv(layer % 2).cpu()))
+        with pytest.raises(m2n.PeerLost, match="expert rank 1"):
+            pair.dispatch()
+        gone.close()
+
+
+@pytest.mark.parametrize("to_do, is_lost", [("die", True), ("answer_and_die", False)])
+def test_a_killed_process_is_lost_to_a_launched_wait(to_do: str, is_lost: bool, tmp_path: Path) -> None:
+    # On the CPU: it need not be of our kind.
+    process = multiprocessing.get_context("spawn").Process(
+        target=bodies.expert_main, args=(0, str(tmp_path), SHAPE, ONE, to_do)
+    )
+    process.start()
+    with m2n.AttentionComm(0, SHAPE, ONE, tmp_path, device="emulated", config=CONFIG) as comm:
+        comm.dispatch_send(torch.from_numpy(X), comm.route(torch.from_numpy(IDS), torch.from_numpy(WEIGHTS)))
+        process.join()
+        y = comm.combine_recv(timeout=SOON_S)
+        assert is_nan(y) == [is_lost] * 3  # a complete reply of a dead peer counts
+        with pytest.raises(m2n.PeerLost, match="expert rank 0 is lost"):
+            for _ in range(500):  # it may die a little after its reply
+                comm.check()
+                time.sleep(0.01)
+
+
+@on_devices
+def test_a_dispatch_that_gives_up_sends_nothing_and_its_combine_is_nan(device: str, tmp_path: Path) -> None:
+    late = dataclasses.replace(CONFIG, timeout_s=0.05)
+    with Pair(tmp_path, device, config=late) as pair:
+        nothing = torch.empty(0, SHAPE.top_k)
+        route = pair.comm.route(nothing.int().to(pair.where), nothing.to(pair.where))
+        pair.comm.dispatch_send(torch.empty(0, SHAPE.hidden, device=pair.where), route)
+        assert pair.comm.combine_recv().shape == (0, SHAPE.hidden)  # the reply to no rows is not awaited
+        pair.dispatch()  # but by the next dispatch
+        with pytest.raises(m2n.Timeout, match="has not answered the last message on this slot; nothing was sent"):
+            pair.comm.check()
+        assert all(is_nan(pair.comm.combine_recv().cpu()))
+        pair.answer()
+        pair.dispatch(layer=1)
+        pair.answer(layer=1)
+        assert torch.equal(pair.comm.combine_recv(timeout=SOON_S).cpu(), pair.expected())
+        pair.comm.check()
+
+
+@on_devices
+def test_an_expert_that_is_not_hosted_is_refused_by_name(device: str, tmp_path: Path) -> None:
+    with Pair(tmp_path, device, TWO, placement=m2n.Placement([[0], [1], [1], [1]])) as pair:
+        pair.dispatch()  # asks rank 1 for expert 1
+        assert pair.experts[0].dispatch_recv() is not None
+        assert pair.experts[1].dispatch_recv(timeout=0.2) is None
+        pair.comm.combine_recv(timeout=0.2)
+        with pytest.raises(m2n.ProtocolError, match="expert rank 1 does not host expert 1"):
+            for _ in range(2):  # that rank 0 is late may be told first
+                try:
+                    pair.comm.check()
+                except m2n.Timeout:
+                    continue
+
+
+@on_devices
+def test_an_idle_rank_is_answered_and_nobody_waits_for_it(device: str, tmp_path: Path) -> None:
+    with Pair(tmp_path, device) as pair:
+        for layer in range(3):
+            pair.dispatch(layer=layer)
+            pair.answer(linger_us=1e6)
+            pair.comm.combine_recv()
+            pair.comm.idle()
+            assert pair.experts[0].wait_work(0.02) is None
+
+
+@on_devices
+def test_a_batch_keeps_its_slot_until_it_is_answered(device: str, tmp_path: Path) -> None:
+    """Its lists lie at fixed addresses: a late message of the same microbatch waits."""
+    with Pair(tmp_path, device) as pair, m2n.AttentionComm(1, **pair.options) as late:
+        server = pair.experts[0]
+        pair.dispatch(layer=4)
+        first = server.dispatch_recv(linger_us=0)
+        index = first.row_index_by_expert.clone()
+        late.dispatch_send(pair.tensor(X), late.route(pair.tensor(IDS), pair.tensor(WEIGHTS)), layer=4)
+        assert server.dispatch_recv(linger_us=0, timeout=0.05) is None
+        assert torch.equal(first.row_index_by_expert, index)
+        server.combine_send(first, first.gather())
+        second = server.dispatch_recv(linger_us=0)
+        assert (first.peers, second.peers) == ([0], [1])
+        server.combine_send(second, second.gather())
+        assert not any(is_nan(late.combine_recv().cpu())) and not any(is_nan(pair.comm.combine_recv().cpu()))
+        with pytest.raises(ValueError, match="already called"):
+            server.combine_send(second, torch.zeros(6, SHAPE.hidden, device=pair.where))
+
+
+@on_devices
+def test_closing_ends_a_launched_wait(device: str, tmp_path: Path) -> None:
+    with Pair(tmp_path, device) as pair:
+        pair.dispatch()
+        ended = threading.Event()
+
+        def wait() -> None:
+            pair.comm.combine_recv(timeout=60)
+            ended.set()
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        time.sleep(0.1)
+        pair.comm.close()
+        thread.join(SOON_S)
+        assert ended.is_set()
+        with pytest.raises(m2n.SetupError, match="closed"):
+            pair.comm.check()
+
+
+@on_devices
+def test_ready_made_splits(device: str, tmp_path: Path) -> None:
+    with Pair(tmp_path, device, TWO) as pair:
+        ids, weights = pair.tensor(np.array([[0, 1], [2, 3], [3, -1]], np.int64)), pair.tensor(WEIGHTS)
+        route = m2n.Route.from_splits([1, 2], ids, weights, shape=SHAPE)
+        pair.comm.dispatch_send(pair.tensor(X), route)
+        assert route.rows_per_rank == [1, 2]
+        pair.answer()
+        workload = testing.Workload(torch.from_numpy(X), ids.cpu(), weights.cpu())
+        assert torch.equal(pair.comm.combine_recv().cpu(), testing.oracle_combine(workload, SHAPE, TWO))
+        wrong = m2n.Route.from_splits([1, 2], ids[[0, 1, 0]], weights, shape=SHAPE)
+        pair.comm.dispatch_send(pair.tensor(X), wrong, microbatch=1)  # rank 1 is asked for experts 0 and 1
+        assert pair.experts[1].dispatch_recv(timeout=0.2) is None
+
+
+@on_devices
+@pytest.mark.parametrize(
+    "ids, weights, words",
+    [
+        ([[0, 4]], [[0.5, 0.5]], "topk_ids: expert id 4 at token 0 is out of range"),
+        ([[0, 2**40]], [[0.5, 0.5]], "is out of range"),
+        ([[1, 1]], [[0.5, 0.5]], "comes twice at token 0"),
+        ([[1, 2]], [[0.5, float("nan")]], "topk_weights: not finite"),
+    ],
+)
+def test_bad_router_output_is_refused(device: str, ids: Any, weights: Any, words: str, tmp_path: Path) -> None:
+    with Pair(tmp_path, device) as pair, pytest.raises(ValueError, match=words):
+        pair.comm.route(torch.tensor(ids).to(pair.where), torch.tensor(weights).to(pair.where))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@on_devices
+def test_router_outputs_of_any_dtype_and_stride(device: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    with Pair(tmp_path, device) as pair:
+        wide = pair.tensor(np.repeat(WEIGHTS, 2, axis=1)).to(dtype)
+        ids = pair.tensor(np.asfortranarray(IDS.astype(np.int64)))
+        x = torch.full((3, 100), float("nan"), device=pair.where)
+        x[:, 20:84] = pair.tensor(X)
+        pair.comm.dispatch_send(x[:, 20:84], pair.comm.route(ids, wide[:, ::2]))
+        pair.answer()
+        out = torch.zeros(3, 80, device=pair.where)
+        pair.comm.combine_recv(out=out[:, 8:72])
+        assert torch.equal(out[:, 8:72].cpu(), pair.expected()) and not out[:, :8].any() and not out[:, 72:].any()
+
+
+@pytest.mark.parametrize("devices", [("cpu", "emulated"), ("emulated", "cpu")])
+def test_a_cpu_rank_and_an_emulated_one_speak_the_same_protocol(devices: tuple[str, str], tmp_path: Path) -> None:
+    with Pair(tmp_path, devices[1], device=devices[0]) as pair:
+        for layer in range(4):
+            pair.dispatch(layer % 2, layer)
+            pair.answer()
+            assert torch.equal(pair.comm.combine_recv(layer % 2), pair.expected())
+
+
+def test_a_route_of_another_device_is_refused(tmp_path: Path) -> None:
+    ids, weights = torch.from_numpy(IDS), torch.from_numpy(WEIGHTS)
+    with Pair(tmp_path, "emulated") as pair, Pair(tmp_path, "cpu", name="other") as other:
+        for comm, foreign in ((pair.comm, other.comm), (other.comm, pair.comm)):
+            route = foreign.route(ids, weights)
+            with pytest.raises(ValueError, match="route: it was made for another device"):
+                comm.dispatch_send(torch.from_numpy(X), route)
+            with pytest.raises(ValueError, match="out: it was made for another device|in flight"):
+                other.comm.route(ids, weights, out=pair.comm.route(ids, weights))
