@@ -48,6 +48,17 @@ def why_no_fuzzer() -> str | None:
     return None if library else "no clang++ with libFuzzer (apt-get install -y clang-16 libclang-rt-16-dev)"
 
 
+def why_no_explorer() -> str | None:
+    """Why tests with the marker `explorer` cannot run here; None when they can."""
+    return None if shutil.which(os.environ.get("CXX", "g++")) else "no C++ compiler (apt-get install -y g++)"
+
+
+def why_no_relacy() -> str | None:
+    """Why tests with the marker `relacy` cannot run here; None when they can."""
+    is_here = Path("/usr/include/relacy/relacy.hpp").exists()
+    return why_no_explorer() if is_here else "no relacy/relacy.hpp (apt-get install -y relacy-dev)"
+
+
 def why_no_model_checker() -> str | None:
     """Why tests with the marker `promela` cannot run here; None when they can."""
     if not shutil.which("spin"):
@@ -61,6 +72,8 @@ TIERS = (
     ("slow", "slow", lambda: None),
     ("sanitizers", "under_sanitizer", lambda: None),
     ("fuzz", "fuzz", why_no_fuzzer),
+    ("explorer", "explorer", why_no_explorer),
+    ("relacy", "relacy", why_no_relacy),
     ("model", "promela", why_no_model_checker),
     ("CUDA compiler", "nvcc", why_no_cuda_compiler),
     ("CUDA device", "cuda", why_no_cuda_device),

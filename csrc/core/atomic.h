@@ -2,16 +2,17 @@
 // The only file that names memory orders. Everything above speaks of the operations below; each use carries
 // a `SYNC: label` comment that its partner repeats.
 //
-// Back ends: host (std::atomic_ref) and device (cuda::atomic_ref, system scope). A signal is stored seq_cst
-// on the host because a waiter may sleep: see wake.h for the four operations that must be totally ordered. A
-// device never sleeps, so release and acquire suffice there.
+// Back ends: host (std::atomic_ref), device (cuda::atomic_ref, system scope), and in tests, with M2N_EXPLORER, a model
+// of a memory that tests/explorer declares before this file. A signal is stored seq_cst on the host because a waiter
+// may sleep: see wake.h for the four operations that must be totally ordered. A device never sleeps, so release and
+// acquire suffice there.
 #pragma once
 
 #include "core/platform.h"
 
 #if defined(__CUDA_ARCH__)
 #include <cuda/atomic>
-#else
+#elif !defined(M2N_EXPLORER)
 #include <atomic>
 #endif
 
@@ -21,6 +22,10 @@ namespace m2n {
 namespace order = cuda::std;
 template <class T>
 using AtomicRef = cuda::atomic_ref<T, cuda::thread_scope_system>;
+#elif defined(M2N_EXPLORER)
+namespace order = explorer;
+template <class T>
+using AtomicRef = explorer::AtomicRef<T>;
 #else
 namespace order = std;
 template <class T>
@@ -52,6 +57,10 @@ M2N_HD void store_release(T* word, T value) {
 template <class T>
 M2N_HD T load_seq_cst(const T* word) {
   return atomic_ref(word).load(order::memory_order_seq_cst);
+}
+template <class T>
+M2N_HD void store_seq_cst(T* word, T value) {
+  atomic_ref(word).store(value, order::memory_order_seq_cst);
 }
 template <class T>
 M2N_HD T add_seq_cst(T* word, T value) {
