@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels as the compiler leaves them: no warnings, and the instructions that the protocol stands on."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "csrc/exchange/run_cuda.cu"
+VERBS = ("RouteVerb", "DispatchVerb", "CombineRecvVerb", "PollVerb", "ReceiveVerb", "CombineSendVerb")
+OPTIONS = ("-std=c++20", "-O3", "-fmad=false", f"-I{ROOT / 'csrc'}", "-DM2N_HAS_CUDA=1", "-Werror", "all-warnings")
+
+pytestmark = [pytest.mark.slow, pytest.mark.nvcc, pytest.mark.timeout(600)]
+
+
+def nvcc(*arguments: str | Path) -> None:
+    done = subprocess.run(["nvcc", *OPTIONS, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The code of each kernel, by the name of its verb."""
+    path = tmp_path_factory.mktemp("ptx") / "run_cuda.ptx"
+    nvcc("-arch=compute_80", "-ptx", SOURCE, "-o", path)
+    kernels = re.findall(r"\.entry (\w+)\((.*?)^\}", path.read_text(), re.DOTALL | re.MULTILINE)
+    found = {verb: body for verb in VERBS for name, body in kernels if verb in name}
+    assert set(found) == set(VERBS) and len(kernels) == len(VERBS)
+    return found
+
+
+def test_one_build_holds_machine_code_for_sm_80_90_and_100(tmp_path: Path) -> None:
+    codes = [option for sm in (80, 90, 100) for option in ("-gencode", f"arch=compute_{sm},code=sm_{sm}")]
+    nvcc(*codes, "-Xcompiler=-Wall,-Wextra", "-c", SOURCE, "-o", tmp_path / "run_cuda.o")
+
+
+@pytest.mark.parametrize("verb", ["DispatchVerb", "CombineSendVerb", "ReceiveVerb"])
+def test_a_signal_is_a_system_wide_release(ptx: dict[str, str], verb: str) -> None:
+    assert re.search(r"\bst\.release\.sys(\.global)?\.[bu]64\b", ptx[verb])
+
+
+@pytest.mark.parametrize("verb", ["DispatchVerb", "CombineRecvVerb", "PollVerb", "ReceiveVerb"])
+def test_a_wait_looks_with_a_system_wide_acquire(ptx: dict[str, str], verb: str) -> None:
+    assert re.search(r"\bld\.acquire\.sys(\.global)?\.[bu]64\b", ptx[verb])
+
+
+@pytest.mark.parametrize("verb", ["DispatchVerb", "CombineSendVerb"])
+def test_the_last_block_to_arrive_sees_what_all_wrote(ptx: dict[str, str], verb: str) -> None:
+    assert re.search(r"\batom(\.global)?\.add\.acq_rel\.sys(\.global)?\.u32\b", ptx[verb])
+
+
+def test_rows_are_put_by_16_bytes(ptx: dict[str, str]) -> None:
+    assert re.search(r"\bst(\.global)?\.v4\.[bfu]32\b", ptx["DispatchVerb"])
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_nothing_is_read_through_the_cache_that_does_not_see_peers(ptx: dict[str, str], verb: str) -> None:
+    assert not re.search(r"\bld\.global(\.\w+)*\.nc\b|\bld\.const\b|\btex\.", ptx[verb])
+    assert "ld.param" in ptx[verb]  # it is the kernel's code that was looked at
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_products_and_sums_round_separately(ptx: dict[str, str], verb: str) -> None:
+    assert not re.search(r"\bfma\.", ptx[verb])
