@@ -55,6 +55,7 @@ SEEDED = {
     ),
     "the state of a peer not looked at": (f"loss {ONE} BUG_NO_STATE", DEADLOCK),
     "no second look after LOST": (f"loss {ONE} BUG_NO_SECOND_LOOK", r"assertion violated +!\(was_here"),
+    "a verdict of LOST that is not kept": (f"loss {ONE} BUG_VERDICT_NOT_KEPT", LOST),
     "what a lost peer owed not sent again": (f"loss {ONE} BUG_NOT_SENT_AGAIN", LOST),
     "a failed wait that consumes": (f"loss {ONE} DEADLINES BUG_FAILED_WAIT", DOUBLED),
     "a failed wait that stays in the queue": (f"loss {TWO} DEADLINES BUG_STAYS_IN_QUEUE", DEADLOCK),

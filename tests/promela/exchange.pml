@@ -8,7 +8,7 @@
  *   microbatch   AttentionComm::dispatch_send (finish_empty_messages, find_peers, send_to_peer), combine_recv
  *                (wait_replies, take_replies), idle; at its end Comm::close
  *   connect      Comm::watch: a link is LIVE
- *   expert       ExpertComm::dispatch_recv (in inbox.h: scan, is_complete, belongs, answer_empty; collect), combine_send
+ *   expert       ExpertComm::dispatch_recv (inbox.h: scan, is_complete, belongs, answer_empty), combine_send
  *
  * Abstracted away: memory orders, sleeping and waking; routes (who gets rows is any choice); which of several complete
  * batches goes first (any); when a goodbye is seen (any time). A message is put and signalled in one step: nobody

@@ -53,7 +53,7 @@ proctype microbatch(byte a, mb) {
   byte lap, e, g, owes, reads, need, got, given_up;
   byte groups[E];
   byte retry_to = NOBODY;
-  bool is_queued, has_failed;
+  bool is_queued, has_failed, was_gone;
   {
     do
     :: lap < LAPS ->
@@ -68,7 +68,7 @@ proctype microbatch(byte a, mb) {
 #endif
         (MAY_DRIVE);
         combine_recv();
-        atomic { lap++; reads = 0; owes = 0; got = 0; given_up = 0; has_failed = false }
+        atomic { lap++; reads = 0; owes = 0; got = 0; given_up = 0; has_failed = false; was_gone = false }
     :: else -> break
     od;
     turn[a] = (mb + 1) % MB
