@@ -60,9 +60,11 @@ void send_handles(int connection, const Comm::Offer& offer) {
   header->cmsg_level = SOL_SOCKET;
   header->cmsg_type = SCM_RIGHTS;
   header->cmsg_len = CMSG_LEN(3 * sizeof(int));
-  for (size_t i = 0; i < 3; ++i) std::memcpy(CMSG_DATA(header) + i * sizeof(int), &offer.handles[i].fd, sizeof(int));
+  for (size_t i = 0; i < 3; ++i) {
+    const int fd = offer.handles[i].fd.get();
+    std::memcpy(CMSG_DATA(header) + i * sizeof(int), &fd, sizeof fd);
+  }
   if (sendmsg(connection, &message, 0) < 0) std::perror("sendmsg"), std::exit(1);
-  for (const Handle& handle : offer.handles) close(handle.fd);
 }
 
 std::vector<Handle> receive_handles(int connection, uint64_t* process) {
@@ -75,7 +77,11 @@ std::vector<Handle> receive_handles(int connection, uint64_t* process) {
   message.msg_controllen = sizeof control;
   if (recvmsg(connection, &message, 0) <= 0) std::perror("recvmsg"), std::exit(1);
   std::vector<Handle> handles(3);
-  for (size_t i = 0; i < 3; ++i) std::memcpy(&handles[i].fd, CMSG_DATA(CMSG_FIRSTHDR(&message)) + i * sizeof(int), 4);
+  for (size_t i = 0; i < 3; ++i) {
+    int fd = -1;
+    std::memcpy(&fd, CMSG_DATA(CMSG_FIRSTHDR(&message)) + i * sizeof(int), sizeof fd);
+    handles[i].fd = Fd(fd);
+  }
   return handles;
 }
 
@@ -83,8 +89,7 @@ void join(Comm& comm, int connection) {
   const Comm::Offer offer = comm.offer(0, 1);
   send_handles(connection, offer);
   uint64_t process = 0;
-  const std::vector<Handle> handles = receive_handles(connection, &process);
-  comm.attach(offer.peer_idx, handles, process);
+  comm.attach(offer.peer_idx, receive_handles(connection, &process), process);
   comm.watch(offer.peer_idx, connection, -1);
 }
 

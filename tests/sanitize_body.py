@@ -108,8 +108,11 @@ def answer(comm: m2n.ExpertComm, num_attention: int) -> int:
     return serve(comm, num_attention, lambda batch: expert_outputs(batch, experts))
 
 
-def exchange(seed: int, reduce_at: str, hidden: int) -> None:
-    """Three attention ranks and three expert ranks, everything in flight, all watched."""
+def exchange(seed: int, reduce_at: str, hidden: int, device: str) -> None:
+    """Three attention ranks and three expert ranks, everything in flight, all watched.
+
+    On "emulated" each verb is run by a team of threads, as a GPU runs it.
+    """
 
     def attention(comm: m2n.AttentionComm) -> None:
         with observed(comm):
@@ -120,7 +123,7 @@ def exchange(seed: int, reduce_at: str, hidden: int) -> None:
             answer(comm, 3)
 
     shape = make_shape(reduce_at, hidden)
-    run_ranks((attention, expert), 3, 3, shape=shape, config=CONFIG, max_peers=8)
+    run_ranks((attention, expert), 3, 3, shape=shape, config=CONFIG, max_peers=8, device=device)
 
 
 def come_and_go(seed: int) -> None:
@@ -201,7 +204,8 @@ def main(seconds: float, seed: int) -> None:
     ends = time.monotonic() + seconds
     num_rounds = 0
     while num_rounds == 0 or time.monotonic() < ends:
-        exchange(seed, "expert" if seed % 2 == 0 else "attention", 40 if seed % 3 else 4096)
+        for device in ("cpu", "emulated"):
+            exchange(seed, "expert" if seed % 2 == 0 else "attention", 40 if seed % 3 else 4096, device)
         come_and_go(seed)
         close_under_a_waiter()
         seed += 1

@@ -114,6 +114,18 @@ def sync_labels(files: Mapping[str, str]) -> Iterator[str]:
         yield "no SYNC label was found at all"
 
 
+# What a waiter sleeps for: release and acquire would lose a wake now and then (core/wake.h).
+WAITED_FOR = ("slot-signal", "peer-state", "comm-closed")
+
+
+def waited_for(path: str, text: str) -> Iterator[str]:
+    """Words that a waiter sleeps for are stored and loaded in one total order on the host."""
+    for number, line in enumerate(text.splitlines() if path.startswith("csrc/") else (), 1):
+        label = re.search(r"//\s*SYNC: ([a-z][a-z0-9-]*)", line)
+        if label and label[1] in WAITED_FOR and re.search(r"_(release|acquire|relaxed)\(", line):
+            yield f"{path}:{number}: {label[1]} needs seq_cst: a waiter sleeps for it"
+
+
 def first_lines(path: str, text: str) -> Iterator[str]:
     """The licence, then what the file is for."""
     lines = [line for line in text.splitlines() if not line.startswith("#!")]

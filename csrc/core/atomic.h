@@ -90,5 +90,13 @@ M2N_HD inline uint64_t load_signal(const uint64_t* word) {
   return atomic_ref(word).load(order::memory_order_seq_cst);
 #endif
 }
+// What a waiter looks at beside signals: the state of a peer. Its writer wakes like that of a signal.
+M2N_HD inline uint32_t load_state(const uint32_t* word) {
+#if defined(__CUDA_ARCH__)
+  return load_acquire(word);
+#else
+  return load_seq_cst(word);
+#endif
+}
 
 }  // namespace m2n

@@ -39,7 +39,7 @@ struct PeerTable {
 
   M2N_HD uint32_t size() const { return load_acquire(count); }  // SYNC: link-added
   M2N_HD PeerState state(uint32_t peer_idx) const {
-    return static_cast<PeerState>(load_acquire(&entries[peer_idx].state));  // SYNC: peer-state
+    return static_cast<PeerState>(load_state(&entries[peer_idx].state));  // SYNC: peer-state
   }
   M2N_HD bool is_live(uint32_t peer_idx) const { return state(peer_idx) == PeerState::kLive; }
   // The newest life of a rank, or -1.

@@ -4,6 +4,7 @@
 //   writer: store signal ......... load waiters  -> if any: add event, wake
 //   waiter: add to waiters ....... load signal   -> if none: sleep on the event count read in between
 //
+// The store may be that of a signal, of a peer's state, or of the comm's end: whatever wake_waiters() follows.
 // Either the writer sees the waiter or the waiter sees the signal: that holds only when all four operations
 // are in one total order, hence seq_cst on each of them (release/acquire loses about one wake in 50,000 on
 // x86).

@@ -95,6 +95,7 @@ void AttentionComm::dispatch_send(const unsigned char* x, uint64_t x_stride_byte
   find_peers(*route, peer_of_rank);
   slot.layer = layer;
   slot.route = std::move(route);
+  slot.is_gone.assign(peer_of_rank.size(), false);
   slot.peer_of_rank = std::move(peer_of_rank);
   slot.is_busy = true;
   Header header{};
@@ -123,13 +124,20 @@ bool AttentionComm::owes_rows(const Slot& slot, uint32_t rank) const {
   return slot.peer_of_rank[rank] != kNone && view.row_offsets[rank + 1] != view.row_offsets[rank];
 }
 
+Look AttentionComm::look_for_rows(Slot& slot, uint32_t slot_idx, uint32_t rank) {
+  if (slot.is_gone[rank]) return Look::kGone;
+  const Look look = look_for_reply(static_cast<uint32_t>(slot.peer_of_rank[rank]), slot_idx);
+  slot.is_gone[rank] = look == Look::kGone;
+  return look;
+}
+
 bool AttentionComm::is_ready(uint32_t microbatch) {
   if (!is_busy(microbatch)) return false;
-  const Slot& slot = slots_[microbatch];
+  Slot& slot = slots_[microbatch];
   bool is_any_pending = false;
   for (uint32_t rank = 0; rank < slot.peer_of_rank.size(); ++rank) {
     if (!owes_rows(slot, rank)) continue;
-    const Look look = look_for_reply(slot.peer_of_rank[rank], microbatch);
+    const Look look = look_for_rows(slot, microbatch, rank);
     if (look == Look::kGone) return true;
     is_any_pending |= look == Look::kPending;
   }
@@ -153,7 +161,7 @@ int AttentionComm::wait_ready(const std::vector<uint32_t>& microbatches, int64_t
 void AttentionComm::wait_replies(Slot& slot, uint32_t slot_idx, int64_t deadline_ns) {
   if (wait([&] { return is_ready(slot_idx); }, deadline_ns) == WaitResult::kTimeout) {
     for (uint32_t rank = 0; rank < slot.peer_of_rank.size(); ++rank) {
-      if (!owes_rows(slot, rank) || look_for_reply(slot.peer_of_rank[rank], slot_idx) != Look::kPending) continue;
+      if (!owes_rows(slot, rank) || look_for_rows(slot, slot_idx, rank) != Look::kPending) continue;
       throw Error(Failure::kTimeout,
                   "combine_recv(microbatch=" + std::to_string(slot_idx) + "): " + peer_name(rank) +
                       " is alive but has not replied to layer " + std::to_string(slot.layer) +
@@ -162,7 +170,7 @@ void AttentionComm::wait_replies(Slot& slot, uint32_t slot_idx, int64_t deadline
     }
   }
   for (uint32_t rank = 0; rank < slot.peer_of_rank.size(); ++rank) {
-    if (owes_rows(slot, rank) && look_for_reply(slot.peer_of_rank[rank], slot_idx) == Look::kGone) {
+    if (owes_rows(slot, rank) && look_for_rows(slot, slot_idx, rank) == Look::kGone) {
       raise_lost(static_cast<uint32_t>(slot.peer_of_rank[rank]),
                  "combine_recv(microbatch=" + std::to_string(slot_idx) + ")");
     }

@@ -69,11 +69,13 @@ class AttentionComm final : public AttentionSide {
     uint32_t layer = 0;
     std::shared_ptr<const Route> route;
     std::vector<int32_t> peer_of_rank;  // snapshot: who owes a reply; -1: nobody, or given up
+    std::vector<bool> is_gone;  // the verdict on a rank that went without a reply: one that is late no longer counts
   };
 
   SendSeq& send_seq(uint32_t peer_idx, uint32_t slot) { return send_seqs_[peer_idx * layout_.num_slots + slot]; }
   // Never kViolation: that raises.
   Look look_for_reply(uint32_t peer_idx, uint32_t slot);
+  Look look_for_rows(Slot& slot, uint32_t slot_idx, uint32_t rank);
   bool owes_rows(const Slot& slot, uint32_t rank) const;
   // Before anything is sent: every peer that gets rows is LIVE.
   void find_peers(const Route& route, std::vector<int32_t>& peer_of_rank);

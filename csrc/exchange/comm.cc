@@ -135,7 +135,7 @@ void Comm::drop_peer(uint32_t peer_idx, LossCause cause) {
 }
 
 void Comm::set_state(uint32_t peer_idx, PeerState state) {
-  store_release(&peers_.entries[peer_idx].state, static_cast<uint32_t>(state));  // SYNC: peer-state
+  store_seq_cst(&peers_.entries[peer_idx].state, static_cast<uint32_t>(state));  // SYNC: peer-state
 }
 
 void Comm::drop_locked(uint32_t peer_idx, LossCause cause) {
@@ -154,12 +154,12 @@ void Comm::peer_gone(uint32_t peer_idx, PeerState state, LossCause cause) {
 
 void Comm::close() {
   if (!is_own_process()) {           // a child owns neither the links nor the windows, and the lock may be held
-    store_release(&is_closed_, 1u);  // SYNC: comm-closed
+    store_seq_cst(&is_closed_, 1u);  // SYNC: comm-closed
     return;
   }
   std::lock_guard lock(membership_mutex_);
   if (is_closed()) return;
-  store_release(&is_closed_, 1u);  // SYNC: comm-closed
+  store_seq_cst(&is_closed_, 1u);  // SYNC: comm-closed
   exec_.wake(own_wake_);
   for (uint32_t i = 0; i < peers_.size(); ++i) {
     if (links_[i].ticket != 0) unwatch_peer(links_[i].ticket, /*say_goodbye=*/true);

@@ -66,7 +66,7 @@ class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
 
   // Says goodbye to every peer; waiting calls end with Error(kSetup). Windows live as long as views of them.
   virtual void close();
-  bool is_closed() const { return load_acquire(&is_closed_) != 0; }  // SYNC: comm-closed
+  bool is_closed() const { return load_seq_cst(&is_closed_) != 0; }  // SYNC: comm-closed
 
   // Raises for the first peer that is LOST and was not given up by recover().
   virtual void check();

@@ -37,7 +37,10 @@ std::shared_ptr<Batch> ExpertComm::dispatch_recv(const Wanted& wanted, int64_t d
       std::lock_guard lock(inbox_mutex_);
       look_around();
       found = find_complete(inbox_view_, wanted, now_ns());
-      if (found.is_complete) batch = collect(found.layer, found.microbatch, wanted);
+      // All messages of one may be refused; then the next is looked for.
+      while (found.is_complete && (batch = collect(found.layer, found.microbatch, wanted)) == nullptr) {
+        found = find_complete(inbox_view_, wanted, now_ns());
+      }
       if (batch == nullptr) raise_if_lost(wanted);
       return batch != nullptr;
     };

@@ -143,17 +143,20 @@ M2N_HD bool look_around(Exec& exec, const ReceiveVerb& verb) {
     received.violation = scanned.violation;
     return true;
   }
-  const Found found = find_complete(verb.view.inbox, verb.wanted, exec.now_ns());
-  received.is_started = found.is_started;
-  if (!found.is_complete) return false;
-  if (!verb.is_peek) {
+  while (true) {
+    const Found found = find_complete(verb.view.inbox, verb.wanted, exec.now_ns());
+    received.is_started = found.is_started;
+    if (!found.is_complete) return false;
+    if (verb.is_peek) {
+      received.is_batch = true;
+      received.layer = found.layer;
+      received.microbatch = found.microbatch;
+      return true;
+    }
     collect(exec, verb, found.layer, found.microbatch);
-    return received.is_batch || received.violation.breach != Breach::kNone;
+    if (received.is_batch || received.violation.breach != Breach::kNone) return true;
+    // All its messages were refused: the next one.
   }
-  received.is_batch = true;
-  received.layer = found.layer;
-  received.microbatch = found.microbatch;
-  return true;
 }
 
 // Receiving is serial: one thread of one block.
