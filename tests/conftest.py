@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import secrets
 import shutil
@@ -29,11 +30,18 @@ GRACE_S = 5.0
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@functools.cache
 def why_no_cuda_device() -> str | None:
     """Why tests with the marker `cuda` cannot run here; None when they can."""
-    if not any(Path("/dev").glob("nvidia[0-9]*")):
-        return "no CUDA device on this machine"
-    return None
+    from m2n import _C
+
+    if reason := _C.why_no_cuda():
+        return reason
+    try:
+        import torch
+    except ImportError:
+        return "torch is not installed"
+    return None if torch.cuda.is_available() else "torch was built without CUDA"
 
 
 def why_no_cuda_compiler() -> str | None:

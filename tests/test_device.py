@@ -10,6 +10,7 @@ import dataclasses
 import multiprocessing
 import threading
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import virtual_ranks
 from test_faults import IDS, ONE, SHAPE, SOON_S, TWO, WEIGHTS, X
 
 import m2n
-from m2n import testing
+from m2n import arrays, testing
 from m2n.testing import expert_outputs
 
 DEVICES = ("emulated", pytest.param("cuda:0", marks=pytest.mark.cuda))
@@ -271,6 +272,70 @@ def test_router_outputs_of_any_dtype_and_stride(device: str, dtype: torch.dtype,
         out = torch.zeros(3, 80, device=pair.where)
         pair.comm.combine_recv(out=out[:, 8:72])
         assert torch.equal(out[:, 8:72].cpu(), pair.expected()) and not out[:, :8].any() and not out[:, 72:].any()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", ["object", "handle"])
+def test_verbs_go_to_the_stream_that_is_named(kind: str, tmp_path: Path) -> None:
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    sends, receives = streams if kind == "object" else [stream.cuda_stream for stream in streams]
+    with Pair(tmp_path, "cuda:0") as pair:
+        x, ids, weights = pair.tensor(X), pair.tensor(IDS), pair.tensor(WEIGHTS)
+        torch.cuda.synchronize()
+        # Launched before anything was sent: the default stream would never come to the send.
+        pair.comm.dispatch_send(x, pair.comm.route(ids, weights, stream=sends), stream=sends)
+        out = torch.zeros(3, SHAPE.hidden, device="cuda:0")
+        torch.cuda.synchronize()
+        pair.comm.combine_recv(out=out, stream=sends)
+        assert not streams[0].query()  # it waits
+        with torch.cuda.stream(streams[1]):
+            batch = pair.experts[0].dispatch_recv(stream=receives)
+            y = expert_outputs(batch, range(4))
+        pair.experts[0].combine_send(batch, y, stream=receives)
+        streams[0].synchronize()
+        assert torch.equal(out.cpu(), pair.expected())
+
+
+@pytest.mark.cuda
+def test_cupy_in_cupy_out(tmp_path: Path) -> None:
+    cupy = pytest.importorskip("cupy", reason="cupy is not installed")
+    config = dataclasses.replace(CONFIG, arrays="cupy")
+    options = {"shape": SHAPE, "placement": ONE, "store": tmp_path, "config": config, "device": "cuda:0"}
+    with m2n.ExpertComm(0, **options) as server, m2n.AttentionComm(0, **options) as comm:
+        comm.dispatch_send(cupy.asarray(X), comm.route(cupy.asarray(IDS), cupy.asarray(WEIGHTS)))
+        torch.cuda.synchronize()
+        batch = server.dispatch_recv()
+        assert isinstance(batch.x, cupy.ndarray) and isinstance(batch.weights, cupy.ndarray)
+        rows = batch.gather()
+        assert batch.gather("padded").shape[0] == 4
+        server.combine_send(batch, rows)
+        torch.cuda.synchronize()
+        y = comm.combine_recv()
+        assert isinstance(y, cupy.ndarray)
+        # Experts that change nothing: the weights are 0.5 each.
+        assert np.array_equal(cupy.asnumpy(y), X)
+
+
+@pytest.mark.parametrize(
+    "stream, expected",
+    [
+        (7, 7),
+        (np.int64(8), 8),
+        (types.SimpleNamespace(cuda_stream=9), 9),
+        (types.SimpleNamespace(ptr=10), 10),
+        (types.SimpleNamespace(__cuda_stream__=lambda: (0, 11)), 11),
+    ],
+)
+def test_streams_of_several_libraries_are_understood(stream: Any, expected: int) -> None:
+    assert arrays.stream_handle(stream, "cuda:0") == expected
+
+
+def test_what_is_no_stream_is_refused() -> None:
+    for wrong in (True, "0", 1.5):
+        with pytest.raises(TypeError, match="stream: expected a torch or cupy stream or a handle"):
+            arrays.stream_handle(wrong, "cuda:0")
+    with pytest.raises(ValueError, match="stream: 'emulated' has none, got 7"):
+        arrays.stream_handle(7, "emulated")
 
 
 @pytest.mark.parametrize("devices", [("cpu", "emulated"), ("emulated", "cpu")])

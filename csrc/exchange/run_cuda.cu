@@ -52,7 +52,7 @@ class CudaMachine final : public Machine {
   std::shared_ptr<void> allocate(uint64_t bytes) override {
     const OnDevice on_device(ordinal_);
     void* memory = nullptr;
-    check_cuda(cudaMalloc(&memory, bytes), "cudaMalloc");
+    check_cuda(cudaMalloc(&memory, bytes == 0 ? 1 : bytes), "cudaMalloc");
     std::shared_ptr<void> owned(memory, [](void* data) { cudaFree(data); });
     zero_now(memory, bytes);
     return owned;

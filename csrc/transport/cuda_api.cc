@@ -70,6 +70,9 @@ int cuda_ordinal(const std::string& device) {
     }
     ordinal = std::stoi(digits);
   }
+  int driver = 0;
+  check_cuda(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+  if (driver == 0) refuse("there is no NVIDIA driver on this machine");
   int count = 0;
   check_cuda(cudaGetDeviceCount(&count), "no usable device");
   if (ordinal >= count) refuse("device: there are " + std::to_string(count) + " devices, got '" + device + "'");

@@ -28,9 +28,11 @@ std::unique_ptr<Transport> make_transport(const std::string& name) {
   if (name == "shm") return make_shm_transport();
 #if M2N_HAS_CUDA
   if (name.rfind("cuda", 0) == 0) return make_cuda_transport(name);
+  throw Error(Failure::kSetup, "transport: '" + name + "' is not known to this build; known: shm, cuda");
+#else
+  throw Error(Failure::kSetup,
+              "transport: '" + name + "' is not known to this build; known: shm; cuda is " + why_no_cuda());
 #endif
-  throw Error(Failure::kSetup, "transport: '" + name + "' is not known to this build; known: shm" +
-                                   (M2N_HAS_CUDA ? ", cuda" : "; cuda is " + why_no_cuda()));
 }
 
 std::unique_ptr<Transport> make_host_transport() { return make_shm_transport(); }

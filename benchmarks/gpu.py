@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make gpu`: everything that a GPU is needed for, in one command of under 8 minutes.
+
+Builds into build/gpu with what is installed (nvcc 12 or later, cmake, pybind11, torch, numpy, pytest; nothing is
+downloaded), compares virtual ranks and the conformance suite with the oracle, lets compute-sanitizer watch, times what
+one GPU allows, and writes benchmarks/results/<device>-<date>.json. Without a GPU it compiles and says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build/gpu"
+STAGE = BUILD / "stage"
+# What a tool says when it cannot watch this device at all.
+REFUSALS = r".*(?:not supported|[Uu]nable to|[Ff]ailed to initialize|LibraryNotLoaded|insufficient).*"
+
+
+def words_of(command: list[str]) -> str:
+    """The first line that a command prints, or why there is none."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"not known: {error}"
+    return (done.stdout.strip() or done.stderr.strip() or "not known").splitlines()[0]
+
+
+def nvcc_release() -> str:
+    """As "13.0, V13.0.88"."""
+    done = subprocess.run([os.environ.get("CUDACXX", "nvcc"), "--version"], capture_output=True, text=True, timeout=60)
+    found = re.search(r"release (.+)", done.stdout)
+    return found[1] if found else "not known"
+
+
+def find_gpu() -> dict[str, str] | None:
+    """Name, driver and compute capability of the first GPU; None where there is none."""
+    found = words_of(["nvidia-smi", "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"])
+    parts = [part.strip() for part in found.split(",")]
+    if len(parts) != 3 or not re.fullmatch(r"\d+\.\d+", parts[2]):
+        return None
+    return dict(zip(("name", "driver", "compute_capability"), parts))
+
+
+class Run:
+    """The steps of a run and what became of them."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Any]] = []
+
+    def step(self, name: str, command: list[str], timeout_s: float, may_refuse: bool = False, **env: str) -> str:
+        """Runs a command; its output. The outcome is "passed", "failed" or (a tool that refuses) "not run"."""
+        print(f"\n--- {name}", flush=True)
+        began = time.monotonic()
+        environment = {**os.environ, "PYTHONPATH": f"{STAGE}{os.pathsep}{ROOT / 'tests'}", **env}
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                timeout=timeout_s,
+            )  # fmt: skip
+            output, code = done.stdout, done.returncode
+        except subprocess.TimeoutExpired as error:
+            output = (error.stdout or b"").decode(errors="replace") if isinstance(error.stdout, bytes) else ""
+            output, code = f"{output}\nended after {timeout_s:.0f} s", -1
+        except OSError as error:
+            output, code = str(error), -1
+        outcome, words = ("passed" if code == 0 else "failed"), ""
+        if code != 0:
+            refusal = re.search(REFUSALS, output) if may_refuse else None
+            outcome, words = ("not run", refusal[0].strip()) if refusal else ("failed", output[-2000:])
+        took = round(time.monotonic() - began, 1)
+        self.steps.append({"step": name, "outcome": outcome, "seconds": took, "words": words})
+        print(output[-1500:].rstrip(), f"\n--- {name}: {outcome} in {took} s", sep="", flush=True)
+        return output
+
+    def skip(self, name: str, reason: str) -> None:
+        """Notes a step that cannot run here."""
+        self.steps.append({"step": name, "outcome": "not run", "seconds": 0, "words": reason})
+        print(f"--- {name}: not run: {reason}", flush=True)
+
+    @property
+    def has_failed(self) -> bool:
+        return any(step["outcome"] == "failed" for step in self.steps)
+
+
+def build(run: Run, gpu: dict[str, str] | None) -> None:
+    """Compiles the module and the timing program, and lays out a package to import."""
+    import pybind11
+
+    arch = f"{gpu['compute_capability'].replace('.', '')}-real" if gpu else "80-virtual"
+    configure = [
+        "cmake", "-S", str(ROOT), "-B", str(BUILD), "-DM2N_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={arch}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}",
+        *(["-G", "Ninja"] if shutil.which("ninja") else []),
+    ]  # fmt: skip
+    run.step("configure", configure, 120)
+    targets = ["cmake", "--build", str(BUILD), "--parallel", "--target", "_C", "m2n_gpu_timing"]
+    run.step(f"build for {arch}", targets, 300)
+    shutil.rmtree(STAGE, ignore_errors=True)
+    (STAGE / "m2n").mkdir(parents=True)
+    for source in [*(ROOT / "m2n").glob("*.py"), *BUILD.glob("_C.*.so")]:
+        (STAGE / "m2n" / source.name).symlink_to(source)
+    # Says whether the driver is found, by itself: the module loads without one.
+    run.step("m2n info", [sys.executable, "-m", "m2n", "info"], 60)
+
+
+def check(run: Run) -> None:
+    """Compares with the oracle, and lets the tools watch."""
+    ranks = [sys.executable, str(ROOT / "tests/virtual_ranks.py"), "cuda:0"]
+    # Kernels of torch that are loaded behind a kernel that waits would wait for it.
+    eager = {"CUDA_MODULE_LOADING": "EAGER"}
+    run.step("oracle on virtual ranks", [*ranks, "2"], 90, **eager)
+    files = [str(ROOT / "tests" / name) for name in ("test_exchange.py", "test_device.py")]
+    suite = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", *files]
+    run.step("conformance suite", suite, 150, **eager)
+    tool = shutil.which("compute-sanitizer")
+    for check_name in ("memcheck", "synccheck"):
+        name = f"compute-sanitizer {check_name}"
+        if tool is None:
+            run.skip(name, "compute-sanitizer is not on PATH")
+            continue
+        command = [tool, "--tool", check_name, "--error-exitcode", "99", "--target-processes", "all", *ranks]
+        # Each tensor its own allocation, so that its end is watched too.
+        run.step(name, command, 120, may_refuse=True, PYTORCH_NO_CUDA_MEMORY_CACHING="1", **eager)
+
+
+def time_it(run: Run) -> list[dict[str, Any]]:
+    """What one GPU allows, and what the verbs take."""
+    output = run.step("timing", [str(BUILD / "m2n_gpu_timing")], 120)
+    rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    for row in rows:
+        if row["bytes"] >= 2**20:
+            row["gb_per_s"] = round(row["bytes"] / row["p50_us"] / 1e3, 1)
+    return rows
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results", help="folder of the result file")
+    options = parser.parse_args()
+    for module in ("pybind11", "numpy"):
+        if importlib.util.find_spec(module) is None:
+            sys.exit(f"make gpu: {sys.executable} has no {module}; name another one: make gpu PYTHON=...")
+    if shutil.which("nvcc") is None and "CUDACXX" not in os.environ:
+        sys.exit("make gpu: no nvcc on PATH; install the CUDA toolkit (12 or later), or set CUDACXX")
+    gpu, run = find_gpu(), Run()
+    build(run, gpu)
+    if gpu is None:
+        print(f"\nmake gpu: {'compiling FAILED' if run.has_failed else 'compiled'}; there is no GPU here to run it on")
+        return int(run.has_failed)
+    if importlib.util.find_spec("torch") is None:
+        sys.exit(f"make gpu: {sys.executable} has no torch; name another one: make gpu PYTHON=...")
+    rows = []
+    if not run.has_failed:
+        check(run)
+        rows = time_it(run)
+    date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+    torch_version = words_of([sys.executable, "-c", "import torch; print(torch.__version__)"])
+    result = {
+        "machine": {
+            **gpu, "nvcc": nvcc_release(),
+            "torch": torch_version, "python": platform.python_version(), "cores": os.cpu_count(),
+            "kernel": platform.release(),
+        },
+        "date": date,
+        "command": "make gpu",
+        "steps": run.steps,
+        "rows": rows,
+    }  # fmt: skip
+    slug = re.sub(r"[^a-z0-9]+", "-", gpu["name"].lower()).strip("-")
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / f"{slug}-{date}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\nmake gpu: {path}")
+    for step in run.steps:
+        print(f"  {step['outcome']:8} {step['seconds']:6.1f} s  {step['step']}  {step['words'][:100].splitlines()[:1]}")
+    for row in rows:
+        print(f"  {row['p50_us']:10.2f} us p50 {row['p99_us']:10.2f} us p99  {row['bytes']:>10} B  {row['name']}")
+    return int(run.has_failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
