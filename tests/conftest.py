@@ -49,9 +49,15 @@ def why_no_cuda_compiler() -> str | None:
     return None if shutil.which("nvcc") else "no nvcc on PATH"
 
 
+def find_clang() -> str | None:
+    """clang++, whatever version its name carries."""
+    names = ("clang++", *(f"clang++-{version}" for version in range(30, 13, -1)))
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
 def why_no_fuzzer() -> str | None:
     """Why tests with the marker `fuzz` cannot run here; None when they can."""
-    compiler = next((path for name in ("clang++", "clang++-16", "clang++-14") if (path := shutil.which(name))), None)
+    compiler = find_clang()
     library = compiler and next(Path(os.path.realpath(compiler)).parents[1].rglob("libclang_rt.fuzzer-*.a"), None)
     return None if library else "no clang++ with libFuzzer (apt-get install -y clang-16 libclang-rt-16-dev)"
 

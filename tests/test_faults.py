@@ -159,6 +159,21 @@ def test_a_stopped_launcher_of_children_leaves_no_orphan_link(start: Any, tmp_pa
             process.wait()
 
 
+def test_the_verdict_on_a_lost_rank_is_kept(tmp_path: Path) -> None:
+    """A rank that is cut off may still be alive: what it writes after it was found gone does not count."""
+    with expert(tmp_path, TWO, 0) as kept, expert(tmp_path, TWO, 1) as cut, attention(tmp_path, TWO) as comm:
+        dispatch(comm)
+        batch = cut.dispatch_recv()
+        cut._native.drop_peer(0)
+        assert comm.wait_ready([0], timeout=SOON_S) == 0  # gone, so that combine_recv would raise
+        cut.combine_send(batch, expert_outputs(batch, TWO.experts_of(1)))
+        answer(kept)
+        with pytest.raises(m2n.PeerLost, match="expert rank 1 is lost"):
+            comm.combine_recv()
+        comm.recover(1)
+        assert np.isnan(comm.combine_recv()).all(1).tolist() == [False, True, True]
+
+
 def test_leaving_is_no_loss_unless_a_reply_is_owed(tmp_path: Path) -> None:
     server = expert(tmp_path)
     with attention(tmp_path) as comm:

@@ -18,6 +18,7 @@ struct Lane {
   uint32_t sent = 0;        // seq of the last message
   bool is_answered = true;  // a reply with that seq was rung at some time
   uint32_t reply_rows = 0;  // that the reply must announce
+  bool was_gone = false;    // a verb may have found that it will never come: a late one need not count
 };
 
 struct Peer {

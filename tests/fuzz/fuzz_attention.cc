@@ -114,6 +114,21 @@ class World {
     return false;
   }
 
+  bool may_be_gone(uint32_t slot) const {
+    for (uint32_t peer_idx : flights_[slot].peer_of_rank) {
+      if (peer_idx < kMaxLives && peers_[peer_idx].lanes[slot].was_gone) return true;
+    }
+    return false;
+  }
+
+  // Before a verb that looks at the replies of a slot.
+  void note_gone(uint32_t slot) {
+    for (uint32_t peer_idx : flights_[slot].peer_of_rank) {
+      if (peer_idx >= kMaxLives || reply_of(peers_[peer_idx], slot) != Reply::kGone) continue;
+      peers_[peer_idx].lanes[slot].was_gone = true;
+    }
+  }
+
   // A protocol error that is no refusal: its culprit was dropped, deserved it, and knows.
   void note_drop(const Error& error) {
     bool is_deserved = false;
@@ -184,7 +199,7 @@ class World {
   // A peer has a message with the next seq, and nothing in it is out of range.
   void check_sent(Peer& peer, uint32_t slot, uint32_t num_rows, uint32_t reply_rows) {
     Lane& lane = peer.lanes[slot];
-    lane = {lane.sent + 1, false, reply_rows};
+    lane = {lane.sent + 1, false, reply_rows, false};
     // A peer may have rung this seq before the message: then it counts as its reply.
     lane.is_answered = signal_seq(peer.fake->signal_at(layout_.combine_small.signal(slot))) == lane.sent;
     const Signal seen = peer.fake->answer_at(layout_.dispatch_small.signal(slot));
@@ -204,13 +219,14 @@ class World {
     Flight& flight = flights_[slot];
     // Exactly as large as it must be, so that a write behind it is found.
     std::vector<float> y(size_t{flight.num_tokens} * kHidden, 77.0f);
+    if (flight.is_busy) note_gone(slot);
     try {
       comm_->combine_recv(reinterpret_cast<unsigned char*>(y.data()), kHidden * sizeof(float), slot, 0);
     } catch (const Error& error) {
       if (!flight.is_busy) return require(error.kind() == Failure::kArgument, "nothing was dispatched");
       if (error.kind() == Failure::kTimeout)
         return require(is_any(slot, Reply::kPending), "kTimeout: a reply is missing");
-      if (error.kind() == Failure::kPeerLost) require(is_any(slot, Reply::kGone), "kPeerLost: a reply will never come");
+      if (error.kind() == Failure::kPeerLost) require(may_be_gone(slot), "kPeerLost: a reply will never come");
       if (error.kind() == Failure::kProtocol && !comm_->is_busy(slot)) {
         require(is_any(slot, Reply::kRefused), "a refusal frees the slot");
         require(!is_any(slot, Reply::kPending) && !is_any(slot, Reply::kGone), "once every reply is there");
@@ -272,8 +288,9 @@ class World {
 
   void ask(uint32_t slot) {
     try {
+      if (flights_[slot].is_busy) note_gone(slot);
       const bool is_ready = comm_->is_ready(slot);
-      require(!is_ready || (flights_[slot].is_busy && (is_any(slot, Reply::kGone) || !is_any(slot, Reply::kPending))),
+      require(!is_ready || (flights_[slot].is_busy && (may_be_gone(slot) || !is_any(slot, Reply::kPending))),
               "a slot is ready when no reply is missing");
       require(!comm_->is_free(slot) || is_credit_there(slot), "a slot is free when every message has its reply");
       require(comm_->wait_ready({slot}, 0) == (is_ready ? 0 : -1), "wait_ready says what is_ready says");
