@@ -224,5 +224,8 @@ class AttentionComm(Comm):
         return None if position < 0 else microbatches[position]
 
     def idle(self) -> None:
-        """Nothing to send for now: tells it to every peer, so that no expert rank lingers for this one."""
+        """Nothing to send for now: tells it to every peer, so that no expert rank lingers for this one.
+
+        It sends on every free microbatch: not while other threads drive some of them.
+        """
         self._native.idle(self.config.timeout_s, *self._on(None))

@@ -36,7 +36,10 @@ class Batch:
 
     @property
     def x(self) -> Any:
-        """[R, hidden] of shape.dispatch_dtype: the window itself, where the rows landed. Ends with combine_send."""
+        """[R, hidden] of shape.dispatch_dtype: the window itself, where the rows landed. Ends with combine_send.
+
+        A child after fork() does not have the window: a tensor taken before must not be read there.
+        """
         if self._window is None:
             raise _C.Error("batch.x: combine_send has given the rows back; copy before it what is needed later")
         if os.getpid() != self._pid:

@@ -154,7 +154,7 @@ SEEN, READY = (
 )
 STATE = "load_acquire(&entries[peer_idx].state)"
 LEAVE = "if (m2n::leave(exec, &shared.gate))"
-DECIDE = "store_release(&gate->verdict, decide());"
+DECIDE = "store_release(&gate->verdict, verdict_of());"
 WRONG = [
     ("signal-before-rows", "link", "one_link", [Edit("link.cc", PUT_THEN_SIGNAL, SIGNAL_THEN_PUT)], RACE),
     ("relaxed-signal", "link", "one_link", [signal_store("relaxed")], RACE),

@@ -35,12 +35,12 @@ M2N_HD bool arrive(Exec& exec, uint32_t* arrivals) {
   return true;
 }
 
-// Block 0 runs decide() (not 0) in one thread; every thread of every block returns its verdict.
-template <class Exec, class Decide>
-M2N_HD uint32_t decide(Exec& exec, Gate* gate, Decide&& decide) {
+// Block 0 runs verdict_of() (not 0) in one thread; every thread of every block returns its verdict.
+template <class Exec, class VerdictOf>
+M2N_HD uint32_t decide(Exec& exec, Gate* gate, VerdictOf&& verdict_of) {
   if (is_leader(exec)) {
     if (exec.block() == 0) {
-      store_release(&gate->verdict, decide());  // SYNC: verdict
+      store_release(&gate->verdict, verdict_of());  // SYNC: verdict
     } else {
       while (load_acquire(&gate->verdict) == 0) exec.pause();  // SYNC: verdict
     }

@@ -64,8 +64,11 @@ bool DeviceAttentionComm::is_busy(uint32_t microbatch) const {
   return slots_[microbatch].is_busy;
 }
 
-uint32_t DeviceAttentionComm::num_tokens(uint32_t microbatch) const {
-  if (!is_busy(microbatch)) raise_nothing_sent(microbatch);
+uint32_t DeviceAttentionComm::num_tokens(uint32_t microbatch) {
+  if (!is_busy(microbatch)) {
+    raise_trouble();  // it may be why
+    raise_nothing_sent(microbatch);
+  }
   return slots_[microbatch].route->view.num_tokens;
 }
 

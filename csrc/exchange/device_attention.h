@@ -77,7 +77,8 @@ class DeviceAttentionComm final : public AttentionSide {
                      uint32_t microbatch, uint32_t layer, int64_t timeout_ns, Stream stream);
   void combine_recv(unsigned char* y, uint64_t y_stride_bytes, uint32_t microbatch, int64_t timeout_ns, Stream stream);
   bool is_busy(uint32_t microbatch) const;
-  uint32_t num_tokens(uint32_t microbatch) const;
+  // Of what is in flight; throws when nothing is.
+  uint32_t num_tokens(uint32_t microbatch);
   // Waits for the first of `microbatches` that combine_recv would not wait for; its position, or -1.
   int wait_ready(const std::vector<uint32_t>& microbatches, int64_t deadline_ns, Stream stream);
   void idle(int64_t timeout_ns, Stream stream);

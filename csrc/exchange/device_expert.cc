@@ -13,8 +13,7 @@ DeviceExpertComm::DeviceExpertComm(const Shape& shape, uint32_t rank, uint32_t m
       received_(memory_.on_host<Received>(1)),
       ranks_(memory_.on_host<uint32_t>(max_peers)),
       wanted_ranks_(memory_.on_host<uint32_t>(max_peers)),
-      received_event_(memory_.machine().make_event()),
-      sent_event_(memory_.machine().make_event()) {
+      received_event_(memory_.machine().make_event()) {
   const uint64_t per_slot = uint64_t{layout_.num_slots} * max_peers;
   const uint64_t max_pairs = uint64_t{max_peers} * shape_.max_tokens * shape_.top_k;
   Inbox inbox;
@@ -28,7 +27,10 @@ DeviceExpertComm::DeviceExpertComm(const Shape& shape, uint32_t rank, uint32_t m
   view_.max_peers = max_peers;
   view_.expert_idx = memory_.uploaded(expert_idx_);
   view_.num_local_experts = num_local_experts_;
-  for (uint32_t slot = 0; slot < layout_.num_slots; ++slot) slots_.push_back(make_lists());
+  for (uint32_t slot = 0; slot < layout_.num_slots; ++slot) {
+    slots_.push_back(make_lists());
+    sent_.push_back(memory_.machine().make_event());
+  }
   view_.slots = memory_.uploaded(slots_);
   view_.ids = memory_.on_device<int32_t>(max_pairs);
   view_.row_weights = memory_.on_device<float>(max_pairs);
@@ -55,20 +57,26 @@ SlotLists DeviceExpertComm::make_lists() {
 
 Received DeviceExpertComm::receive(const Wanted& wanted, bool is_peek, int64_t deadline_ns, Stream stream,
                                    const std::shared_ptr<DeviceBatch>& batch) {
-  std::lock_guard lock(mutex_);
+  std::lock_guard receive_lock(receive_mutex_);
   require_usable();
   Machine& machine = memory_.machine();
   ReceiveVerb verb{view_, wanted, is_peek, 0, received_, ranks_};
   std::copy_n(wanted.attention_ranks, wanted.num_attention_ranks, wanted_ranks_);
   verb.wanted.attention_ranks = wanted_ranks_;
-  verb.wanted.open_slots = open_slots_;
+  {
+    std::lock_guard lock(open_mutex_);
+    verb.wanted.open_slots = open_slots_;
+  }
   verb.timeout_ns = std::clamp<int64_t>(deadline_ns - now_ns(), 0, kSliceNs);
-  machine.wait(stream, sent_event_.get());
+  for (uint32_t slot = 0; slot < layout_.num_slots; ++slot) {
+    if ((verb.wanted.open_slots >> slot & 1) == 0) machine.wait(stream, sent_[slot].get());
+  }
   machine.launch(verb, stream);
   machine.record(received_event_.get(), stream);
   machine.synchronize(received_event_.get());
   const Received received = *received_;
   if (received.is_batch && batch != nullptr) {
+    std::lock_guard lock(open_mutex_);
     open_slots_ |= uint64_t{1} << received.microbatch;
     batch->ranks.assign(ranks_, ranks_ + received.num_messages);
   }
@@ -129,17 +137,19 @@ void DeviceExpertComm::combine_send(DeviceBatch& batch, const unsigned char* y, 
   batch.is_answered = true;
   const CombineSendVerb verb{view_, batch.microbatch, batch.layer, batch.num_messages,
                              y,     y_stride_bytes,   y_dtype,     is_reduced};
-  const std::lock_guard lock(mutex_);
   memory_.machine().launch(verb, stream);
-  memory_.machine().record(sent_event_.get(), stream);
-  open_slots_ &= ~(uint64_t{1} << batch.microbatch);
+  memory_.machine().record(sent_[batch.microbatch].get(), stream);
+  {
+    std::lock_guard lock(open_mutex_);
+    open_slots_ &= ~(uint64_t{1} << batch.microbatch);
+  }
   count_sent(batch.num_messages, shape_.reduce_at == ReduceAt::kExpert ? batch.num_rows : batch.num_pairs);
 }
 
 void DeviceExpertComm::close() {
   if (is_own_process() && !is_closed()) {
     store_release(&memory_.control()->abort, 1u);  // SYNC: verb-abort
-    memory_.machine().synchronize(sent_event_.get());
+    for (const auto& sent : sent_) memory_.machine().synchronize(sent.get());
   }
   Comm::close();
 }

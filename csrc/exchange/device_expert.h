@@ -65,9 +65,10 @@ class DeviceExpertComm final : public ExpertSide {
   uint32_t* ranks_;
   uint32_t* wanted_ranks_;
   std::shared_ptr<void> received_event_;
-  std::shared_ptr<void> sent_event_;  // the last combine_send: lists are written again after it
-  std::mutex mutex_;                  // one launch that receives at a time; and open_slots_
-  uint64_t open_slots_ = 0;           // bits: a batch of the slot is being served
+  std::vector<std::shared_ptr<void>> sent_;  // [slot]: its last combine_send; its lists are written again after that
+  std::mutex receive_mutex_;                 // one launch that receives at a time
+  std::mutex open_mutex_;                    // for open_slots_; never held while waiting
+  uint64_t open_slots_ = 0;                  // bits: a batch of the slot is being served
 };
 
 }  // namespace m2n
