@@ -186,7 +186,8 @@ def main() -> int:
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"\nmake gpu: {path}")
     for step in run.steps:
-        print(f"  {step['outcome']:8} {step['seconds']:6.1f} s  {step['step']}  {step['words'][:100].splitlines()[:1]}")
+        last_words = (step["words"].splitlines() or [""])[-1][:100]
+        print(f"  {step['outcome']:8} {step['seconds']:6.1f} s  {step['step']}  {last_words}")
     for row in rows:
         print(f"  {row['p50_us']:10.2f} us p50 {row['p99_us']:10.2f} us p99  {row['bytes']:>10} B  {row['name']}")
     return int(run.has_failed)

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make gpu` (benchmarks/gpu.py): what it makes of tools that pass, fail, refuse, hang or are missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "benchmarks/gpu.py"
+
+
+@pytest.fixture(scope="module")
+def gpu() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_command", SOURCE)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+@pytest.mark.parametrize(
+    "code, may_refuse, outcome, words",
+    [
+        ("print('fine')", False, "passed", ""),
+        ("print('Device not supported')", True, "passed", ""),  # it ended well all the same
+        ("import sys; sys.exit('wrong result')", False, "failed", "wrong result"),
+        ("import sys; sys.exit('wrong result')", True, "failed", "wrong result"),
+        ("import sys; sys.exit('Error: Device not supported')", True, "not run", "Error: Device not supported"),
+        ("import sys; sys.exit('Error: Device not supported')", False, "failed", "not supported"),
+    ],
+)
+def test_outcomes_of_a_step(gpu: ModuleType, code: str, may_refuse: bool, outcome: str, words: str) -> None:
+    run = gpu.Run()
+    run.step("it", python(code), 30, may_refuse=may_refuse)
+    (step,) = run.steps
+    assert step["outcome"] == outcome and words in step["words"]
+    assert run.has_failed == (outcome == "failed")
+
+
+def test_a_step_that_hangs_or_is_missing_has_failed(gpu: ModuleType) -> None:
+    run = gpu.Run()
+    run.step("hangs", python("import time; print('so far', flush=True); time.sleep(60)"), 1)
+    run.step("missing", ["/nowhere/tool"], 1)
+    run.skip("absent", "is not on PATH")
+    assert [step["outcome"] for step in run.steps] == ["failed", "failed", "not run"]
+    assert "ended after 1 s" in run.steps[0]["words"] and "/nowhere/tool" in run.steps[1]["words"]
+
+
+@pytest.mark.parametrize(
+    "answer, expected",
+    [
+        ("NVIDIA H200, 580.159.04, 9.0", {"name": "NVIDIA H200", "driver": "580.159.04", "compute_capability": "9.0"}),
+        ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver", None),
+        ("No devices were found", None),
+    ],
+)
+def test_a_gpu_is_found_by_what_nvidia_smi_says(
+    gpu: ModuleType, answer: str, expected: dict[str, str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f'#!/bin/sh\necho "{answer}"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert gpu.find_gpu() == expected
+    tool.unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu.find_gpu() is None
+
+
+def test_lines_of_the_timing_program_become_rows(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "m2n_gpu_timing"
+    line = '{"name": "copy", "bytes": 2097152, "samples": 50, "p50_us": 10.0, "p99_us": 11.0}'
+    program.write_text(f"#!/bin/sh\necho 'a warning'\necho '{line}'\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(gpu, "BUILD", tmp_path)
+    (row,) = gpu.time_it(gpu.Run())
+    assert row["name"] == "copy" and row["gb_per_s"] == 209.7
