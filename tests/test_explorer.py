@@ -52,8 +52,13 @@ def signal_load(order: str) -> Edit:
     return Edit("core/atomic.h", SIGNAL_LOAD, SIGNAL_LOAD.replace("seq_cst", order))
 
 
-# What a signal is on a device, which never sleeps.
-DEVICE = (signal_store("release"), signal_load("acquire"))
+def state_load(order: str) -> Edit:
+    return Edit("core/atomic.h", "return load_seq_cst(word);", f"return load_{order}(word);")
+
+
+# What a signal is on a device, which never sleeps, and how it looks at a peer's state.
+DEVICE_SIGNAL = (signal_store("release"), signal_load("acquire"))
+DEVICE = (*DEVICE_SIGNAL, state_load("acquire"))
 
 
 def run(command: list[str | Path], **options: object) -> subprocess.CompletedProcess[str]:
@@ -152,7 +157,6 @@ SEEN, READY = (
     "  const uint32_t seen = load_seq_cst(&wake->events);  // SYNC: wake-event\n",
     "  if (ready()) return true;                           // it loads signals seq_cst\n",
 )
-STATE = "load_acquire(&entries[peer_idx].state)"
 LEAVE = "if (m2n::leave(exec, &shared.gate))"
 DECIDE = "store_release(&gate->verdict, verdict_of());"
 WRONG = [
@@ -185,7 +189,7 @@ WRONG = [
         "relaxed-state-of-a-peer",
         "link",
         "mortal_expert",
-        [*DEVICE, Edit("core/peer.h", STATE, STATE.replace("acquire", "relaxed"))],
+        [*DEVICE_SIGNAL, state_load("relaxed")],
         "was lost",
     ),
     ("wake-with-a-release-signal", "wake", "one_writer", [signal_store("release")], HANG),

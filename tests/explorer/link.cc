@@ -159,7 +159,7 @@ void skipped_number(size_t thread) {
 // Thread 1 may die at any step; thread 2 watches it, as the owner's watcher does; thread 0 waits for it.
 void watch() {
   explorer::await_end_of(1);
-  m2n::store_release(&shared.peer.state, static_cast<uint32_t>(m2n::PeerState::kLost));
+  m2n::store_seq_cst(&shared.peer.state, static_cast<uint32_t>(m2n::PeerState::kLost));
 }
 
 // Waits for a message of the mortal peer, number `count` of this slot. False: it is gone.
