@@ -298,8 +298,10 @@ def test_use_after_fork_is_refused_and_says_no_goodbye(tmp_path: Path) -> None:
 
 def test_ctrl_c_ends_a_wait(tmp_path: Path) -> None:
     code = (
-        "import sys; sys.path.insert(0, sys.argv[2]); import bodies, m2n\n"
+        "import signal, sys; sys.path.insert(0, sys.argv[2]); import bodies, m2n\n"
         "from test_faults import SHAPE, ONE\n"
+        # A shell starts what runs in its background with SIGINT ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "comm = m2n.ExpertComm(0, SHAPE, ONE, sys.argv[1], config=bodies.NUMPY)\n"
         "print('ready', flush=True)\n"
         "comm.dispatch_recv(timeout=60)\n"
@@ -313,7 +315,10 @@ def test_ctrl_c_ends_a_wait(tmp_path: Path) -> None:
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=SOON_S)
+    try:
+        _, errors = process.communicate(timeout=SOON_S)
+    finally:
+        process.kill()
     assert "KeyboardInterrupt" in errors and process.returncode != 0
 
 
