@@ -36,8 +36,8 @@ class Pair:
     def __init__(self, store: Path, on: str, placed: m2n.Placement = ONE, **of_attention: Any) -> None:
         self.where = on if on.startswith("cuda") else "cpu"
         self.options = {"shape": SHAPE, "placement": placed, "store": store, "config": CONFIG, "device": on}
-        name = of_attention.get("name", "default")
-        self.experts = [m2n.ExpertComm(i, name=name, **self.options) for i in range(placed.num_expert_ranks)]
+        shared = {**self.options, **{key: of_attention[key] for key in ("name", "shape") if key in of_attention}}
+        self.experts = [m2n.ExpertComm(i, **shared) for i in range(placed.num_expert_ranks)]
         self.comm = m2n.AttentionComm(0, **{**self.options, **of_attention})
 
     def __enter__(self) -> Pair:
@@ -161,6 +161,23 @@ def test_a_dispatch_that_gives_up_sends_nothing_and_its_combine_is_nan(device: s
         pair.answer(layer=1)
         assert torch.equal(pair.comm.combine_recv(timeout=SOON_S).cpu(), pair.expected())
         pair.comm.check()
+
+
+@on_devices
+@pytest.mark.parametrize("reduce_at, num_replied", [("expert", 4), ("attention", 6)])
+def test_what_was_moved_is_counted(device: str, reduce_at: Any, num_replied: int, tmp_path: Path) -> None:
+    shape = dataclasses.replace(SHAPE, reduce_at=reduce_at)
+    with Pair(tmp_path, device, TWO, shape=shape) as pair:
+        pair.dispatch()
+        pair.answer()
+        pair.comm.combine_recv()
+        sent, replied = pair.comm.stats(), [comm.stats() for comm in pair.experts]
+        assert (sent["messages_sent"], sent["rows_sent"]) == (2, 4)  # the last token goes to both ranks
+        assert (sent["messages_received"], sent["rows_received"]) == (2, num_replied)
+        assert sum(stats["rows_received"] for stats in replied) == 4
+        assert sum(stats["rows_sent"] for stats in replied) == num_replied
+        for one, other in (("sent", "received"), ("received", "sent")):
+            assert sum(stats[f"bytes_{other}"] for stats in replied) == sent[f"bytes_{one}"]
 
 
 @on_devices

@@ -194,10 +194,7 @@ void AttentionComm::take_replies(Slot& slot, uint32_t slot_idx) {
           peer_idx, "expected a reply of " + std::to_string(seq.reply_rows) + " rows, got " + std::to_string(num_rows));
     }
     seq.consumed = seq.sent;
-    add_relaxed(&stats_.messages_received, uint64_t{1});
-    if (num_rows == kRefusedRows) continue;
-    add_relaxed(&stats_.rows_received, uint64_t{num_rows});
-    add_relaxed(&stats_.bytes_received, sizeof(Header) + num_rows * layout_.combine_rows.row_bytes);
+    count_received(1, num_rows == kRefusedRows ? 0 : num_rows);
   }
   if (refused_by == kNone) return;
   slot.is_busy = false;  // every reply is here: the slot is free for a dispatch with the right placement

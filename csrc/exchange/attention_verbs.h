@@ -88,6 +88,10 @@ M2N_HD uint32_t begin_dispatch(Exec& exec, const DispatchVerb& verb) {
   SlotState& slot = view.slots[verb.slot];
   slot.is_failed = !wait_for(exec, view.control, verb.timeout_ns, is_free);
   for (uint32_t i = 0; i < num_peers; ++i) {
+    if (view.seq(i, verb.slot).awaits_reply() && look_for_reply(view, i, verb.slot, false) == Look::kViolation) {
+      const uint32_t seen = signal_seq(poll_signal(view.signal_of(i, verb.slot)));
+      report(view.status + i, {Trouble::kViolation, Verb::kDispatchSend, verb.slot, seen});
+    }
     if (!owes_reply(view, i, verb.slot, true)) {
       view.seq(i, verb.slot).consumed = view.seq(i, verb.slot).sent;
     } else {

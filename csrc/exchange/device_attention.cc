@@ -142,6 +142,7 @@ std::shared_ptr<DeviceRoute> DeviceAttentionComm::make_route(const TopKView& top
   machine.synchronize(event);
   require_built(verb.outcome->result, shape_);
   route->num_rows = verb.outcome->num_rows;
+  route->num_pairs = verb.outcome->num_pairs;
   route->rows_per_rank.assign(verb.rows_per_rank, verb.rows_per_rank + num_ranks_);
   if (!splits.empty()) require_full_splits(topk.num_tokens, route->num_rows);
   return route;
@@ -199,6 +200,10 @@ void DeviceAttentionComm::combine_recv(unsigned char* y, uint64_t y_stride_bytes
   launch_on_slot(slot, verb, stream);
   memory_.machine().record(slot.route->memory().last_use.get(), stream);
   slot.is_busy = false;
+  const auto num_messages = std::count_if(slot.route->rows_per_rank.begin(), slot.route->rows_per_rank.end(),
+                                          [](uint32_t num_rows) { return num_rows != 0; });
+  const bool is_reduced = shape_.reduce_at == ReduceAt::kExpert;
+  count_received(static_cast<uint64_t>(num_messages), is_reduced ? slot.route->num_rows : slot.route->num_pairs);
 }
 
 int DeviceAttentionComm::wait_ready(const std::vector<uint32_t>& microbatches, int64_t deadline_ns, Stream stream) {

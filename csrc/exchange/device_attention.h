@@ -44,6 +44,7 @@ class DeviceRoute {
   RouteView view{};
   std::vector<uint32_t> rows_per_rank;
   uint32_t num_rows = 0;
+  uint32_t num_pairs = 0;
   const void* owner = nullptr;  // the comm that made it; only compared
 
   const Memory& memory() const { return memory_; }

@@ -18,6 +18,7 @@ enum class WeightType : uint32_t { kFloat32, kBFloat16, kFloat16, kFloat64 };
 struct RouteOutcome {
   RouteResult result;
   uint32_t num_rows;
+  uint32_t num_pairs;
 };
 
 struct RouteVerb {
@@ -82,11 +83,12 @@ M2N_HD void run(Exec& exec, const RouteVerb& verb) {
   copy_topk(verb);
   const auto rank_of = [&](uint32_t token, uint32_t k) { return rank_of_pair(verb, token, k); };
   verb.outcome->result = build_route(verb.route, verb.shape, verb.ids, verb.weights, rank_of);
-  verb.outcome->num_rows = 0;
+  verb.outcome->num_rows = verb.outcome->num_pairs = 0;
   if (verb.outcome->result.error != RouteError::kNone) return;
   for (uint32_t rank = 0; rank < verb.route.num_ranks; ++rank) {
     verb.rows_per_rank[rank] = verb.route.row_offsets[rank + 1] - verb.route.row_offsets[rank];
     verb.outcome->num_rows += verb.rows_per_rank[rank];
+    verb.outcome->num_pairs += verb.route.pair_counts[rank];
   }
 }
 

@@ -50,6 +50,12 @@ void AttentionSide::count_sent(uint64_t num_messages, uint64_t num_rows) {
               num_messages * sizeof(Header) + num_rows * (layout_.dispatch_rows.row_bytes + ids_bytes));
 }
 
+void AttentionSide::count_received(uint64_t num_messages, uint64_t num_rows) {
+  add_relaxed(&stats_.messages_received, num_messages);
+  add_relaxed(&stats_.rows_received, num_rows);
+  add_relaxed(&stats_.bytes_received, num_messages * sizeof(Header) + num_rows * layout_.combine_rows.row_bytes);
+}
+
 ExpertSide::ExpertSide(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport,
                        const std::vector<uint32_t>& local_experts)
     : Comm(Role::kExpert, shape, rank, max_peers, transport),

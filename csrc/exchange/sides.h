@@ -24,6 +24,7 @@ class AttentionSide : public Comm {
   // An expert rank does not host an expert that it was asked for.
   [[noreturn]] void raise_refused(uint32_t expert_rank, uint32_t expert, uint32_t layer, uint32_t microbatch) const;
   void count_sent(uint64_t num_messages, uint64_t num_rows);
+  void count_received(uint64_t num_messages, uint64_t num_rows);
 };
 
 class ExpertSide : public Comm {
