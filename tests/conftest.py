@@ -33,14 +33,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 @functools.cache
 def why_no_cuda_device() -> str | None:
     """Why tests with the marker `cuda` cannot run here; None when they can."""
-    from m2n import _C
-
-    if reason := _C.why_no_cuda():
-        return reason
     try:
-        import torch
-    except ImportError:
-        return "torch is not installed"
+        from m2n import _C
+
+        if reason := _C.why_no_cuda():
+            return reason
+        import torch  # only where there is a GPU: the sanitizers run without it
+    except ImportError as error:
+        return f"cannot be looked for: {error}"
     return None if torch.cuda.is_available() else "torch was built without CUDA"
 
 
