@@ -22,16 +22,6 @@ inline constexpr DLDevice kOnCpu{1, 0};
 int64_t timeout_ns(double timeout_s);
 int64_t deadline_after(double timeout_s);
 
-class MaybeRelease {
- public:
-  explicit MaybeRelease(bool is_long) {
-    if (is_long) release_.emplace();
-  }
-
- private:
-  std::optional<py::gil_scoped_release> release_;
-};
-
 Wanted make_wanted(std::optional<uint32_t> layer, std::optional<uint32_t> microbatch, double linger_us,
                    const std::vector<uint32_t>& attention_ranks);
 

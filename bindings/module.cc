@@ -15,6 +15,16 @@ namespace {
 // A copy of this many bytes takes a few microseconds: below it, giving up the lock costs more than it frees.
 constexpr uint64_t kLargeCopyBytes = 64 * 1024;
 
+class MaybeRelease {
+ public:
+  explicit MaybeRelease(bool is_long) {
+    if (is_long) release_.emplace();
+  }
+
+ private:
+  std::optional<py::gil_scoped_release> release_;
+};
+
 Shape make_shape(uint32_t hidden, uint32_t num_experts, uint32_t top_k, uint32_t max_tokens, uint32_t microbatches,
                  const std::string& dispatch_dtype, const std::string& combine_dtype, const std::string& reduce_at) {
   Shape shape;

@@ -19,28 +19,33 @@ std::string name_of(DLDevice device) {
   return "DLPack device type " + std::to_string(device.device_type) + ", number " + number;
 }
 
-// Throws unless the tensor lies on `device`.
-void require_device(const py::object& object, const char* argument, DLDevice device) {
-  if (!py::hasattr(object, "__dlpack__") || !py::hasattr(object, "__dlpack_device__")) {
-    throw py::type_error(std::string(argument) + ": expected a torch, numpy or other DLPack tensor, got " +
-                         std::string(py::str(py::type::of(object).attr("__name__"))));
-  }
-  std::pair<int32_t, int32_t> where;
+void require_device(const char* argument, DLDevice found, DLDevice expected) {
+  const bool is_same_number = found.device_type == kCpu || found.device_id == expected.device_id;
+  if (found.device_type == expected.device_type && is_same_number) return;
+  throw py::value_error(std::string(argument) + ": this comm is on " + name_of(expected) + ", the tensor is on " +
+                        name_of(found) + "; move it there first");
+}
+
+// What a tensor says of itself, where it has to be known before __dlpack__ is called.
+DLDevice device_of(const py::object& object, const char* argument) {
   try {
-    where = py::cast<std::pair<int32_t, int32_t>>(object.attr("__dlpack_device__")());
+    const auto [type, number] = py::cast<std::pair<int32_t, int32_t>>(object.attr("__dlpack_device__")());
+    return {type, number};
   } catch (const std::exception& error) {
     throw py::type_error(std::string(argument) + ": DLPack does not know its device: " + error.what());
   }
-  const auto [type, number] = where;
-  if (type == device.device_type && (type == kCpu || number == device.device_id)) return;
-  throw py::value_error(std::string(argument) + ": this comm is on " + name_of(device) + ", the tensor is on " +
-                        name_of({type, number}) + "; move it there first");
 }
 
 py::object call_dlpack(const py::object& object, const char* argument, DLDevice device) {
-  require_device(object, argument, device);
+  if (!py::hasattr(object, "__dlpack__")) {
+    throw py::type_error(std::string(argument) + ": expected a torch, numpy or other DLPack tensor, got " +
+                         std::string(py::str(py::type::of(object).attr("__name__"))));
+  }
   py::dict options;
-  if (device.device_type != kCpu) options["stream"] = -1;  // no waiting: whoever calls orders the streams
+  if (device.device_type != kCpu) {
+    require_device(argument, device_of(object, argument), device);  // no CPU tensor understands the next line
+    options["stream"] = -1;                                         // no waiting: whoever calls orders the streams
+  }
   py::dict versioned(options);
   versioned["max_version"] = py::make_tuple(1, 0);
   try {
@@ -64,6 +69,7 @@ Tensor::Tensor(const py::object& object, const char* argument, DLDevice device)
   } else {
     throw py::type_error(std::string(argument) + ": __dlpack__ gave no DLPack capsule");
   }
+  require_device(argument, tensor_->device, device);
 }
 
 // The capsule was not consumed, so its own destructor frees the tensor.
