@@ -312,6 +312,7 @@ PYBIND11_MODULE(_C, module) {
   bind_expert(module);
   bind_device(module);
   module.def("start_seq_at", [](uint32_t seq) { g_first_seq = seq; }, py::arg("seq"));  // for tests
+  module.attr("max_microbatches") = kMaxSlots - 1;
   module.attr("has_cuda") = bool{M2N_HAS_CUDA};
   module.def("why_no_cuda", &why_no_cuda);
   module.attr("sanitizer") = M2N_SANITIZE_NAME;

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 has_cuda: bool
+max_microbatches: int
 sanitizer: str
 version: str
 

@@ -215,11 +215,18 @@ class AttentionComm(Comm):
         return out
 
     def ready(self, microbatch: int) -> bool:
-        """Would `combine_recv` return, or raise, without waiting?"""
+        """Would the next verb of this microbatch go without waiting?
+
+        In flight: would `combine_recv` return, or raise? With nothing in flight: would `dispatch_send` go, or is there
+        still an empty message that an expert rank has not answered? On a device a dispatch never waits on the host.
+        """
         return bool(self._native.ready(microbatch, *self._on(None)))
 
     def wait_ready(self, microbatches: Sequence[int], timeout: float | None = None) -> int | None:
-        """Sleeps until one of these microbatches is ready and returns it; None at the timeout (seconds)."""
+        """Sleeps until one of these microbatches is `ready` and returns it; None at the timeout (seconds).
+
+        Of several that are ready it is the first in the given order.
+        """
         position = self._native.wait_ready(list(microbatches), self._timeout(timeout), *self._on(None))
         return None if position < 0 else microbatches[position]
 

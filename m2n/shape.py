@@ -40,7 +40,7 @@ class Shape:
         num_experts: experts of one layer over all expert ranks; ids are global, 0 to num_experts - 1.
         top_k: experts per token.
         max_tokens: tokens of one dispatch at most; longer prefills are sent in chunks.
-        microbatches: how many dispatches of one rank may be in flight (paper section 4.1).
+        microbatches: how many dispatches of one rank may be in flight (paper section 4.1); at most 63.
         dispatch_dtype, combine_dtype: "float32", "bfloat16", "float16", or such a torch dtype.
         reduce_at: "expert" (one reply row per token and expert rank: the weighted sum over that rank's experts; fewest
             bytes) or "attention" (one reply row per token and expert; bits do not depend on the placement).
@@ -63,6 +63,8 @@ class Shape:
             object.__setattr__(self, field, require_int(field, getattr(self, field), minimum=1))
         for field in ("dispatch_dtype", "combine_dtype"):
             object.__setattr__(self, field, _dtype_name(field, getattr(self, field)))
+        if self.microbatches > _C.max_microbatches:
+            raise ValueError(f"microbatches: expected at most {_C.max_microbatches}, got {self.microbatches}")
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k: expected at most num_experts={self.num_experts}, got {self.top_k}")
         if self.reduce_at not in ("expert", "attention"):

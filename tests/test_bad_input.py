@@ -173,6 +173,7 @@ def test_a_batch_of_another_comm(pair: Any, tmp_path: Path) -> None:
         ({"top_k": 5}, ValueError, "top_k: expected at most num_experts=4"),
         ({"max_tokens": 2.5}, TypeError, "max_tokens: expected an int"),
         ({"microbatches": True}, TypeError, "microbatches: expected an int"),
+        ({"microbatches": 64}, ValueError, "microbatches: expected at most 63, got 64"),
         ({"dispatch_dtype": "float64"}, ValueError, "dispatch_dtype: expected one of float32"),
         ({"combine_dtype": torch.int32}, ValueError, "combine_dtype"),
         ({"reduce_at": "nowhere"}, ValueError, "reduce_at: expected 'expert' or 'attention'"),
@@ -217,7 +218,6 @@ def test_placement() -> None:
         ({"store": 5}, TypeError, "store: expected a path"),
         ({"store": "http://host:1"}, ValueError, "store: expected tcp://host:port"),
         ({"store": "/proc/nowhere"}, m2n.SetupError, "store: cannot use the directory /proc/nowhere"),
-        ({"shape": dataclasses.replace(SHAPE, microbatches=64)}, ValueError, "microbatches: at most 63"),
         ({"shape": dataclasses.replace(SHAPE, max_tokens=2**27)}, ValueError, "cannot be indexed by int32"),
     ],
 )

@@ -83,7 +83,10 @@ def test_a_late_reply_is_nan_and_a_timeout_of_the_next_call_and_can_be_combined_
 ) -> None:
     with Pair(tmp_path, device) as pair:
         pair.dispatch()
-        assert not pair.comm.ready(0)
+        assert not pair.comm.ready(0) and pair.comm.ready(1)  # a launch never waits on the host
+        assert pair.comm.wait_ready([0, 1]) == 1 and pair.comm.wait_ready([0], timeout=0.01) is None
+        with pytest.raises(ValueError, match="microbatch: expected 0 to 1, got 2"):
+            pair.comm.ready(2)
         assert all(is_nan(pair.comm.combine_recv(timeout=0.05).cpu()))
         with pytest.raises(m2n.Timeout, match=r"combine_recv\(microbatch=0\): expert rank 0 is alive") as caught:
             pair.comm.combine_recv()
@@ -92,7 +95,8 @@ def test_a_late_reply_is_nan_and_a_timeout_of_the_next_call_and_can_be_combined_
         with pytest.raises(m2n.SlotBusy, match="microbatch 0 is in flight"):
             pair.dispatch()
         pair.answer()
-        assert pair.comm.wait_ready([1, 0], timeout=SOON_S) == 0
+        assert pair.comm.wait_ready([0], timeout=SOON_S) == 0
+        assert pair.comm.wait_ready([0, 1]) == 0 and pair.comm.wait_ready([1, 0]) == 1  # the first in the given order
         assert torch.equal(pair.comm.combine_recv().cpu(), pair.expected())
         pair.dispatch(layer=1)
         pair.answer()

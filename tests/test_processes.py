@@ -95,6 +95,7 @@ USES: dict[str, Callable[[Any, Any, Any], Any]] = {
     "combine_recv": lambda comm, server, batch: comm.combine_recv(0),
     "combine_recv of a free slot": lambda comm, server, batch: comm.combine_recv(1),
     "ready": lambda comm, server, batch: comm.ready(0),
+    "ready of a free slot": lambda comm, server, batch: comm.ready(1),
     "wait_ready": lambda comm, server, batch: comm.wait_ready([0]),
     "wait_ready for nothing": lambda comm, server, batch: comm.wait_ready([], timeout=0.2),
     "idle": lambda comm, server, batch: comm.idle(),

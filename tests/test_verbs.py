@@ -268,7 +268,8 @@ def test_waiting_for_any_of_several_microbatches() -> None:
             comm.combine_recv(microbatch)
             order.append(microbatch)
             waiting.remove(microbatch)
-        assert comm.wait_ready([0, 1], timeout=0.01) is None
+        assert comm.wait_ready([1, 0]) == 1 and comm.ready(0)  # now dispatch_send would go
+        assert comm.wait_ready([], timeout=0.01) is None
         return order
 
     def expert(comm: m2n.ExpertComm) -> None:
@@ -283,6 +284,44 @@ def test_waiting_for_any_of_several_microbatches() -> None:
         assert comm.wait_work(0.01) is None
 
     assert run_one(attention, expert)["attention", 0] == [1, 0]
+
+
+def test_a_microbatch_is_ready_for_dispatch_when_its_empty_messages_are_answered() -> None:
+    """An expert rank without rows looks late: who would dispatch meanwhile waits in wait_ready, not in the verb."""
+    workload = testing.make_workload(SHAPE, "uniform", 14)
+    ids = torch.full_like(workload.topk_ids, -1)
+    ids[:, 0] = 0  # expert 0, on rank 0: rank 1 gets an empty message
+    is_asked = threading.Event()
+    delay_s = 0.2
+
+    def attention(comm: m2n.AttentionComm) -> None:
+        route = comm.route(ids, workload.topk_weights)
+        assert comm.ready(0) and comm.ready(1)  # nothing was sent yet
+        comm.dispatch_send(workload.x, route)
+        assert comm.wait_ready([0]) == 0
+        comm.combine_recv()
+        assert not comm.ready(0) and comm.wait_ready([0], timeout=0.01) is None
+        assert comm.wait_ready([0, 1]) == 1
+        with pytest.raises(ValueError, match="microbatch: expected 0 to 1, got 2"):
+            comm.ready(2)
+        with pytest.raises(ValueError, match="microbatch: expected 0 to 1, got 2"):
+            comm.wait_ready([2])
+        began = time.monotonic()
+        is_asked.set()
+        assert comm.wait_ready([0]) == 0 and comm.ready(0)
+        assert time.monotonic() - began >= delay_s
+        began = time.monotonic()
+        comm.dispatch_send(workload.x, route, layer=1)
+        assert time.monotonic() - began < delay_s
+        comm.combine_recv()
+
+    def expert(comm: m2n.ExpertComm) -> None:
+        if comm.rank == 1:
+            assert is_asked.wait(10)
+            time.sleep(delay_s)
+        answer_all(comm)
+
+    run_one(attention, expert, n=2)
 
 
 @pytest.mark.sanitize

@@ -132,7 +132,7 @@ Look AttentionComm::look_for_rows(Slot& slot, uint32_t slot_idx, uint32_t rank) 
 }
 
 bool AttentionComm::is_ready(uint32_t microbatch) {
-  if (!is_busy(microbatch)) return false;
+  if (!is_busy(microbatch)) return is_free(microbatch);
   Slot& slot = slots_[microbatch];
   bool is_any_pending = false;
   for (uint32_t rank = 0; rank < slot.peer_of_rank.size(); ++rank) {

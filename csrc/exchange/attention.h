@@ -50,7 +50,7 @@ class AttentionComm final : public AttentionSide {
                      uint32_t microbatch, uint32_t layer, int64_t deadline_ns);
   // y: [T][hidden] of combine_dtype.
   void combine_recv(unsigned char* y, uint64_t y_stride_bytes, uint32_t microbatch, int64_t deadline_ns);
-  // Would combine_recv return or raise without waiting?
+  // Would the next verb go without waiting? In flight: would combine_recv return or raise; else: is it free?
   bool is_ready(uint32_t microbatch);
   // Waits for the first ready one of `microbatches`; its position, or -1 at the deadline.
   int wait_ready(const std::vector<uint32_t>& microbatches, int64_t deadline_ns);

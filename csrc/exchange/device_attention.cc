@@ -212,18 +212,23 @@ int DeviceAttentionComm::wait_ready(const std::vector<uint32_t>& microbatches, i
   while (true) {
     PollVerb verb{view_, slot_routes_, poll_microbatches_, 0, 0, poll_found_};
     std::vector<int> positions;
+    int first_free = -1;
     for (size_t i = 0; i < microbatches.size(); ++i) {
-      if (!is_busy(microbatches[i])) continue;
-      poll_microbatches_[verb.count++] = microbatches[i];
-      positions.push_back(static_cast<int>(i));
+      if (!is_busy(microbatches[i])) {
+        if (first_free < 0) first_free = static_cast<int>(i);
+      } else if (first_free < 0) {  // those behind it need not be asked for
+        poll_microbatches_[verb.count++] = microbatches[i];
+        positions.push_back(static_cast<int>(i));
+      }
     }
     raise_trouble();
-    verb.timeout_ns = std::clamp<int64_t>(deadline_ns - now_ns(), 0, kSliceNs);
+    if (first_free == 0) return 0;
+    verb.timeout_ns = first_free < 0 ? std::clamp<int64_t>(deadline_ns - now_ns(), 0, kSliceNs) : 0;
     machine.launch(verb, stream);
     machine.record(poll_event_.get(), stream);
     machine.synchronize(poll_event_.get());
     if (*poll_found_ >= 0) return positions[static_cast<size_t>(*poll_found_)];
-    if (now_ns() >= deadline_ns) return -1;
+    if (first_free >= 0 || now_ns() >= deadline_ns) return first_free;
     if (on_sleep != nullptr) on_sleep();
   }
 }

@@ -80,7 +80,8 @@ class DeviceAttentionComm final : public AttentionSide {
   bool is_busy(uint32_t microbatch) const;
   // Of what is in flight; throws when nothing is.
   uint32_t num_tokens(uint32_t microbatch);
-  // Waits for the first of `microbatches` that combine_recv would not wait for; its position, or -1.
+  // Waits for the first of `microbatches` whose next verb would not wait; its position, or -1. With nothing in flight
+  // that is so at once: a launch never waits on the host.
   int wait_ready(const std::vector<uint32_t>& microbatches, int64_t deadline_ns, Stream stream);
   void idle(int64_t timeout_ns, Stream stream);
   void recover(uint32_t expert_rank) { give_up(expert_rank); }

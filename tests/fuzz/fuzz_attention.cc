@@ -290,9 +290,11 @@ class World {
     try {
       if (flights_[slot].is_busy) note_gone(slot);
       const bool is_ready = comm_->is_ready(slot);
-      require(!is_ready || (flights_[slot].is_busy && (may_be_gone(slot) || !is_any(slot, Reply::kPending))),
-              "a slot is ready when no reply is missing");
-      require(!comm_->is_free(slot) || is_credit_there(slot), "a slot is free when every message has its reply");
+      const bool is_free = comm_->is_free(slot);
+      require(!is_ready || is_free || may_be_gone(slot) || !is_any(slot, Reply::kPending),
+              "a slot in flight is ready when no reply is missing");
+      require(flights_[slot].is_busy || is_ready == is_free, "a slot with nothing in flight is ready when it is free");
+      require(!is_free || is_credit_there(slot), "a slot is free when every message has its reply");
       require(comm_->wait_ready({slot}, 0) == (is_ready ? 0 : -1), "wait_ready says what is_ready says");
     } catch (const Error& error) {
       note_error(error);
