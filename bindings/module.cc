@@ -151,6 +151,8 @@ py::dict stats_dict(const Comm& comm) {
   dict["bytes_sent"] = stats.bytes_sent;
   dict["bytes_received"] = stats.bytes_received;
   dict["wait_us"] = static_cast<double>(stats.wait_ns) / 1e3;
+  dict["signals_held"] = stats.signals_held;
+  dict["held_us"] = static_cast<double>(stats.held_ns) / 1e3;
   return dict;
 }
 
@@ -192,7 +194,7 @@ void bind_comm(py::module_& module) {
   type.def(  // for tests
       "drop_peer", [](Comm& comm, uint32_t peer_idx) { comm.drop_peer(peer_idx, LossCause::kProtocol); },
       py::arg("peer_idx"));
-  type.def("close", &Comm::close);
+  type.def("close", &Comm::close, py::call_guard<py::gil_scoped_release>());  // it may wait for what is held back
   type.def("check", &Comm::check);
   type.def("peers", &peers_list);
   type.def("stats", &stats_dict);
@@ -311,7 +313,8 @@ PYBIND11_MODULE(_C, module) {
   bind_attention(module);
   bind_expert(module);
   bind_device(module);
-  module.def("start_seq_at", [](uint32_t seq) { g_first_seq = seq; }, py::arg("seq"));  // for tests
+  module.def("start_seq_at", [](uint32_t seq) { g_first_seq = seq; }, py::arg("seq"));                   // for tests
+  module.def("fault_delays", &fault_delays, py::arg("transport"), py::arg("stream"), py::arg("count"));  // for tests
   module.attr("max_microbatches") = kMaxSlots - 1;
   module.attr("has_cuda") = bool{M2N_HAS_CUDA};
   module.def("why_no_cuda", &why_no_cuda);

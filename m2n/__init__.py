@@ -6,7 +6,7 @@ from .attention import AttentionComm, Route
 from .comm import PeerStatus
 from .expert import Batch, ExpertComm
 from .features import __version__, features
-from .shape import Config, Placement, Shape
+from .shape import Config, Faults, Placement, Shape
 from .store import host_store
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Config",
     "Error",
     "ExpertComm",
+    "Faults",
     "PeerLost",
     "PeerStatus",
     "Placement",

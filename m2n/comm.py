@@ -77,6 +77,13 @@ class Comm:
                 f"config.transport: device {self.device!r} needs 'auto' or {transport!r}, got {self.config.transport!r}"
             )
         self._transport = self.device if transport == "cuda" else transport
+        if self.config.faults is not None:
+            if self.device != "cpu":
+                raise ValueError(
+                    f"config.faults: signals of kernels cannot be held back yet, and device {self.device!r} launches "
+                    "kernels; use device='cpu', or no faults (M2N_FAULTS)"
+                )
+            self._transport = self.config.faults._transport(transport)
         self._identity = bootstrap.Identity(self.config.job, name, self.role, self.rank, shape, transport)
 
     def _on(self, stream: Any) -> tuple[int, ...]:
@@ -103,7 +110,10 @@ class Comm:
             raise
 
     def close(self) -> None:
-        """Says goodbye to every peer. Calls that wait elsewhere on this comm end with SetupError."""
+        """Says goodbye to every peer, after any signals that are still held back by `Config.faults`.
+
+        Calls that wait elsewhere on this comm end with SetupError.
+        """
         self._finalizer()
 
     def _keep_open(self, native: Any, listener: bootstrap.Listener | None, key: tuple[str, str, str, int]) -> None:
@@ -131,7 +141,11 @@ class Comm:
         return [PeerStatus(*peer) for peer in self._native.peers()]
 
     def stats(self) -> dict[str, float]:
-        """Counters since the comm was made: messages, rows and bytes in each direction, wait_us, rows_gathered."""
+        """Counters since the comm was made: messages, rows and bytes in each direction, wait_us, rows_gathered.
+
+        With `Config.faults` also signals_held, those that were held back and have come by now, and held_us, for how
+        long in all; else both are 0.
+        """
         return {**self._native.stats(), **self._counters}
 
     def recover(self, peer: int) -> None:

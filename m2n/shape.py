@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from typing import Any, Literal
 from . import _C
 
 DTYPES = ("float32", "bfloat16", "float16")
+_MAX_DELAY_US = 10_000_000
 
 
 def _dtype_name(field: str, dtype: Any) -> str:
@@ -144,6 +146,67 @@ class Placement:
 
 
 @dataclasses.dataclass(frozen=True)
+class Faults:
+    """A slow network, put under a comm on the CPU: each signal it sends is held back by delay_us + U[0, jitter_us].
+
+    Rows are written at once; no core is occupied meanwhile. With jitter, signals may overtake each other.
+
+    Args:
+        delay_us, jitter_us: microseconds, at most 10 s in all.
+        seed: of the jitter. Each rank of a role has numbers of its own, the same in every run.
+
+    Raises:
+        ValueError, TypeError: naming the field.
+    """
+
+    delay_us: float = 0.0
+    jitter_us: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in ("delay_us", "jitter_us"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{field}: expected microseconds, got {value!r}")
+            if not (math.isfinite(value) and 0 <= value <= _MAX_DELAY_US):
+                raise ValueError(f"{field}: expected microseconds from 0 to {_MAX_DELAY_US}, got {value!r}")
+        if self.delay_us + self.jitter_us > _MAX_DELAY_US:
+            raise ValueError(
+                f"jitter_us: expected delay_us + jitter_us of at most {_MAX_DELAY_US}, "
+                f"got {self.delay_us!r} + {self.jitter_us!r}"
+            )
+        object.__setattr__(self, "seed", require_int("seed", self.seed, 0))
+        if self.seed >= 2**64:
+            raise ValueError(f"seed: expected an int below 2**64, got {self.seed}")
+
+    @classmethod
+    def _from_environment(cls) -> Faults | None:
+        text = os.environ.get("M2N_FAULTS", "")
+        if not text:
+            return None
+        expected = "M2N_FAULTS: expected something like 'delay_us=500,jitter_us=100,seed=1'"
+        known = {"delay_us": float, "jitter_us": float, "seed": int}
+        fields: dict[str, Any] = {}
+        for part in text.split(","):
+            key, _, value = part.partition("=")
+            if key not in known or key in fields:
+                raise ValueError(f"{expected}, got {key!r} in {text!r}")
+            try:
+                fields[key] = known[key](value)
+            except ValueError:
+                raise ValueError(f"{expected}, got {part!r} in {text!r}") from None
+        try:
+            return cls(**fields)
+        except ValueError as error:
+            raise ValueError(f"{expected}; {error}") from None
+
+    def _transport(self, inner: str) -> str:
+        """The native name of `inner` with these faults."""
+        delay_ns, jitter_ns = int(self.delay_us * 1e3), int(self.jitter_us * 1e3)
+        return f"faulty:delay_ns={delay_ns},jitter_ns={jitter_ns},seed={self.seed}:{inner}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Settings of a comm that its peers need not share. The only place that reads environment variables.
 
@@ -154,6 +217,7 @@ class Config:
         transport: "auto", "shm" or "cuda"; must fit the comm's device.
         arrays: what an expert rank gets its batches as: "torch", "numpy", "cupy", or "auto": torch if it was imported,
             else cupy on a GPU and numpy on the CPU.
+        faults: a slow network to imitate; default: M2N_FAULTS, as "delay_us=500,jitter_us=100,seed=1", or none.
     """
 
     job: str = dataclasses.field(default_factory=lambda: os.environ.get("M2N_JOB", "default"))
@@ -161,6 +225,7 @@ class Config:
     connect_timeout_s: float = 60.0
     transport: str = "auto"
     arrays: Literal["auto", "torch", "numpy", "cupy"] = "auto"
+    faults: Faults | None = dataclasses.field(default_factory=Faults._from_environment)
 
     def __post_init__(self) -> None:
         for field in ("timeout_s", "connect_timeout_s"):
@@ -169,3 +234,5 @@ class Config:
         for field, known in (("transport", ("auto", "shm", "cuda")), ("arrays", ("auto", "torch", "numpy", "cupy"))):
             if getattr(self, field) not in known:
                 raise ValueError(f"{field}: expected one of {', '.join(known)}, got {getattr(self, field)!r}")
+        if self.faults is not None and not isinstance(self.faults, Faults):
+            raise TypeError(f"faults: expected m2n.Faults or None, got {type(self.faults).__name__}")

@@ -54,12 +54,13 @@ def check(
     processes: bool = False,
     in_numpy: bool = False,
     device: str = "cpu",
+    faults: m2n.Faults | None = None,
     **options: Any,
 ) -> None:
     """Runs the workloads [rank][layer] through the library and compares every result with the oracle."""
     place = to_numpy if in_numpy else functools.partial(to_device, device=device)
     given_workloads = [[place(w) for w in layers] for layers in workloads]
-    config = dataclasses.replace(bodies.NUMPY, arrays="numpy" if in_numpy else "torch")
+    config = dataclasses.replace(bodies.NUMPY, arrays="numpy" if in_numpy else "torch", faults=faults)
     results = run_ranks(
         bodies.pair(given_workloads, **options),
         len(workloads),

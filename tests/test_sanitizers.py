@@ -94,7 +94,7 @@ def compile_guard_control() -> Path:
     """tests/guard_control.cc, with guard pages, under AddressSanitizer."""
     ADDRESS.directory.mkdir(parents=True, exist_ok=True)
     program = ADDRESS.directory / "guard_control"
-    parts = ("local.cc", "shm.cc", "transport.cc")
+    parts = ("faulty.cc", "local.cc", "shm.cc", "transport.cc")
     sources = [TESTS / "guard_control.cc", *(ROOT / "csrc/transport" / name for name in parts)]
     options = [f"-fsanitize={ADDRESS.name}", "-DM2N_GUARD_PAGES", f"-I{ROOT / 'csrc'}"]
     must([CXX, *FLAGS, *options, *sources, "-o", program])

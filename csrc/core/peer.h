@@ -85,6 +85,11 @@ M2N_HD bool drain(Exec& exec, uint32_t* arrivals) {
 // Tells the peer that the slot is complete. Call where drain() was true.
 template <class Exec>
 M2N_HD void signal(Exec& exec, const PeerView& peer, Signal* word, Signal value) {
+  // Some Execs may have a relay, which does the same later (and has none itself).
+  if constexpr (requires { exec.relay(); }) {
+    if (exec.relay() != nullptr) [[unlikely]]
+      return exec.relay()->send(word, value, peer.wake);
+  }
   store_signal(word, value);  // SYNC: slot-signal
   exec.wake(peer.wake);
 }

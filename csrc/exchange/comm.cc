@@ -62,6 +62,7 @@ Comm::Comm(Role role, const Shape& shape, uint32_t rank, uint32_t max_peers, con
       words_(transport_->make_words(kLineBytes + max_peers * sizeof(PeerEntry))),
       peers_(make_peer_table(words_.get(), max_peers)),
       host_transport_(make_host_transport()),
+      relay_(transport_->make_relay(uint64_t{role == Role::kExpert} << 32 | rank)),
       exec_(nullptr) {
   links_.resize(max_peers);
   rows_window_ = transport_->make_window(rows().object_bytes, rows().stride_bytes, max_peers);
@@ -69,7 +70,7 @@ Comm::Comm(Role role, const Shape& shape, uint32_t rank, uint32_t max_peers, con
   wake_window_ = host_transport_->make_window(kPageBytes, kPageBytes, 1);
   wake_handle_ = wake_window_->add_object(0);
   own_wake_ = reinterpret_cast<WakeWord*>(wake_window_->data());
-  exec_ = HostExec(own_wake_);
+  exec_ = HostExec(own_wake_, relay_.get());
 }
 
 Comm::Offer Comm::offer(uint32_t peer_rank, uint64_t life) {
@@ -157,10 +158,14 @@ void Comm::close() {
     store_seq_cst(&is_closed_, 1u);  // SYNC: comm-closed
     return;
   }
+  {
+    std::lock_guard lock(membership_mutex_);
+    if (is_closed()) return;
+    store_seq_cst(&is_closed_, 1u);  // SYNC: comm-closed
+    exec_.wake(own_wake_);
+  }
+  if (relay_ != nullptr) relay_->drain();
   std::lock_guard lock(membership_mutex_);
-  if (is_closed()) return;
-  store_seq_cst(&is_closed_, 1u);  // SYNC: comm-closed
-  exec_.wake(own_wake_);
   for (uint32_t i = 0; i < peers_.size(); ++i) {
     if (links_[i].ticket != 0) unwatch_peer(links_[i].ticket, /*say_goodbye=*/true);
   }
@@ -219,6 +224,9 @@ Stats Comm::stats() const {
   copy.bytes_sent = load_relaxed(&stats_.bytes_sent);
   copy.bytes_received = load_relaxed(&stats_.bytes_received);
   copy.wait_ns = load_relaxed(&stats_.wait_ns);
+  const HeldSignals held = relay_ == nullptr ? HeldSignals{} : relay_->held();
+  copy.signals_held = held.count;
+  copy.held_ns = held.total_ns;
   return copy;
 }
 

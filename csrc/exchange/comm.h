@@ -26,6 +26,8 @@ struct Stats {
   uint64_t bytes_sent = 0;      // rows, ids, weights and headers written into peers' windows
   uint64_t bytes_received = 0;  // likewise, that peers wrote here
   uint64_t wait_ns = 0;         // spent inside waits of the verbs
+  uint64_t signals_held = 0;    // that a relay has delivered
+  uint64_t held_ns = 0;         // from when they were sent until then
 };
 
 struct PeerInfo {
@@ -64,7 +66,8 @@ class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
 
   void peer_gone(uint32_t peer_idx, PeerState state, LossCause cause) override;
 
-  // Says goodbye to every peer; waiting calls end with Error(kSetup). Windows live as long as views of them.
+  // Says goodbye to every peer, once what a relay still holds is delivered; waiting calls end with Error(kSetup).
+  // Windows live as long as views of them.
   virtual void close();
   bool is_closed() const { return load_seq_cst(&is_closed_) != 0; }  // SYNC: comm-closed
 
@@ -154,6 +157,7 @@ class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
   WakeWord* own_wake_;
   std::mutex membership_mutex_;  // joining, dropping and closing; never taken by the watcher's call
   uint32_t is_closed_ = 0;
+  const std::unique_ptr<SignalRelay> relay_;  // ends before links_, into whose mappings it writes
 
  protected:
   HostExec exec_;

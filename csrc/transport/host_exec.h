@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "core/wake.h"
+#include "transport/transport.h"
 
 namespace m2n {
 
@@ -32,7 +33,7 @@ inline void (*on_sleep)() = nullptr;
 
 class HostExec {
  public:
-  explicit HostExec(WakeWord* own_wake) : own_wake_(own_wake) {}
+  explicit HostExec(WakeWord* own_wake, SignalRelay* relay = nullptr) : own_wake_(own_wake), relay_(relay) {}
 
   uint32_t thread() const { return 0; }
   uint32_t num_threads() const { return 1; }
@@ -40,6 +41,7 @@ class HostExec {
   uint32_t num_blocks() const { return 1; }
   void sync() {}
   int64_t now_ns() const { return m2n::now_ns(); }
+  SignalRelay* relay() const { return relay_; }  // nullptr: signals are stored here and now
   void wake(WakeWord* wake) { wake_waiters(wake, futex_wake_all); }
 
   // Looks at ready() until it is true or the deadline (CLOCK_MONOTONIC) has passed; the last look comes after
@@ -84,6 +86,7 @@ class HostExec {
   }
 
   WakeWord* own_wake_;
+  SignalRelay* relay_;
 };
 
 }  // namespace m2n

@@ -18,6 +18,7 @@ Fd::~Fd() {
 }
 
 std::unique_ptr<Transport> make_shm_transport();
+std::unique_ptr<Transport> make_faulty_transport(const std::string& name);
 #if M2N_HAS_CUDA
 std::unique_ptr<Transport> make_cuda_transport(const std::string& device);
 #else
@@ -26,12 +27,13 @@ std::string why_no_cuda() { return "not compiled in: no CUDA compiler was found 
 
 std::unique_ptr<Transport> make_transport(const std::string& name) {
   if (name == "shm") return make_shm_transport();
+  if (name.rfind("faulty", 0) == 0) return make_faulty_transport(name);
 #if M2N_HAS_CUDA
   if (name.rfind("cuda", 0) == 0) return make_cuda_transport(name);
-  throw Error(Failure::kSetup, "transport: '" + name + "' is not known to this build; known: shm, cuda");
+  throw Error(Failure::kSetup, "transport: '" + name + "' is not known to this build; known: shm, faulty, cuda");
 #else
   throw Error(Failure::kSetup,
-              "transport: '" + name + "' is not known to this build; known: shm; cuda is " + why_no_cuda());
+              "transport: '" + name + "' is not known to this build; known: shm, faulty; cuda is " + why_no_cuda());
 #endif
 }
 

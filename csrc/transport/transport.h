@@ -11,8 +11,11 @@
 #include <memory>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "core/platform.h"
+#include "core/slot.h"
+#include "core/wake.h"
 
 namespace m2n {
 
@@ -58,6 +61,23 @@ class Window {
   virtual void set_word(uint64_t offset, uint64_t value) = 0;
 };
 
+struct HeldSignals {
+  uint64_t count = 0;
+  uint64_t total_ns = 0;  // from send() to the store
+};
+
+// Stores signals in the place of their sender, later and from another thread. What is still held when it ends is
+// dropped.
+class SignalRelay {
+ public:
+  virtual ~SignalRelay() = default;
+  // Who sees the signal sees also what the caller wrote before.
+  virtual void send(Signal* word, Signal value, WakeWord* wake) = 0;
+  // Returns when everything that was sent is stored.
+  virtual void drain() = 0;
+  virtual HeldSignals held() const = 0;  // what was stored so far
+};
+
 class Transport {
  public:
   virtual ~Transport() = default;
@@ -68,12 +88,17 @@ class Transport {
   virtual std::shared_ptr<Window> make_window(uint64_t object_bytes, uint64_t stride_bytes, uint32_t max_peers) = 0;
   // `process` is the maker's process_nonce(): inside one process both sides share one mapping.
   virtual std::shared_ptr<Mapping> attach(Handle handle, uint64_t process) = 0;
+  // What a rank's signals go through; nullptr: the rank stores them itself. Random choices are those of `stream`.
+  virtual std::unique_ptr<SignalRelay> make_relay(uint64_t /*stream*/) { return nullptr; }
 };
 
 // Names -> factories. Throws Error(kSetup) that lists what there is.
 std::unique_ptr<Transport> make_transport(const std::string& name);
 // The one for words that host threads of this machine wait on, whatever memory the rows lie in.
 std::unique_ptr<Transport> make_host_transport();
+
+// The first delays that the relay of a faulty transport of this name gives to its signals, in ns.
+std::vector<int64_t> fault_delays(const std::string& name, uint64_t stream, uint32_t count);
 
 // Why GPU ranks cannot run here, in words; "" when they can.
 std::string why_no_cuda();
