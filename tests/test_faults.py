@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ import psutil
 import pytest
 
 import m2n
+from m2n import _C
 from m2n.ranks import run_ranks
 from m2n.testing import expert_outputs
 
@@ -264,6 +266,18 @@ def test_closing_ends_a_wait_in_another_thread(tmp_path: Path) -> None:
     with pytest.raises(m2n.SetupError, match="closed"):
         comm.dispatch_recv()
     comm.close()  # twice is no error
+
+
+def test_a_peer_that_joins_a_comm_that_closes_meanwhile_hears_the_goodbye() -> None:
+    native = _C.ExpertComm(SHAPE._native(), 0, 1, "shm", [0])
+    for fd, _ in native.offer(0, 1)["objects"]:
+        os.close(fd)
+    native.close()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        native.watch(0, ours.detach(), -1)
+        theirs.settimeout(SOON_S)
+        assert theirs.recv(1) == b"G" and theirs.recv(1) == b""
 
 
 def test_views_outlive_the_comm(tmp_path: Path) -> None:

@@ -123,6 +123,7 @@ void Comm::watch(uint32_t peer_idx, int connection_fd, int pidfd) {
   set_state(peer_idx, PeerState::kLive);
   // After LIVE: the watcher may report the end of the link at once.
   link.ticket = watch_peer(shared_from_this(), peer_idx, connection_fd, pidfd);
+  if (is_closed()) unwatch_peer(link.ticket, /*say_goodbye=*/true);  // it joined while close() said its goodbyes
   for (uint32_t i = 0; i < peer_idx; ++i) {
     if (rank_of(i) == rank_of(peer_idx)) drop_locked(i, LossCause::kReplaced);
   }
