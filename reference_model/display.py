@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from .pipeline import describe
 from .run_config import ATTENTION
 from .tokenizer import TextStream, Tokenizer
 
@@ -104,7 +105,7 @@ class Display:
             sys.stdout.flush()
 
     def summary(self, about: dict[str, Any]) -> None:
-        """Tokens per second, and each rank's busy and waiting time and bytes."""
+        """Tokens per second, each rank's busy and waiting time and bytes, and how well the pipeline was filled."""
         table = Table(box=None, pad_edge=False, header_style="")
         for column in ("rank", "busy s", "waiting s", "sent MB", "received MB", "steps or batches"):
             table.add_column(column, justify="left" if column == "rank" else "right")
@@ -118,6 +119,7 @@ class Display:
             f"{about['tokens_per_s']:.1f} tokens/s, {about['bytes_moved'] / 1e6:.3f} MB moved"
         )
         self._console.print(table)
+        self.lines(describe(about["pipeline"]))
 
     def lines(self, lines: list[str]) -> None:
         for line in lines:

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+from . import trace
 from .experts import Experts
 from .model import Decoder, KVCache, Microbatch, Span
 from .routes import RouteRecorder
 from .sampling import Sampler, SamplingConfig
-from .schedule import ATTEND, COMBINE, ping_pong
+from .schedule import ATTEND, BEGIN, COMBINE, DISPATCH, END, POLL, WAIT, Action, attention_schedule
 from .scheduler import Piece, Scheduler, Sequence
+from .trace import Tracer
 
 
 class NewToken(NamedTuple):
@@ -22,8 +25,23 @@ class NewToken(NamedTuple):
     finish: str | None
 
 
+@dataclass
+class _Step:
+    """What a microbatch is computing."""
+
+    pieces: list[Piece]
+    batch: Microbatch
+    route: Any = None  # of the layer it is in, until its dispatch
+    reply_bytes: int = 0
+
+
 class AttentionEngine:
-    """Runs sequences to their end; `step` is one pass of every running sequence through all layers."""
+    """Runs sequences to their end; carries out attention_schedule.
+
+    Args:
+        sends_empty: a microbatch without tokens goes through its layers all the same, with zero rows, as long as any
+            sequence is at work: in strict lockstep the other attention ranks' microbatches wait for it.
+    """
 
     def __init__(
         self,
@@ -33,71 +51,105 @@ class AttentionEngine:
         sampling: SamplingConfig,
         ignore_eos: bool = False,
         recorder: RouteRecorder | None = None,
+        tracer: Tracer | None = None,
+        sends_empty: bool = False,
     ) -> None:
         self.decoder, self.experts, self.scheduler, self.sampling = decoder, experts, scheduler, sampling
-        self.ignore_eos, self.recorder = ignore_eos, recorder
+        self.ignore_eos, self.recorder, self.sends_empty = ignore_eos, recorder, sends_empty
+        self.tracer = tracer or Tracer()
         self.num_steps, self.num_tokens = 0, 0
+        self._steps: dict[int, _Step] = {}  # by microbatch
+        self._do: dict[str, Callable[[Action], Any]] = {
+            BEGIN: self._begin,
+            ATTEND: self._attend,
+            DISPATCH: self._dispatch,
+            COMBINE: self._combine,
+            END: self._end,
+            POLL: lambda action: self.experts.ready(action.waiting),
+            WAIT: self._wait,
+        }
 
     def run(self, sequences: Iterable[Sequence]) -> Iterator[list[NewToken]]:
-        """Yield the new tokens of each step until every sequence has left."""
+        """Yield the new tokens of each step of a microbatch, until every sequence has left."""
         self.scheduler.add(sequences)
-        while self.scheduler.has_work:
-            yield self.step()
-
-    def step(self) -> list[NewToken]:
-        """Admit, compute one step, draw tokens, let finished sequences leave."""
-        for sequence in self.scheduler.admit():
-            self._prepare(sequence)
-        plan = {idx: pieces for idx, pieces in enumerate(self.scheduler.plan()) if pieces}
-        batches = {idx: self.decoder.begin([_span(piece) for piece in pieces]) for idx, pieces in plan.items()}
-        self._run_layers(plan, batches)
-        new_tokens = [token for idx, pieces in plan.items() for token in self._draw(pieces, batches[idx])]
-        self.num_steps += 1
-        return new_tokens
-
-    def _prepare(self, sequence: Sequence) -> None:
-        num_positions = min(self.decoder.config.context, len(sequence.prompt_ids) + sequence.max_new_tokens)
-        sequence.cache = KVCache(self.decoder.config, num_positions, self.decoder.dtype)
-        sequence.sampler = Sampler(self.sampling, sequence.idx)
-
-    def _run_layers(self, plan: dict[int, list[Piece]], batches: dict[int, Microbatch]) -> None:
-        moe_layers = self.decoder.config.moe_layers
-        schedule = ping_pong(self.num_steps, moe_layers, list(batches))
-        action = next(schedule, None)
-        while action is not None:
-            ready: int | None = None
-            if action.kind == ATTEND:
-                self._attend(action.layer, action.microbatch, plan, batches[action.microbatch])
-            elif action.kind == COMBINE:
-                self.decoder.finish(batches[action.microbatch], self.experts.combine(action.microbatch))
-            else:
-                ready = self.experts.ready(action.waiting)
-                if ready is None:
-                    ready = self.experts.wait_ready(action.waiting)
+        schedule = attention_schedule(self.decoder.config.moe_layers, self.scheduler.num_microbatches)
+        answer: Any = None
+        while True:
             try:
-                action = schedule.send(ready)
+                action = schedule.send(answer)
             except StopIteration:
-                action = None
+                return
+            answer = self._do[action.kind](action)
+            if action.kind == END:
+                if answer:
+                    yield answer
+                if not self.scheduler.has_work:
+                    # Not even to finish a microbatch without tokens: of two ranks that end, each might wait for the
+                    # other one's.
+                    return
 
-    def _attend(self, layer: int, microbatch: int, plan: dict[int, list[Piece]], batch: Microbatch) -> None:
-        self.decoder.attend(layer, batch)
-        if not self.decoder.config.moe_layers[layer]:
-            self.decoder.finish(batch, self.decoder.dense_ffn(layer, batch))
+    def _begin(self, action: Action) -> bool:
+        """Admit sequences, and embed the tokens of the microbatch's share of those that are between steps."""
+        began = self.tracer.now()
+        for sequence in self.scheduler.admit():
+            num_positions = min(self.decoder.config.context, len(sequence.prompt_ids) + sequence.max_new_tokens)
+            sequence.cache = KVCache(self.decoder.config, num_positions, self.decoder.dtype)
+            sequence.sampler = Sampler(self.sampling, sequence.idx)
+        pieces = self.scheduler.begin(action.microbatch)
+        if not pieces and not (self.sends_empty and self.scheduler.has_work):
+            return False
+        batch = self.decoder.begin([_span(piece) for piece in pieces])
+        self._steps[action.microbatch] = _Step(pieces, batch)
+        self.tracer.add(trace.EMBED, began, action.step, -1, action.microbatch)
+        return True
+
+    def _attend(self, action: Action) -> None:
+        step, place = self._steps[action.microbatch], (action.step, action.layer, action.microbatch)
+        at = self.tracer.now()
+        self.decoder.attend(action.layer, step.batch)
+        if step.batch.num_tokens:
+            at = self.tracer.add(trace.ATTENTION, at, *place)
+        if not self.decoder.config.moe_layers[action.layer]:
+            self.decoder.finish(step.batch, self.decoder.dense_ffn(action.layer, step.batch))
+            self.tracer.add(trace.DENSE, at, *place)
             return
-        ids_TK, weights_TK = self.decoder.route(layer, batch)
-        self.experts.dispatch(batch.expert_in_TH, ids_TK, weights_TK, layer, microbatch)
-        if self.recorder is not None:
-            self.recorder.record(self.num_steps, layer, microbatch, plan[microbatch], ids_TK, weights_TK)
+        ids_TK, weights_TK = self.decoder.route(action.layer, step.batch)
+        step.route = self.experts.route(ids_TK, weights_TK)
+        if self.recorder is not None and step.pieces:
+            self.recorder.record(*place, step.pieces, ids_TK, weights_TK)
+        self.tracer.add(trace.ROUTE, at, *place)
 
-    def _draw(self, pieces: list[Piece], batch: Microbatch) -> list[NewToken]:
-        drawn: list[NewToken] = []
-        completed = [piece.sequence for piece in pieces if piece.completes]
-        self.num_tokens += batch.num_tokens
-        for piece in pieces:
+    def _dispatch(self, action: Action) -> None:
+        step, began = self._steps[action.microbatch], self.tracer.now()
+        num_bytes, step.reply_bytes = self.experts.dispatch(
+            step.batch.expert_in_TH, step.route, action.layer, action.microbatch
+        )
+        self.tracer.add(trace.DISPATCH_SEND, began, action.step, action.layer, action.microbatch, num_bytes)
+
+    def _combine(self, action: Action) -> None:
+        step, began = self._steps[action.microbatch], self.tracer.now()
+        self.decoder.finish(step.batch, self.experts.combine(action.microbatch))
+        self.tracer.add(trace.COMBINE_RECV, began, action.step, action.layer, action.microbatch, step.reply_bytes)
+
+    def _wait(self, action: Action) -> int:
+        ready = self.experts.ready(action.waiting)
+        if ready is not None:
+            return ready
+        began = self.tracer.now()
+        ready = self.experts.wait_ready(action.waiting)
+        self.tracer.add(trace.WAIT, began, -1, -1, ready)
+        return ready
+
+    def _end(self, action: Action) -> list[NewToken]:
+        """Draw tokens; finished sequences leave."""
+        began = self.tracer.now()
+        step = self._steps.pop(action.microbatch)
+        self.scheduler.end(action.microbatch)
+        completed = [piece.sequence for piece in step.pieces if piece.completes]
+        for piece in step.pieces:
             piece.sequence.num_computed += piece.num_tokens
-        if not completed:
-            return drawn
-        for sequence, logits_V in zip(completed, self.decoder.logits(batch)):
+        drawn: list[NewToken] = []
+        for sequence, logits_V in zip(completed, self.decoder.logits(step.batch) if completed else ()):
             assert sequence.sampler is not None
             token_id = sequence.sampler.next_token(logits_V)
             sequence.output_ids.append(token_id)
@@ -105,6 +157,9 @@ class AttentionEngine:
             if finish is not None:
                 self.scheduler.leave(sequence)
             drawn.append(NewToken(sequence.idx, token_id, finish))
+        self.num_steps += 1
+        self.num_tokens += step.batch.num_tokens
+        self.tracer.add(trace.SAMPLE, began, action.step, -1, action.microbatch)
         return drawn
 
     def _finish(self, sequence: Sequence, token_id: int) -> str | None:

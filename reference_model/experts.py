@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -19,16 +18,17 @@ from .model import gated_ffn
 class Experts(Protocol):
     """What an attention side asks of its experts: a layer of a microbatch at a time, in any order."""
 
-    def dispatch(
-        self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, layer: int, microbatch: int
-    ) -> None:
-        """Hand over the tokens of a microbatch with their experts' ids and weights."""
+    def route(self, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> Any:
+        """Where each token goes, from its experts' ids and weights; for `dispatch`."""
+
+    def dispatch(self, x_TH: torch.Tensor, route: Any, layer: int, microbatch: int) -> tuple[int, int]:
+        """Hand over the tokens of a microbatch; the bytes that go to other ranks, and those that come back."""
 
     def ready(self, microbatches: Sequence[int]) -> int | None:
-        """The first of these microbatches whose answer is there, without waiting."""
+        """The first of these microbatches that can go on: with `combine`, or with `dispatch` if none is in flight."""
 
     def wait_ready(self, microbatches: Sequence[int]) -> int:
-        """Sleep until one of these microbatches has its answer, and say which."""
+        """Sleep until one of these microbatches can go on, and say which."""
 
     def combine(self, microbatch: int) -> torch.Tensor:
         """The weighted sum over each token's experts [T, H]; frees the microbatch for its next dispatch."""
@@ -91,11 +91,15 @@ class LocalExperts:
         self.groups = [list(group) for group in groups] if groups else [weights.expert_ids]
         self._answers: dict[int, torch.Tensor] = {}
 
+    def route(self, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return ids_TK, weights_TK
+
     def dispatch(
-        self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, layer: int, microbatch: int
-    ) -> None:
+        self, x_TH: torch.Tensor, route: tuple[torch.Tensor, torch.Tensor], layer: int, microbatch: int
+    ) -> tuple[int, int]:
         combine = self._per_expert if self.reduce_at == "expert" else self._per_pair
-        self._answers[microbatch] = combine(x_TH, ids_TK, weights_TK, layer)
+        self._answers[microbatch] = combine(x_TH, *route, layer)
+        return 0, 0
 
     def ready(self, microbatches: Sequence[int]) -> int | None:
         return microbatches[0]
@@ -133,26 +137,29 @@ class LocalExperts:
 
 
 class RemoteExperts:
-    """The experts of other ranks, reached through an m2n.AttentionComm; counts the time spent waiting."""
+    """The experts of other ranks, reached through an m2n.AttentionComm."""
 
     def __init__(self, comm: m2n.AttentionComm, timeout_s: float) -> None:
-        self.comm, self.timeout_s, self.wait_s = comm, timeout_s, 0.0
+        self.comm, self.timeout_s = comm, timeout_s
 
-    def dispatch(
-        self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, layer: int, microbatch: int
-    ) -> None:
-        route = self.comm.route(ids_TK, weights_TK)
+    def route(self, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> m2n.Route:
+        return self.comm.route(ids_TK, weights_TK)
+
+    def dispatch(self, x_TH: torch.Tensor, route: m2n.Route, layer: int, microbatch: int) -> tuple[int, int]:
         # x is borrowed by m2n until combine_recv; it holds the tensor.
         self.comm.dispatch_send(x_TH, route, microbatch=microbatch, layer=layer)
+        row_bytes = x_TH.shape[1] * x_TH.element_size()
+        num_replies = route.num_rows
+        if self.comm.shape.reduce_at == "attention":
+            num_replies = route.num_tokens * self.comm.shape.top_k
+        return route.num_rows * row_bytes, num_replies * row_bytes
 
     def ready(self, microbatches: Sequence[int]) -> int | None:
         return next((microbatch for microbatch in microbatches if self.comm.ready(microbatch)), None)
 
     def wait_ready(self, microbatches: Sequence[int]) -> int:
-        started = time.perf_counter()
-        microbatch = self.comm.wait_ready(list(microbatches), self.timeout_s)
-        self.wait_s += time.perf_counter() - started
-        # Nobody in time: combine_recv of the oldest says which peer is missing.
+        microbatch = self.comm.wait_ready(microbatches, self.timeout_s)
+        # Nobody in time: the verb of the oldest says which peer is missing.
         return microbatches[0] if microbatch is None else microbatch
 
     def combine(self, microbatch: int) -> torch.Tensor:

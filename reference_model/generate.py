@@ -40,6 +40,21 @@ def build_parser() -> argparse.ArgumentParser:
         "--reduce-at", choices=("expert", "attention"), default="expert",
         help="who sums over a token's experts (default expert: fewest bytes)",
     )  # fmt: skip
+    ranks.add_argument(
+        "--linger-us", type=float, default=50.0, metavar="US",
+        help="how long an expert rank waits for other attention ranks after the first (default 50)",
+    )  # fmt: skip
+    ranks.add_argument(
+        "--lockstep", action="store_true", help="an expert rank waits for all attention ranks, however long it takes"
+    )
+    ranks.add_argument(
+        "--delay-us",
+        type=float,
+        default=0.0,
+        metavar="US",
+        help="imitate a slow network: hold every signal back so long",
+    )
+    ranks.add_argument("--jitter-us", type=float, default=0.0, metavar="US", help="and up to so much longer, by --seed")
     model = parser.add_argument_group("model and prompts")
     model.add_argument(
         "--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, metavar="DIR",
@@ -67,6 +82,15 @@ def build_parser() -> argparse.ArgumentParser:
     output.add_argument("--json", type=Path, metavar="FILE", help="write sequences and summary")
     output.add_argument(
         "--record-routes", type=Path, metavar="FILE", help="write every token's experts as .npz, described in routes.py"
+    )
+    output.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="write what every rank did when, for ui.perfetto.dev or chrome://tracing",
+    )
+    output.add_argument(
+        "--timeline", type=Path, metavar="FILE.png", help="draw a few layers of it (needs matplotlib: 'm2n[bench]')"
     )
     output.add_argument(
         "--timeout", type=float, default=120.0, metavar="S", help="longest wait for a peer, default 120"
@@ -117,13 +141,16 @@ def _generate(args: argparse.Namespace) -> int:
     from .checkpoint import Checkpoint, check
     from .config import ModelConfig
     from .run_config import check_prompts
+    from .timeline import check_matplotlib, check_writable
     from .tokenizer import Tokenizer
     from .torchrun import global_rank, is_torchrun, run_under_torchrun
 
     run, texts = _run_config(args), _prompt_texts(args)
-    for path in (args.json, args.record_routes):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise InputError(f"cannot write {path}: its directory does not exist")
+    for path in (args.json, args.record_routes, args.trace, args.timeline):
+        if path is not None:
+            check_writable(path)
+    if args.timeline is not None:
+        check_matplotlib()
     # Everything that can be wrong with the input is found here, before any rank is started.
     config = ModelConfig.from_directory(run.checkpoint)
     run.check_model(config)
@@ -170,6 +197,9 @@ def _run_config(args: argparse.Namespace) -> RunConfig:
         max_batch=args.max_batch,
         max_tokens=args.max_tokens,
         reduce_at=args.reduce_at,
+        linger_us=None if args.lockstep else args.linger_us,
+        delay_us=args.delay_us,
+        jitter_us=args.jitter_us,
         record_routes=args.record_routes is not None,
         timeout_s=args.timeout,
         num_threads=max(1, len(os.sched_getaffinity(0)) // num_ranks),
@@ -195,6 +225,7 @@ def _report(args: argparse.Namespace, result: RunResult, tokenizer: Tokenizer, t
     """Print the numbers, write the files, verify; returns the exit status."""
     from .config import ModelConfig
     from .display import Display
+    from .timeline import draw_timeline, write_trace
 
     display = Display(tokenizer, texts, result.prompts, result.run.max_new_tokens)
     answers = [tokenizer.answer(prompt, answer) for prompt, answer in zip(result.prompts, result.answers)]
@@ -207,6 +238,12 @@ def _report(args: argparse.Namespace, result: RunResult, tokenizer: Tokenizer, t
         config = ModelConfig.from_directory(result.run.checkpoint)
         num_routes = result.write_routes(str(args.record_routes), config)
         display.lines([f"{num_routes} routes written to {args.record_routes}"])
+    if args.trace is not None:
+        write_trace(args.trace, result.traces)
+        display.lines([f"trace written to {args.trace}: open it in ui.perfetto.dev"])
+    if args.timeline is not None:
+        draw_timeline(args.timeline, result.traces, result.run.microbatches)
+        display.lines([f"timeline drawn to {args.timeline}"])
     if args.verify:
         from .verify import describe, verify
 

@@ -196,9 +196,10 @@ class Decoder:
         self.inverse_frequency, self.rope_factor = config.rope.frequencies()
 
     def begin(self, spans: list[Span]) -> Microbatch:
-        """Embed the tokens of a microbatch."""
-        token_ids = torch.tensor([token for span in spans for token in span.token_ids])
-        positions = torch.cat([torch.arange(span.start, span.start + len(span.token_ids)) for span in spans])
+        """Embed the tokens of a microbatch; there may be none."""
+        token_ids = torch.tensor([token for span in spans for token in span.token_ids], dtype=torch.int64)
+        spanned = [at for span in spans for at in range(span.start, span.start + len(span.token_ids))]
+        positions = torch.tensor(spanned, dtype=torch.int64)
         angles = positions[:, None].to(torch.float32) * self.inverse_frequency
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = ((turn(angles) * self.rope_factor).to(self.dtype) for turn in (torch.cos, torch.sin))
@@ -207,6 +208,9 @@ class Decoder:
 
     def attend(self, layer: int, batch: Microbatch) -> None:
         """Attention of one layer and the norm after it: batch.expert_in_TH is then what the experts see."""
+        if batch.num_tokens == 0:
+            batch.expert_in_TH = batch.x_TH
+            return
         eps = self.config.rms_norm_eps
         batch.x_TH = batch.x_TH + self.attention[layer](rms_norm(batch.x_TH, self.input_norm[layer], eps), batch)
         batch.expert_in_TH = rms_norm(batch.x_TH, self.ffn_norm[layer], eps)

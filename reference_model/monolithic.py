@@ -63,7 +63,7 @@ class MonolithicModel:
             for layer, has_experts in enumerate(self.config.moe_layers):
                 self.decoder.attend(layer, batch)
                 if has_experts:
-                    experts.dispatch(batch.expert_in_TH, *self.decoder.route(layer, batch), layer, 0)
+                    experts.dispatch(batch.expert_in_TH, self.decoder.route(layer, batch), layer, 0)
                     self.decoder.finish(batch, experts.combine(0))
                 else:
                     self.decoder.finish(batch, self.decoder.dense_ffn(layer, batch))

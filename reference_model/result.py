@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .config import ModelConfig
+from .pipeline import summarise
 from .routes import write_routes
 from .run_config import ATTENTION, RunConfig
+from .trace import Trace
 
 
 @dataclass
@@ -23,6 +25,7 @@ class RunResult:
     finishes: list[str | None] = field(default_factory=list)
     ranks: list[dict[str, Any]] = field(default_factory=list)
     routes: list[str] = field(default_factory=list)
+    traces: list[Trace] = field(default_factory=list)
     num_ready: int = 0
     started_at: float = 0.0
     ended_at: float = 0.0
@@ -45,6 +48,8 @@ class RunResult:
             self.ended_at = now
         elif event["event"] == "routes":
             self.routes.append(event["routes"])
+        elif event["event"] == "trace":
+            self.traces.append(Trace.decode(event["role"], event["rank"], event["trace"]))
         elif event["event"] == "done":
             self.ranks.append({"role": event["role"], "rank": event["rank"], **event["stats"]})
 
@@ -53,7 +58,7 @@ class RunResult:
         return sum(len(answer) for answer in self.answers)
 
     def summary(self) -> dict[str, Any]:
-        """Counts, seconds and bytes, per run and per rank."""
+        """Counts, seconds and bytes, per run and per rank; "pipeline" is described in pipeline.py."""
         seconds = max(self.ended_at - self.started_at, 1e-9)
         order = {role_rank: idx for idx, role_rank in enumerate(self.run.ranks)}
         ranks = sorted(self.ranks, key=lambda about: order[about["role"], about["rank"]])
@@ -66,11 +71,17 @@ class RunResult:
             "tokens_per_s": round(self.num_tokens / seconds, 3),
             "bytes_moved": sum(about["bytes_sent"] for about in ranks),
             **{name: getattr(self.run, name) for name in names},
+            "pipeline": self._pipeline(ranks),
             "ranks": [
                 {key: round(value, 6) if isinstance(value, float) else value for key, value in about.items()}
                 for about in ranks
             ],
         }
+
+    def _pipeline(self, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+        num_held = sum(about["signals_held"] for about in ranks)
+        held_us = sum(about["held_us"] for about in ranks) / num_held if num_held else 0.0
+        return summarise(self.traces, self.run.microbatches, held_us=held_us)
 
     def write_routes(self, path: str, config: ModelConfig) -> int:
         """Write the recorded routes of all attention ranks; the format is described in routes.py."""

@@ -7,8 +7,8 @@ One row per (token, layer), R rows sorted by sequence, position and layer. Array
     position         int32 [R]     place of the token in prompt + answer, from 0
     layer            int32 [R]     layer of the model; layers without experts do not occur
     attention_rank   int32 [R]     who computed the token
-    step             int32 [R]     count of steps of that attention rank, from 0
-    microbatch       int32 [R]     microbatch of that step
+    step             int32 [R]     count of steps of the microbatch, from 0
+    microbatch       int32 [R]     microbatch that computed it
     topk_ids         int32 [R, K]  global expert ids, likeliest first
     topk_weights     float32 [R, K]
     num_experts, top_k, num_layers, attention_ranks, expert_ranks, microbatches    int64 scalars

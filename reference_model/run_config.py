@@ -38,6 +38,9 @@ class RunConfig:
     max_batch: int = 8  # sequences at work on one attention rank
     max_tokens: int = 256  # tokens of one microbatch; longer prompts are computed in pieces
     reduce_at: str = "expert"
+    linger_us: float | None = 50.0  # of expert ranks, for other attention ranks; None: strict lockstep of all of them
+    delay_us: float = 0.0  # every signal is held back so long, and up to jitter_us longer: a slow network
+    jitter_us: float = 0.0
     record_routes: bool = False
     job: str = "generate"
     timeout_s: float = 120.0
@@ -61,6 +64,12 @@ class RunConfig:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
         if self.reduce_at not in ("expert", "attention"):
             raise InputError(f"reduce-at must be expert or attention, not {self.reduce_at!r}")
+        if self.linger_us is not None and not 0 <= self.linger_us <= 1e9:
+            raise InputError(f"linger-us must be microseconds from 0 to 1e9, not {self.linger_us!r}")
+        try:
+            _ = self.comm_config
+        except ValueError as error:
+            raise InputError(str(error)) from error
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -78,13 +87,30 @@ class RunConfig:
         return SamplingConfig(self.temperature, self.top_p, self.seed)
 
     @property
+    def is_lockstep(self) -> bool:
+        return self.linger_us is None
+
+    @property
+    def comm_config(self) -> m2n.Config:
+        """The settings of this run's comms. Without a delay it is the environment's to imitate a slow network."""
+        config = m2n.Config(job=self.job, timeout_s=self.timeout_s, connect_timeout_s=self.connect_timeout_s)
+        if self.delay_us == 0 and self.jitter_us == 0:
+            return config
+        faults = m2n.Faults(delay_us=self.delay_us, jitter_us=self.jitter_us, seed=self.seed)
+        return dataclasses.replace(config, faults=faults)
+
+    @property
     def ranks(self) -> list[tuple[str, int]]:
         """(role, rank) of every process: attention ranks first."""
         attention = [(ATTENTION, rank) for rank in range(self.attention_ranks)]
         return attention + [(EXPERT, rank) for rank in range(self.expert_ranks)]
 
     def check_model(self, config: ModelConfig) -> None:
-        """Refuse what the model cannot do."""
+        """Refuse what the model or the library cannot do."""
+        try:
+            self.shape(config)
+        except ValueError as error:  # it names the field: more microbatches than a comm has slots, say
+            raise InputError(str(error)) from error
         if self.expert_ranks > config.num_experts:
             raise InputError(f"{self.expert_ranks} expert ranks, but the model has {config.num_experts} experts")
 

@@ -1,58 +1,134 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ping-pong pipeline as data: the order in which an attention rank works on its microbatches."""
+"""The ping-pong pipeline as data: what an attention rank and an expert rank do next (MegaScale-Infer, section 4.1).
+
+Both schedules are generators of actions. Whoever carries an action out sends back what it brought; the ranks of the
+reference model and the simulator (simulate.py) run the same ones.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
-# Attention of a layer; its tokens then go to the experts, or through the dense part the layer has instead.
-ATTEND = "attend"
-# Until one of `waiting` is ready; whoever carries the schedule out sends which one it was.
-WAIT = "wait"
-# Take the answer of the experts and end the layer.
-COMBINE = "combine"
+# Attention ranks.
+BEGIN = "begin"  # Take the tokens of the microbatch's next step; send True if there are any.
+ATTEND = "attend"  # Attention of a layer, and its route; or the dense part that the layer has instead of experts.
+DISPATCH = "dispatch_send"  # Its tokens go to the experts.
+COMBINE = "combine_recv"  # Take the answer of the experts and end the layer.
+END = "end"  # The last layer is done: draw the new tokens.
+POLL = "poll"  # Send which of `waiting` can go on, the first if several, or None: there is something else to do.
+WAIT = "wait"  # The same, but there is nothing else to do: sleep until one can.
+# Expert ranks.
+RECEIVE = "dispatch_recv"  # Send the (layer, microbatch) that was received, or None at the end of the run.
+EXPERT = "expert"
+REPLY = "combine_send"
 
 
 class Action(NamedTuple):
-    """One thing to do; waiting: the microbatches whose tokens are with the experts, longest ago first."""
+    """One thing to do. Steps count per microbatch, from 0; waiting is for POLL and WAIT only."""
 
-    step: int
-    layer: int
-    microbatch: int
     kind: str
+    step: int = -1
+    layer: int = -1
+    microbatch: int = -1
     waiting: tuple[int, ...] = ()
 
 
-def ping_pong(
-    step: int, moe_layers: Sequence[bool], microbatches: Sequence[int]
-) -> Generator[Action, int | None, None]:
-    """Yield the actions of one step: every microbatch through every layer, each in layer order.
+Ready = int | bool | None
 
-    While the tokens of one microbatch are with the experts, the others' attention is computed. After a WAIT
-    the caller may send the microbatch that is ready; plain iteration takes the one that has waited longest,
-    the order of the MegaScale-Infer paper. Layers without experts (moe_layers is False) need no wait.
-    """
-    waiting: list[int] = []
-    layer_of = dict.fromkeys(microbatches, 0)
 
-    def advance(microbatch: int) -> Generator[Action, int | None, None]:
-        """Attend until tokens have gone to the experts or no layer is left."""
-        while layer_of[microbatch] < len(moe_layers):
-            layer = layer_of[microbatch]
-            yield Action(step, layer, microbatch, ATTEND)
-            if moe_layers[layer]:
-                waiting.append(microbatch)
+class _AttentionSchedule:
+    """The state of attention_schedule: every microbatch is in one of its collections, or being computed."""
+
+    def __init__(self, moe_layers: Sequence[bool], num_microbatches: int) -> None:
+        self.moe_layers = moe_layers
+        self.step_of, self.layer_of = [0] * num_microbatches, [0] * num_microbatches
+        self.to_begin = deque(range(num_microbatches))
+        self.idle: list[int] = []  # had no tokens when it was last asked
+        self.to_dispatch: list[
+            int
+        ] = []  # attention is computed; its slot may still await the answer to an empty message
+        self.to_combine: list[int] = []  # with the experts, longest ago first
+
+    def action(self, kind: str, microbatch: int) -> Action:
+        return Action(kind, self.step_of[microbatch], self.layer_of[microbatch], microbatch)
+
+    def compute(self, microbatch: int) -> Generator[Action, Ready, None]:
+        """Attention until tokens are to go to the experts, or the step ends."""
+        while self.layer_of[microbatch] < len(self.moe_layers):
+            yield self.action(ATTEND, microbatch)
+            if self.moe_layers[self.layer_of[microbatch]]:
+                self.to_dispatch.append(microbatch)
                 return
-            layer_of[microbatch] += 1
+            self.layer_of[microbatch] += 1
+        yield self.action(END, microbatch)
+        self.step_of[microbatch] += 1
+        self.layer_of[microbatch] = 0
+        # What this one leaves may be the next step of another.
+        self.to_begin.extend((microbatch, *self.idle))
+        self.idle.clear()
 
-    for microbatch in microbatches:
-        yield from advance(microbatch)
-    while waiting:
-        oldest = waiting[0]
-        ready = yield Action(step, layer_of[oldest], oldest, WAIT, tuple(waiting))
-        microbatch = oldest if ready is None else ready
-        waiting.remove(microbatch)
-        yield Action(step, layer_of[microbatch], microbatch, COMBINE)
-        layer_of[microbatch] += 1
-        yield from advance(microbatch)
+    def go_on(self, microbatch: int) -> Generator[Action, Ready, None]:
+        """One that waited is ready."""
+        if microbatch in self.to_dispatch:
+            self.to_dispatch.remove(microbatch)
+            yield self.action(DISPATCH, microbatch)
+            self.to_combine.append(microbatch)
+            return
+        self.to_combine.remove(microbatch)
+        yield self.action(COMBINE, microbatch)
+        self.layer_of[microbatch] += 1
+        yield from self.compute(microbatch)
+
+    def run(self) -> Generator[Action, Ready, None]:
+        while True:
+            # Tokens that are to leave come first: experts that have nothing to do cost most. Then steps that begin: a
+            # microbatch that is left behind would run alone at the end.
+            waiting = tuple(self.to_dispatch) if self.to_begin else (*self.to_dispatch, *self.to_combine)
+            if waiting:
+                ready = yield Action(POLL if self.to_begin else WAIT, waiting=waiting)
+                if ready is None and not self.to_begin:
+                    ready = waiting[0]
+                if ready is not None:
+                    yield from self.go_on(ready)
+                    continue
+            if not self.to_begin:
+                return
+            microbatch = self.to_begin.popleft()
+            if (yield self.action(BEGIN, microbatch)):
+                yield from self.compute(microbatch)
+            else:
+                self.idle.append(microbatch)
+
+
+def attention_schedule(moe_layers: Sequence[bool], num_microbatches: int) -> Generator[Action, Ready, None]:
+    """Yield what an attention rank does, until no microbatch has tokens and none is with the experts.
+
+    While the tokens of one microbatch are with the experts the others are computed, across steps too: a microbatch
+    begins its next step while others are still in theirs. WAIT comes only when nothing can be computed. A microbatch
+    that had no tokens is asked again when another one has ended a step. Where WAIT is answered with None the first
+    of `waiting` goes on: the one that has waited longest, the order of the paper.
+
+    Args:
+        moe_layers: for each layer of the model whether it has experts; the others need no dispatch.
+
+    Raises:
+        ValueError: no layers or no microbatches.
+    """
+    if not moe_layers:
+        raise ValueError("moe_layers: expected at least one layer")
+    if num_microbatches < 1:
+        raise ValueError(f"num_microbatches: expected at least 1, got {num_microbatches}")
+    return _AttentionSchedule(moe_layers, num_microbatches).run()
+
+
+def expert_schedule() -> Generator[Action, tuple[int, int] | None, None]:
+    """Yield what an expert rank does: it serves whatever is ready, until RECEIVE is answered with None."""
+    while True:
+        work = yield Action(RECEIVE)
+        if work is None:
+            return
+        layer, microbatch = work
+        yield Action(EXPERT, layer=layer, microbatch=microbatch)
+        yield Action(REPLY, layer=layer, microbatch=microbatch)

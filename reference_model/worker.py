@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import time
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,17 @@ import torch
 
 import m2n
 
+from . import schedule, trace
 from .checkpoint import Checkpoint, check
 from .config import ModelConfig
 from .engine import AttentionEngine
 from .experts import ExpertWeights, RemoteExperts
 from .model import Decoder
 from .routes import RouteRecorder
-from .run_config import ATTENTION, EXPERT, RunConfig
+from .run_config import ATTENTION, RunConfig
+from .schedule import expert_schedule
 from .scheduler import Scheduler, Sequence
+from .trace import Tracer
 
 Event = dict[str, Any]
 Emit = Callable[[Event], None]
@@ -43,78 +46,140 @@ def run_attention(
     comm: m2n.AttentionComm, run: RunConfig, decoder: Decoder, prompts: dict[int, list[int]], emit: Emit
 ) -> None:
     """Answer these prompts (by their number in the run); emits "tokens" per step and at the end "done"."""
-    experts = RemoteExperts(comm, run.timeout_s)
+    tracer = Tracer()
     recorder = RouteRecorder(comm.rank, decoder.config.top_k) if run.record_routes else None
-    scheduler = Scheduler(run.max_batch, run.max_tokens, run.microbatches)
-    engine = AttentionEngine(decoder, experts, scheduler, run.sampling, run.ignore_eos, recorder)
+    engine = AttentionEngine(
+        decoder,
+        RemoteExperts(comm, run.timeout_s),
+        Scheduler(run.max_batch, run.max_tokens, run.microbatches),
+        run.sampling,
+        run.ignore_eos,
+        recorder,
+        tracer,
+        sends_empty=run.is_lockstep and run.attention_ranks > 1,
+    )
     sequences = [Sequence(idx, token_ids, run.max_new_tokens) for idx, token_ids in prompts.items()]
-    started = time.perf_counter()
     for new_tokens in engine.run(sequences):
-        if new_tokens:
-            emit({"event": "tokens", "tokens": [list(token) for token in new_tokens]})
-    total_s = time.perf_counter() - started
+        emit({"event": "tokens", "tokens": [list(token) for token in new_tokens]})
     if recorder is not None:
         emit({"event": "routes", "routes": recorder.encode()})
-    counts = {"steps": engine.num_steps, "tokens": engine.num_tokens}
-    emit({"event": "done", "stats": _stats(comm, total_s - experts.wait_s, experts.wait_s, counts)})
+    _emit_end(comm, tracer, {"steps": engine.num_steps, "tokens": engine.num_tokens}, emit)
+
+
+class _ExpertWorker:
+    """Carries out expert_schedule."""
+
+    def __init__(self, comm: m2n.ExpertComm, run: RunConfig, weights: ExpertWeights) -> None:
+        self.comm, self.run, self.weights, self.tracer = comm, run, weights, Tracer()
+        self.num_batches, self.num_pairs = 0, 0
+        self.do: dict[str, Callable[[], Any]] = {
+            schedule.RECEIVE: self._receive,
+            schedule.EXPERT: self._expert,
+            schedule.REPLY: self._reply,
+        }
+        # In strict lockstep: whom a batch must have; a rank that is done leaves it.
+        self.attention_ranks = list(range(run.attention_ranks)) if run.is_lockstep else None
+
+    def _receive(self) -> tuple[int, int] | None:
+        at, batch = self.tracer.now(), self._next_batch(0.0)
+        is_waited_for = batch is None
+        while batch is None:
+            if self._is_over():
+                return None
+            batch = self._next_batch(_IDLE_S)
+        self.batch, self.place = batch, (-1, batch.layer, batch.microbatch)
+        if is_waited_for:
+            at = self.tracer.add(trace.WAIT, at, *self.place)
+        ranks = trace.ALL_RANKS if max(batch.peers) > 62 else sum(1 << rank for rank in batch.peers)
+        num_bytes = batch.num_rows * batch.x.shape[1] * batch.x.element_size()
+        self.tracer.add(trace.DISPATCH_RECV, at, *self.place, num_bytes, ranks)
+        self.num_batches, self.num_pairs = self.num_batches + 1, self.num_pairs + batch.num_pairs
+        return batch.layer, batch.microbatch
+
+    def _next_batch(self, timeout_s: float) -> m2n.Batch | None:
+        if self.attention_ranks is None:
+            return self.comm.dispatch_recv(linger_us=self.run.linger_us, timeout=timeout_s)
+        try:
+            return self.comm.dispatch_recv(linger_us=None, attention_ranks=self.attention_ranks, timeout=timeout_s)
+        except m2n.PeerLost as lost:
+            if not any(peer.rank == lost.peer and peer.state == "left" for peer in self.comm.peers()):
+                raise
+            self.attention_ranks.remove(lost.peer)
+        except m2n.Timeout:  # of this look, not of the run: the others are still computing
+            pass
+        return None
+
+    def _is_over(self) -> bool:
+        return sum(peer.state == "left" for peer in self.comm.peers()) >= self.run.attention_ranks
+
+    def _expert(self) -> None:
+        batch, began = self.batch, self.tracer.now()
+        # The rows are read where they landed: each expert gathers its own by index.
+        offsets = batch.expert_offsets.tolist()
+        self.y_PH = self.weights.outputs(batch.layer, batch.x, batch.row_index_by_expert, offsets)
+        self.tracer.add(trace.EXPERT, began, *self.place)
+
+    def _reply(self) -> None:
+        began = self.tracer.now()
+        num_rows = self.batch.num_rows if self.run.reduce_at == "expert" else self.batch.num_pairs
+        self.comm.combine_send(self.batch, self.y_PH)
+        num_bytes = num_rows * self.y_PH.shape[1] * self.y_PH.element_size()
+        self.tracer.add(trace.COMBINE_SEND, began, *self.place, num_bytes)
 
 
 def run_expert(comm: m2n.ExpertComm, run: RunConfig, weights: ExpertWeights, emit: Emit) -> None:
     """Answer whichever (layer, microbatch) is ready, until every attention rank of the run has left."""
-    busy_s = wait_s = 0.0
-    num_batches = num_pairs = 0
-    while True:
-        started = time.perf_counter()
-        batch = comm.dispatch_recv(timeout=_IDLE_S)
-        received = time.perf_counter()
-        if batch is None:
-            if _all_left(comm, run.attention_ranks):
-                break
-            wait_s += received - started
-            continue
-        wait_s += received - started
-        num_batches, num_pairs = num_batches + 1, num_pairs + batch.num_pairs
-        # The rows are read where they landed: each expert gathers its own by index.
-        offsets = batch.expert_offsets.tolist()
-        comm.combine_send(batch, weights.outputs(batch.layer, batch.x, batch.row_index_by_expert, offsets))
-        busy_s += time.perf_counter() - received
-    counts = {"batches": num_batches, "pairs": num_pairs}
-    emit({"event": "done", "stats": _stats(comm, busy_s, wait_s, counts)})
+    worker = _ExpertWorker(comm, run, weights)
+    actions = expert_schedule()
+    answer: tuple[int, int] | None = None
+    with contextlib.suppress(StopIteration):
+        while True:
+            answer = worker.do[actions.send(answer).kind]()
+    _emit_end(comm, worker.tracer, {"batches": worker.num_batches, "pairs": worker.num_pairs}, emit)
 
 
-def _all_left(comm: m2n.ExpertComm, num_attention_ranks: int) -> bool:
-    return sum(peer.state == "left" for peer in comm.peers()) >= num_attention_ranks
-
-
-def _stats(comm: Any, busy_s: float, wait_s: float, counts: dict[str, int]) -> dict[str, Any]:
+def _emit_end(comm: Any, tracer: Tracer, counts: dict[str, int], emit: Emit) -> None:
     counters = comm.stats()
-    moved = {name: int(counters[name]) for name in ("bytes_sent", "bytes_received")}
-    return {"busy_s": busy_s, "wait_s": wait_s, **counts, **moved}
+    moved = {name: int(counters[name]) for name in ("bytes_sent", "bytes_received", "signals_held")}
+    times = {"busy_s": tracer.seconds(trace.COMPUTING + trace.COMMUNICATING), "wait_s": tracer.seconds((trace.WAIT,))}
+    emit({"event": "trace", "trace": tracer.encode()})
+    emit({"event": "done", "stats": {**times, **counts, **moved, "held_us": counters["held_us"]}})
 
 
-def run_rank(run: RunConfig, role: str, rank: int, prompts: dict[int, list[int]], store: Any, emit: Emit) -> None:
-    """Load what this rank needs, connect, work, say goodbye. Emits "ready" once connected."""
+def load_rank(run: RunConfig, role: str, rank: int) -> Decoder | ExpertWeights:
+    """The tensors that a rank of this run needs."""
+    if role == ATTENTION:
+        return load_decoder(run.checkpoint, run.torch_dtype)
+    placement = run.placement(ModelConfig.from_directory(run.checkpoint))
+    return load_experts(run.checkpoint, list(placement.experts_of(rank)), run.torch_dtype)
+
+
+def run_rank(
+    run: RunConfig,
+    role: str,
+    rank: int,
+    prompts: dict[int, list[int]],
+    store: Any,
+    emit: Emit,
+    loaded: Decoder | ExpertWeights | None = None,
+) -> None:
+    """Load what this rank needs (unless it is `loaded`), connect, work, say goodbye. Emits "ready" once connected."""
     torch.set_num_threads(run.num_threads)
-    config = ModelConfig.from_directory(run.checkpoint)
-    placement = run.placement(config)
-    comm_config = m2n.Config(job=run.job, timeout_s=run.timeout_s, connect_timeout_s=run.connect_timeout_s)
-    # A place for every rank of the other side, and for as many that replace one.
-    max_peers = 2 * (run.expert_ranks if role == ATTENTION else run.attention_ranks)
+    loaded = loaded or load_rank(run, role, rank)
     options: dict[str, Any] = {
         "rank": rank,
-        "shape": run.shape(config),
-        "placement": placement,
+        "shape": run.shape(loaded.config),
+        "placement": run.placement(loaded.config),
         "store": store,
-        "max_peers": max_peers,
-        "config": comm_config,
+        # A place for every rank of the other side, and for as many that replace one.
+        "max_peers": 2 * (run.expert_ranks if role == ATTENTION else run.attention_ranks),
+        "config": run.comm_config,
     }
-    if role == EXPERT:
-        weights = load_experts(run.checkpoint, list(placement.experts_of(rank)), run.torch_dtype)
+    if isinstance(loaded, Decoder):
+        with m2n.AttentionComm(**options) as attention_comm:
+            emit({"event": "ready"})
+            run_attention(attention_comm, run, loaded, prompts, emit)
+    else:
         with m2n.ExpertComm(**options) as expert_comm:
             emit({"event": "ready"})
-            run_expert(expert_comm, run, weights, emit)
-        return
-    decoder = load_decoder(run.checkpoint, run.torch_dtype)
-    with m2n.AttentionComm(**options) as attention_comm:
-        emit({"event": "ready"})
-        run_attention(attention_comm, run, decoder, prompts, emit)
+            run_expert(expert_comm, run, loaded, emit)

@@ -78,6 +78,7 @@ def run_as_threads(run: RunConfig, prompts: list[list[int]]) -> RunResult:
         shape=run.shape(config),
         placement=placement,
         max_peers=4,
+        config=run.comm_config,
     )
     return result
 
@@ -134,6 +135,31 @@ def test_an_attention_rank_without_prompts_delays_nobody(root: Path) -> None:
     assert result.answers == expected[:2]
     idle = next(about for about in result.ranks if about["role"] == "attention" and about["rank"] == 2)
     assert idle["steps"] == 0
+
+
+@pytest.mark.parametrize("linger_us", [0.0, 20_000.0, None], ids=["no linger", "long linger", "lockstep"])
+@pytest.mark.parametrize("num_prompts", [2, 4])
+def test_lingering_and_lockstep_agree_token_for_token(linger_us: float | None, num_prompts: int, root: Path) -> None:
+    """Unequal work: one rank has no prompt, or two where the others have one; and microbatches without tokens."""
+    directory, expected = checkpoint_and_tokens(root, "qwen3_moe", 8)
+    run = make_run(directory, 3, 2, 2, linger_us=linger_us)
+    result = run_as_threads(run, PROMPTS[:num_prompts])
+    assert result.answers == expected[:num_prompts]
+    ranks = {(about["role"], about["rank"]): about for about in result.ranks}
+    if linger_us is None and num_prompts == 4:
+        # Every batch held all ranks that were still at work: no more of them than the longest rank's messages, of which
+        # the last step of either microbatch may have been left undone.
+        num_layers, steps = 2, max(ranks["attention", rank]["steps"] for rank in range(3))
+        assert ranks["expert", 0]["batches"] <= num_layers * (steps + 2)
+
+
+def test_a_slow_network_changes_no_token(root: Path) -> None:
+    directory, expected = checkpoint_and_tokens(root, "mixtral", 8)
+    run = make_run(directory, 2, 2, 3, delay_us=300.0, jitter_us=500.0, seed=7)
+    result = run_as_threads(run, PROMPTS)
+    assert result.answers == expected
+    held = [about["held_us"] / about["signals_held"] for about in result.ranks]
+    assert len(held) == 4 and all(300 <= mean_us for mean_us in held)
 
 
 def test_a_model_with_dense_layers_only_needs_no_dispatch(tmp_path: Path) -> None:

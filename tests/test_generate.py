@@ -241,7 +241,14 @@ def refused(capsys: pytest.CaptureFixture[str], *options: object) -> str:
         (["--prompt", ""], "prompt 1 has no tokens"),
         (["--prompt", "x" * 256], "prompt 1 has 256 tokens; the context of the model is 256"),
         (["--prompts", "/nowhere/prompts.txt"], "cannot read the prompts"),
-        (["--json", "/nowhere/out.json"], "its directory does not exist"),
+        (["--microbatches", 64], "microbatches: expected at most 63, got 64"),
+        (["--linger-us", -1], "linger-us must be microseconds"),
+        (["--delay-us", -1], "delay_us"),
+        (["--jitter-us", 1e9], "jitter_us"),
+        (["--json", "/nowhere/out.json"], "/nowhere/out.json"),
+        (["--trace", "/nowhere/trace.json"], "/nowhere/trace.json"),
+        (["--trace", "/proc/trace.json"], "/proc/trace.json"),
+        (["--timeline", "/nowhere/timeline.png"], "/nowhere/timeline.png"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -264,6 +271,8 @@ def test_a_bad_checkpoint_is_refused_before_any_rank_starts(
     (tmp_path / "model.safetensors").write_bytes(whole[:-10])
     assert "is truncated: tensor" in refused(capsys, *options)
     (tmp_path / "model.safetensors").write_bytes(whole)
+    tiny.edit_config(tmp_path, num_hidden_layers=0)
+    assert "num_hidden_layers must be a positive integer" in refused(capsys, *options)
     tiny.edit_config(tmp_path, num_hidden_layers=3)
     assert "lacks tensor model.layers.2." in refused(capsys, *options)
     tiny.edit_config(tmp_path, architectures=["GPT2LMHeadModel"], model_type="gpt2")

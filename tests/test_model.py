@@ -19,8 +19,6 @@ from m2n.reference_model.config import ModelConfig  # noqa: E402
 from m2n.reference_model.errors import CheckpointError, ConfigError, InputError  # noqa: E402
 from m2n.reference_model.monolithic import MonolithicModel  # noqa: E402
 from m2n.reference_model.sampling import Sampler, SamplingConfig  # noqa: E402
-from m2n.reference_model.schedule import ATTEND, COMBINE, WAIT, ping_pong  # noqa: E402
-from m2n.reference_model.scheduler import Scheduler, Sequence  # noqa: E402
 
 NUM_NEW = 12
 FAMILIES = ("mixtral", "qwen3_moe", "olmoe")
@@ -271,7 +269,7 @@ def test_configurations_of_well_known_checkpoints_are_understood() -> None:
     assert (mixtral.num_experts, mixtral.rope.theta, mixtral.sliding_window) == (8, 1e6, 4096)
 
 
-# ---- sampling, scheduler, schedule
+# ---- sampling
 
 
 def test_sampling_follows_the_distribution_and_top_p_cuts_its_tail() -> None:
@@ -298,63 +296,3 @@ def test_sampled_answers_depend_on_the_seed_and_not_on_batching(tmp_path: Path) 
 def test_sampling_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         SamplingConfig(**options)
-
-
-def test_the_scheduler_never_exceeds_its_limits_and_decodes_first() -> None:
-    scheduler = Scheduler(max_batch=4, max_tokens=8, num_microbatches=2)
-    scheduler.add(Sequence(idx, [0] * length, 4) for idx, length in enumerate((20, 1, 1, 30, 5)))
-    assert [sequence.idx for sequence in scheduler.admit()] == [0, 1, 2, 3]
-    assert len(scheduler.waiting) == 1
-    plan = scheduler.plan()
-    assert [[(piece.sequence.idx, piece.num_tokens) for piece in pieces] for pieces in plan] == [
-        [(1, 1), (0, 7)],
-        [(2, 1), (3, 7)],
-    ]
-    assert [piece.completes for pieces in plan for piece in pieces] == [True, False, True, False]
-    scheduler.leave(scheduler.running[0])
-    assert [sequence.idx for sequence in scheduler.admit()] == [4]
-
-
-@pytest.mark.parametrize("moe_layers", [(True,) * 3, (True, False, True), (False, True, False), (False,)])
-@pytest.mark.parametrize("microbatches", [(0,), (0, 1), (0, 1, 2), (1, 2)])
-@pytest.mark.parametrize("order", ["oldest", "newest"])
-def test_the_schedule_runs_every_layer_of_every_microbatch_once_and_waits_only_when_all_are_out(
-    moe_layers: tuple[bool, ...], microbatches: tuple[int, ...], order: str
-) -> None:
-    schedule = ping_pong(5, moe_layers, microbatches)
-    seen: dict[int, list[tuple[str, int]]] = {microbatch: [] for microbatch in microbatches}
-    out: set[int] = set()
-    reply: int | None = None
-    while True:
-        try:
-            action = schedule.send(reply)
-        except StopIteration:
-            break
-        reply = None
-        assert action.step == 5
-        if action.kind == WAIT:
-            assert set(action.waiting) == out
-            unfinished = {m for m in microbatches if len(seen[m]) < len(moe_layers) + sum(moe_layers)}
-            assert out == unfinished, "waits although another microbatch could be computed"
-            reply = action.waiting[-1] if order == "newest" else None
-            continue
-        seen[action.microbatch].append((action.kind, action.layer))
-        if action.kind == COMBINE:
-            out.remove(action.microbatch)
-        elif moe_layers[action.layer]:
-            out.add(action.microbatch)
-    expected = [
-        (kind, layer)
-        for layer, has_experts in enumerate(moe_layers)
-        for kind in ((ATTEND, COMBINE) if has_experts else (ATTEND,))
-    ]
-    assert all(actions == expected for actions in seen.values())
-
-
-def test_the_plain_schedule_of_two_microbatches_is_ping_pong() -> None:
-    actions = [(a.kind, a.layer, a.microbatch) for a in ping_pong(0, (True, True), (0, 1)) if a.kind != WAIT]
-    assert actions == [
-        (ATTEND, 0, 0), (ATTEND, 0, 1),
-        (COMBINE, 0, 0), (ATTEND, 1, 0), (COMBINE, 0, 1), (ATTEND, 1, 1),
-        (COMBINE, 1, 0), (COMBINE, 1, 1),
-    ]  # fmt: skip
