@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the processes of `m2n-bench pingpong` do: one rank of a run, the parts of a layer alone, or all in one."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from m2n.reference_model import trace
+from m2n.reference_model.engine import AttentionEngine
+from m2n.reference_model.experts import ExpertWeights, LocalExperts
+from m2n.reference_model.model import Decoder
+from m2n.reference_model.run_config import ATTENTION, EXPERT, RunConfig
+from m2n.reference_model.sampling import SamplingConfig
+from m2n.reference_model.scheduler import Scheduler, Sequence
+from m2n.reference_model.trace import Tracer
+from m2n.reference_model.worker import load_rank, run_rank
+
+Kept = dict[Any, Any]
+
+
+def prompts_of(run: RunConfig) -> list[list[int]]:
+    """One token each, so that the first step is like all others."""
+    num_prompts = run.max_batch * run.attention_ranks
+    return [[1 + idx % 200] for idx in range(num_prompts)]
+
+
+def _loaded(kept: Kept, run: RunConfig, role: str, rank: int) -> Decoder | ExpertWeights:
+    key = (run.checkpoint, role, rank, run.expert_ranks)
+    if key not in kept:
+        kept.clear()
+        kept[key] = load_rank(run, role, rank)
+    loaded: Decoder | ExpertWeights = kept[key]
+    return loaded
+
+
+def run_one_rank(kept: Kept, run: RunConfig, role: str, rank: int, store: str) -> list[dict[str, Any]]:
+    """One rank of a run; returns its events."""
+    events: list[dict[str, Any]] = []
+    prompts = prompts_of(run)
+    share = {idx: prompts[idx] for idx in run.share(rank, len(prompts))} if role == ATTENTION else {}
+
+    def emit(event: dict[str, Any]) -> None:
+        events.append({**event, "role": role, "rank": rank})
+
+    run_rank(run, role, rank, share, store, emit, _loaded(kept, run, role, rank))
+    return events
+
+
+class _EchoExperts:
+    """Experts that take no time: the tokens come back as they are."""
+
+    def __init__(self) -> None:
+        self._x: dict[int, torch.Tensor] = {}
+
+    def route(self, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
+        return None
+
+    def dispatch(self, x_TH: torch.Tensor, route: Any, layer: int, microbatch: int) -> tuple[int, int]:
+        self._x[microbatch] = x_TH
+        return 0, 0
+
+    def ready(self, microbatches: Any) -> int:
+        return int(microbatches[0])
+
+    wait_ready = ready
+
+    def combine(self, microbatch: int) -> torch.Tensor:
+        return self._x.pop(microbatch)
+
+
+def time_attention(kept: Kept, run: RunConfig, seconds: float) -> tuple[list[float], list[float]]:
+    """The attention side alone, one microbatch of run.max_batch sequences, for at least so long.
+
+    Returns (T_a of each layer, the time between the last layer of a step and the first of the next), in seconds.
+    """
+    decoder = _loaded(kept, run, ATTENTION, 0)
+    assert isinstance(decoder, Decoder)
+    t_a: list[float] = []
+    t_step: list[float] = []
+    until = time.monotonic() + seconds
+    while not t_a or time.monotonic() < until:
+        tracer = Tracer()
+        scheduler = Scheduler(run.max_batch, run.max_tokens, 1)
+        engine = AttentionEngine(decoder, _EchoExperts(), scheduler, SamplingConfig(), ignore_eos=True, tracer=tracer)
+        for _ in engine.run(Sequence(idx, ids, run.max_new_tokens) for idx, ids in enumerate(prompts_of(run))):
+            pass
+        parts = _sums(tracer, (trace.ATTENTION, trace.ROUTE, trace.DISPATCH_SEND, trace.COMBINE_RECV))
+        t_a += [total for (_, layer), total in parts.items() if layer >= 0]
+        t_step += _sums(tracer, (trace.EMBED, trace.SAMPLE)).values()
+    return t_a, t_step
+
+
+def _sums(tracer: Tracer, kinds: tuple[int, ...]) -> dict[tuple[int, int], float]:
+    """Seconds in events of these kinds by (step, layer)."""
+    sums: dict[tuple[int, int], float] = {}
+    traced = trace.Trace.decode(ATTENTION, 0, tracer.encode())
+    for kind, begin_ns, end_ns, step, layer, *_ in traced.events.tolist():
+        if kind in kinds and step > 0:  # the first step warms up
+            sums[step, layer] = sums.get((step, layer), 0.0) + (end_ns - begin_ns) / 1e9
+    return sums
+
+
+def time_experts(kept: Kept, run: RunConfig, seconds: float) -> list[float]:
+    """The expert side alone, on batches of run.max_batch tokens with random routes; T_e of each, in seconds."""
+    weights = _loaded(kept, run, EXPERT, 0)
+    assert isinstance(weights, ExpertWeights)
+    config, generator = weights.config, torch.Generator().manual_seed(0)
+    batches = []
+    for _ in range(16):
+        ids_TK = torch.rand(run.max_batch, config.num_experts, generator=generator).topk(config.top_k).indices
+        rows = [torch.where(ids_TK == expert)[0].to(torch.int32) for expert in weights.expert_ids]
+        offsets = [0, *torch.tensor([len(each) for each in rows]).cumsum(0).tolist()]
+        batches.append((torch.randn(run.max_batch, config.hidden, generator=generator), torch.cat(rows), offsets))
+    times: list[float] = []
+    until = time.monotonic() + seconds
+    while len(times) < 32 or time.monotonic() < until:
+        for number, (x_RH, rows_P, offsets) in enumerate(batches):
+            began = time.perf_counter()
+            weights.outputs(number % config.num_layers, x_RH, rows_P, offsets)
+            times.append(time.perf_counter() - began)
+    return times[16:]
+
+
+def run_monolithic(kept: Kept, run: RunConfig) -> list[dict[str, Any]]:
+    """Attention and all experts in this process, one microbatch; the events of one attention rank."""
+    one = RunConfig(checkpoint=run.checkpoint)
+    key = (run.checkpoint, "monolithic")
+    if key not in kept:
+        kept.clear()
+        kept[key] = (load_rank(one, ATTENTION, 0), load_rank(one, EXPERT, 0))
+    decoder, weights = kept[key]
+    tracer = Tracer()
+    scheduler = Scheduler(run.max_batch, run.max_tokens, 1)
+    engine = AttentionEngine(decoder, LocalExperts(weights), scheduler, SamplingConfig(), True, tracer=tracer)
+    for _ in engine.run(Sequence(idx, ids, run.max_new_tokens) for idx, ids in enumerate(prompts_of(run))):
+        pass
+    return [{"event": "trace", "trace": tracer.encode(), "role": ATTENTION, "rank": 0}]
