@@ -13,6 +13,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from m2n.reference_model.trace import ATTENTION, Tracer
+
 from .pingpong import FIXED_GLOBAL_BATCH, FIXED_MICROBATCH, MICROBATCHES, Measured, Options
 from .synthetic import ModelShape
 
@@ -107,6 +109,25 @@ def _cores_speedup(options: Options, one: Round) -> float:
     )
 
 
+def _trace_cost(options: Options, rounds: Sequence[Round]) -> dict[str, float]:
+    """What recording costs the busier rank: its events per step of a microbatch, and their share of the step."""
+    tracer, count = Tracer(), 20_000
+    at = began = tracer.now()
+    for _ in range(count):
+        at = tracer.add(ATTENTION, at, 0, 0, 0)
+    event_ns = (at - began) / count
+    run = rounds[-1]["runs"][FIXED_MICROBATCH, options.ratios[0], 2]
+    num_steps = sum(len(ends) for ends in run.step_ends_s.values())
+    events = max(len(each.events) for each in run.traces) / num_steps
+    step_ns = statistics.median(run.between_tokens_s) * 1e9 / len(run.step_ends_s)
+    return {
+        "ns_per_event": round(event_ns),
+        "events_per_step": round(events, 1),
+        "step_ms": round(step_ns / 1e6, 3),
+        "share_of_step": round(event_ns * events / step_ns, 5),
+    }
+
+
 def report(options: Options, shape: ModelShape, rounds: Sequence[Round]) -> dict[str, Any]:
     """Everything as JSON values, but for the machine and the command."""
     gains = _gains(FIXED_MICROBATCH, options, rounds)
@@ -117,6 +138,7 @@ def report(options: Options, shape: ModelShape, rounds: Sequence[Round]) -> dict
         "cores_speedup": _median(lambda one: _cores_speedup(options, one), rounds, 3),
         "t_f_ms": _median(lambda one: one["t_f"] * 1e3, rounds),
         "times_by_sequences": _times(options, rounds),
+        "trace_cost": _trace_cost(options, rounds),
         **gains,
         "fixed_microbatch": {"rows": _rows(FIXED_MICROBATCH, options, rounds)},
         "fixed_global_batch": {
@@ -138,6 +160,11 @@ def print_report(about: dict[str, Any], console: Console) -> None:
     """The tables, for people."""
     console.print(
         f"two busy cores do {about['cores_speedup']:.2f} x the work of one; T_f = {about['t_f_ms']:.2f} ms, both busy"
+    )
+    cost = about["trace_cost"]
+    console.print(
+        f"traces: {cost['ns_per_event']} ns an event, {cost['events_per_step']} events in a step of "
+        f"{cost['step_ms']:.1f} ms: {100 * cost['share_of_step']:.2f} %"
     )
     for title, part in (("fixed microbatch size", about), ("fixed global batch", about["fixed_global_batch"])):
         table = Table(title=f"gain in tokens/s, {title}: measured / simulated (paper)", box=None, header_style="")

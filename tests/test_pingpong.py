@@ -46,6 +46,7 @@ def test_a_tiny_run_writes_both_tables_the_gains_and_the_pictures(tmp_path: Path
             assert row["tokens_per_s"] > 0 and row["between_tokens_p99_ms"] >= row["between_tokens_p50_ms"] > 0
             # Signals were held back as long as was asked for, and not at all where nothing was.
             assert (row["held_ms"] >= 0.5 * about["t_f_ms"] * 0.99) == (row["tc_over_tf"] == 0.5)
+    assert about["trace_cost"]["ns_per_event"] > 0 and about["trace_cost"]["events_per_step"] > 2 * 4
     assert len(about["deployments"]) == 5 and all(row["tokens_per_s"] > 0 for row in about["deployments"])
     assert all(files[name].read_bytes().startswith(b"\x89PNG") for name in ("plot.png", "timeline.png"))
     assert json.loads(files["trace.json"].read_text())["traceEvents"]
