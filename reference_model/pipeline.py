@@ -27,6 +27,8 @@ SHORTFALL = 1.05
 MUCH_COMMUNICATING, MUCH_BUBBLE = 0.25, 0.35
 MAX_ADVICE = 3
 
+SHARES = ("busy", "communicating", "waiting", "other")
+
 WAITED_FOR, HIDDEN, HELD_BACK = "messages that were waited for", "hidden", "held-back signals"
 
 
@@ -83,13 +85,14 @@ def _shares(traces: Sequence[Trace]) -> list[dict[str, Any]]:
     span_ns = max(min([end_ns, *cut_short]) - begin_ns, 0)
     ranks = []
     for trace in traces:
-        clipped = (np.clip(trace.field(name), begin_ns, begin_ns + span_ns) for name in ("begin_ns", "end_ns"))
-        kind, time_ns = trace.field("kind"), -np.subtract(*clipped)
-        kinds = {"busy": COMPUTING, "communicating": COMMUNICATING, "waiting": (WAIT,)}
-        shares = {name: int(time_ns[np.isin(kind, of)].sum()) / max(span_ns, 1) for name, of in kinds.items()}
-        shares["other"] = max(1.0 - sum(shares.values()), 0.0)
-        rounded = {name: round(share, 4) for name, share in shares.items()}
-        ranks.append({"role": trace.role, "rank": trace.rank, **rounded})
+        first_ns, last_ns = (
+            np.clip(trace.field(name), begin_ns, begin_ns + span_ns) for name in ("begin_ns", "end_ns")
+        )
+        kind, time_ns = trace.field("kind"), last_ns - first_ns
+        times_ns = [int(time_ns[np.isin(kind, of)].sum()) for of in (COMPUTING, COMMUNICATING, (WAIT,))]
+        shares = [round(each_ns / max(span_ns, 1), 4) for each_ns in times_ns]
+        shares.append(max(round(1 - sum(shares), 4), 0.0))
+        ranks.append({"role": trace.role, "rank": trace.rank, **dict(zip(SHARES, shares))})
     return ranks
 
 
@@ -207,12 +210,15 @@ def _advice(summary: dict[str, Any]) -> list[str]:
     is_slow_wire = t_c is not None and t_c >= t_f
     if is_slow_wire:
         advice.append(
-            f"T_c is {t_c / t_f:.2g} x T_f: the network is slower than compute; use larger microbatches or a faster link."
+            f"T_c is {t_c / t_f:.1f} x T_f: the network is slower than compute; "
+            "use larger microbatches or a faster link."
         )
     m, full = summary["microbatches"], summary["constraints"]["3"]
     if full["needed_us"] is not None and full["needed_us"] > SHORTFALL * full["m_t_f_us"]:
-        enough = max(math.ceil(2 * (1 + t_c / t_f)), m + 1)
-        advice.append(f"m = {m} is too few for T_c/T_f = {t_c / t_f:.2f}: {enough} microbatches would fill the pipeline.")
+        enough = math.ceil(2 * (1 + t_c / t_f))
+        advice.append(
+            f"m = {m} is too few for T_c/T_f = {t_c / t_f:.2f}: {enough} microbatches would fill the pipeline."
+        )
     elif full["holds"] is False and t_c is None:
         advice.append(f"m = {m} is too few: attention and experts take turns; 3 microbatches would fill the pipeline.")
     if t_e > BALANCE * t_a:
@@ -222,17 +228,18 @@ def _advice(summary: dict[str, Any]) -> list[str]:
         )
     elif t_a > BALANCE * t_e:
         advice.append(
-            f"T_a is {t_a / t_e:.1f} x T_e: attention is the bottleneck; use more attention ranks for these expert ranks."
+            f"T_a is {t_a / t_e:.1f} x T_e: attention is the bottleneck; "
+            "use more attention ranks for these expert ranks."
         )
     if summary["communicating"] > MUCH_COMMUNICATING and not is_slow_wire:
         advice.append(
-            f"The ranks spend {summary['communicating']:.0%} of their time in the verbs: the microbatches are too small; "
-            "use more sequences per microbatch."
+            f"The ranks spend {summary['communicating']:.0%} of their time in the verbs: "
+            "the microbatches are too small; use more sequences per microbatch."
         )
     if not advice and summary["bubble"] > MUCH_BUBBLE:
         advice.append(
-            f"T_a, T_e, T_c and m fit, and still the ranks are idle for {summary['bubble']:.0%} of the time: microbatches "
-            "of different size, ranks that run out of sequences, or processes that share cores."
+            f"T_a, T_e, T_c and m fit, and still the ranks are idle for {summary['bubble']:.0%} of the time: "
+            "microbatches of different size, ranks that run out of sequences, or processes that share cores."
         )
     return advice[:MAX_ADVICE] or ["T_a and T_e are balanced and the pipeline is full: nothing needs to change."]
 
@@ -242,12 +249,15 @@ def describe(summary: dict[str, Any]) -> list[str]:
     lines = []
     for role in dict.fromkeys(rank["role"] for rank in summary["ranks"]):
         of_role = [rank for rank in summary["ranks"] if rank["role"] == role]
-        shares = {name: _mean([rank[name] for rank in of_role]) for name in ("busy", "communicating", "waiting", "other")}
+        shares = {name: _mean([rank[name] for rank in of_role]) for name in SHARES}
         lines.append(f"{role} ranks: " + ", ".join(f"{share:.0%} {name}" for name, share in shares.items()))
-    times = [f"{name} {_us(summary[key])}" for name, key in (("T_a", "t_a_us"), ("T_e", "t_e_us"), ("T_c", "t_c_us"))]
-    samples = f", {summary['t_c_samples']} samples" if summary["t_c_source"] == WAITED_FOR else ""
-    bubble = f"; bubble {summary['bubble']:.0%}" if summary["bubble"] is not None else ""
-    lines.append(f"{', '.join(times)} ({summary['t_c_source']}{samples}){bubble}")
+    t_c = {
+        WAITED_FOR: f"{_us(summary['t_c_us'])} ({summary['t_c_samples']} {WAITED_FOR})",
+        HELD_BACK: f"{_us(summary['t_c_us'])} ({HELD_BACK})",
+        HIDDEN: HIDDEN,
+    }[summary["t_c_source"]]
+    bubble = "" if summary["bubble"] is None else f"; bubble {summary['bubble']:.0%}"
+    lines.append(f"T_a {_us(summary['t_a_us'])}, T_e {_us(summary['t_e_us'])}, T_c {t_c}{bubble}")
     if summary["t_f_us"]:
         lines.append(_describe_constraints(summary))
     if summary["counts"]["dropped"]:
@@ -257,11 +267,10 @@ def describe(summary: dict[str, Any]) -> list[str]:
 
 def _describe_constraints(summary: dict[str, Any]) -> str:
     about, m = summary["constraints"], summary["microbatches"]
-    round_us = about["3"]["round_us"]
     says = (
         (about["1"], f"T_e/T_a = {about['1']['t_e_over_t_a']:.2f}, T_a ~ T_e"),
         (about["2"], "T_c < T_f"),
-        (about["3"], f"{m} T_f = {_us(about['3']['m_t_f_us'])} >= 2 (T_f + T_c) = {_us(round_us)}"),
+        (about["3"], f"{m} T_f = {_us(about['3']['m_t_f_us'])} >= 2 (T_f + T_c) = {_us(about['3']['round_us'])}"),
     )
     words = {True: "yes", False: "no", None: "unknown"}
     return "; ".join(f"({idx}) {text}: {words[each['holds']]}" for idx, (each, text) in enumerate(says, 1))
