@@ -130,12 +130,17 @@ def run_python(sanitizer: Sanitizer, tmp_path: Path, *arguments: str | Path) -> 
     reports = tmp_path / "reports"
     reports.mkdir()
     log = f"log_path={reports}/report"
+    # The C library frees the thread-local memory of threads that have ended under a lock of its loader's, which
+    # ThreadSanitizer does not see.
+    suppressions = tmp_path / "suppressions"
+    suppressions.write_text("race:_dl_deallocate_tls\n")
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(stage), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]),
         # libstdc++ as well: the interceptor of `throw` is looked up when the sanitizer starts.
         "LD_PRELOAD": f"{runtime(sanitizer.library)} {runtime('libstdc++.so.6')}",
-        "TSAN_OPTIONS": f"{log} halt_on_error=0 exitcode=66 second_deadlock_stack=1",
+        "TSAN_OPTIONS": f"{log} halt_on_error=0 exitcode=66 second_deadlock_stack=1 suppressions={suppressions} "
+        "print_suppressions=0",
         "ASAN_OPTIONS": f"{log} detect_leaks=0",  # Python frees little at its end
         "UBSAN_OPTIONS": f"{log} print_stacktrace=1",
     }
