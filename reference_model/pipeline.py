@@ -251,18 +251,23 @@ def describe(summary: dict[str, Any]) -> list[str]:
         of_role = [rank for rank in summary["ranks"] if rank["role"] == role]
         shares = {name: _mean([rank[name] for rank in of_role]) for name in SHARES}
         lines.append(f"{role} ranks: " + ", ".join(f"{share:.0%} {name}" for name, share in shares.items()))
-    t_c = {
-        WAITED_FOR: f"{_us(summary['t_c_us'])} ({summary['t_c_samples']} {WAITED_FOR})",
-        HELD_BACK: f"{_us(summary['t_c_us'])} ({HELD_BACK})",
-        HIDDEN: HIDDEN,
-    }[summary["t_c_source"]]
     bubble = "" if summary["bubble"] is None else f"; bubble {summary['bubble']:.0%}"
-    lines.append(f"T_a {_us(summary['t_a_us'])}, T_e {_us(summary['t_e_us'])}, T_c {t_c}{bubble}")
+    lines.append(describe_times(summary) + bubble)
     if summary["t_f_us"]:
         lines.append(_describe_constraints(summary))
     if summary["counts"]["dropped"]:
         lines.append(f"{summary['counts']['dropped']} later events were not kept")
     return lines + summary["advice"]
+
+
+def describe_times(summary: dict[str, Any]) -> str:
+    """T_a, T_e and T_c, and where T_c was seen."""
+    t_c = {
+        WAITED_FOR: f"{_us(summary['t_c_us'])} ({summary['t_c_samples']} {WAITED_FOR})",
+        HELD_BACK: f"{_us(summary['t_c_us'])} ({HELD_BACK})",
+        HIDDEN: HIDDEN,
+    }[summary["t_c_source"]]
+    return f"T_a {_us(summary['t_a_us'])}, T_e {_us(summary['t_e_us'])}, T_c {t_c}"
 
 
 def _describe_constraints(summary: dict[str, Any]) -> str:
