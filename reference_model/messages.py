@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -64,17 +65,14 @@ def match(traces: Sequence[Trace]) -> Messages:
 
 
 def _batches(trace: Trace) -> Batches:
-    """A batch begins with its dispatch_recv or after a combine_send and ends with a combine_send."""
+    """A batch begins with its dispatch_recv and ends with its combine_send."""
     kind = trace.field("kind")
-    places = np.flatnonzero(np.isin(kind, (DISPATCH_RECV, EXPERT, COMBINE_SEND)))
-    kinds = kind[places]
-    begins = kinds == DISPATCH_RECV
-    begins[1:] |= kinds[:-1] == COMBINE_SEND
-    begins[:1] = True
-    first = places[begins]
-    batch = np.cumsum(begins) - 1
+    first = np.flatnonzero(kind == DISPATCH_RECV)
+    batch_of = np.cumsum(kind == DISPATCH_RECV) - 1
+    places = np.flatnonzero(np.isin(kind, (DISPATCH_RECV, EXPERT, COMBINE_SEND)) & (batch_of >= 0))
+    batch = batch_of[places]
     send = np.full(len(first), -1)
-    is_send = kinds == COMBINE_SEND
+    is_send = kind[places] == COMBINE_SEND
     send[batch[is_send]] = places[is_send]
     duration_ns = np.zeros(len(first), np.int64)
     np.add.at(duration_ns, batch, (trace.field("end_ns") - trace.field("begin_ns"))[places])
@@ -134,57 +132,77 @@ class Waits:
         """Of these events only."""
         return Waits(self.begin_ns[places], self.end_ns[places], self.microbatch[places])
 
+    def only(self, microbatch: np.ndarray) -> Waits:
+        """None where the wait was for another microbatch than the event's."""
+        columns = (self.begin_ns, self.end_ns, self.microbatch)
+        return Waits(*(np.where(self.microbatch == microbatch, column, -1) for column in columns))
 
-def dispatch_times_ns(messages: Messages) -> np.ndarray:
-    """Time on the way of the dispatches that an expert rank waited for, in batches that hold all attention ranks."""
+
+class Delays(NamedTuple):
+    """How long messages were on their way, in ns, by what their receiver did; int64 arrays."""
+
+    waited_for: np.ndarray  # it waited from before they were sent
+    came_late: np.ndarray  # it waited when they came, but not yet when they were sent: the fast ones are missing
+    at_most: np.ndarray  # it did something else: they took this long or less
+
+    @classmethod
+    def joined(cls, parts: Sequence[Delays]) -> Delays:
+        nothing = np.zeros(0, np.int64)
+        return cls(*(np.concatenate(column) for column in zip(*parts, (nothing,) * 3)))
+
+
+def dispatch_delays(messages: Messages) -> Delays:
+    """Of dispatches, by batches of an expert rank; only batches that hold all attention ranks."""
     num_senders = sum(bool(np.any(trace.field("kind") == DISPATCH_SEND)) for trace in messages.attention)
-    samples = [np.zeros(0, np.int64)]
+    parts = []
     for e, (trace, batches) in enumerate(zip(messages.experts, messages.batches)):
-        waits = Waits.before(trace).at(batches.first)
-        latest = _Latest(waits)
+        latest = _Latest(Waits.before(trace).at(batches.first), trace.field("begin_ns")[batches.first])
         for link in (link for link in messages.links if link.expert == e):
             latest.add(link.batch, messages.attention[link.attention].events[link.dispatch_send])
-        samples.append(latest.times_ns(latest.num_begun == num_senders))
-    return np.concatenate(samples)
+        parts.append(latest.delays(latest.num_begun == num_senders))
+    return Delays.joined(parts)
 
 
-def combine_times_ns(messages: Messages) -> np.ndarray:
-    """Time on the way of the answers that an attention rank waited for, from the last expert rank's combine_send."""
+def combine_delays(messages: Messages) -> Delays:
+    """Of answers, from the last expert rank's combine_send."""
     num_senders = sum(bool(np.any(batches.send >= 0)) for batches in messages.batches)
-    samples = [np.zeros(0, np.int64)]
+    parts = []
     for a, trace in enumerate(messages.attention):
-        waits = Waits.before(trace)
-        latest = _Latest(waits)
+        # A wait may also end as a slot became free for a dispatch: then it names another microbatch.
+        waits = Waits.before(trace).only(trace.field("microbatch"))
+        latest = _Latest(waits, trace.field("begin_ns"))
         for link in (link for link in messages.links if link.attention == a):
             send = messages.batches[link.expert].send[link.batch]
             is_known = (send >= 0) & (link.combine_recv >= 0)
             latest.add(link.combine_recv[is_known], messages.experts[link.expert].events[send[is_known]])
-        # A wait may also end as a slot became free for a dispatch: then it names another microbatch.
-        is_for_it = waits.microbatch == trace.field("microbatch")
-        samples.append(latest.times_ns((latest.num_sent == num_senders) & is_for_it))
-    return np.concatenate(samples)
+        parts.append(latest.delays(latest.num_sent == num_senders))
+    return Delays.joined(parts)
 
 
 class _Latest:
-    """When the last of the messages was sent that ended each of these waits.
+    """When the last of the messages was sent that each receiving event needed.
 
-    A message whose sending began after the wait had ended did not end it: nobody waits for an answer without rows.
+    A message whose sending began after they were there was not needed: nobody waits for an answer without rows.
     """
 
-    def __init__(self, waits: Waits) -> None:
+    def __init__(self, waits: Waits, begin_ns: np.ndarray) -> None:
         self.waits = waits
-        self.sent_ns, self.num_sent, self.num_begun = np.zeros((3, len(waits.end_ns)), np.int64)
+        self.there_ns = np.where(waits.end_ns >= 0, waits.end_ns, begin_ns)
+        self.sent_ns, self.num_sent, self.num_begun = np.zeros((3, len(begin_ns)), np.int64)
 
     def add(self, receiver: np.ndarray, sends: np.ndarray) -> None:
-        """Messages of one sender: the place of the wait of each, and their sending events."""
+        """Messages of one sender: the place of the receiving event of each, and their sending events."""
         begin_ns, end_ns = (sends[:, FIELDS.index(name)] for name in ("begin_ns", "end_ns"))
-        has_begun = begin_ns < self.waits.end_ns[receiver]
+        has_begun = begin_ns < self.there_ns[receiver]
         self.num_sent[receiver] += 1
         self.num_begun[receiver] += has_begun
-        # A message may be there before the verb that sent it has ended.
         self.sent_ns[receiver] = np.maximum(self.sent_ns[receiver], np.where(has_begun, end_ns, 0))
 
-    def times_ns(self, is_sample: np.ndarray) -> np.ndarray:
-        """From the last sending until the wait's end; only where the wait began before, else it hid the way."""
-        is_sample = is_sample & (self.waits.begin_ns >= 0) & (self.waits.begin_ns < self.sent_ns)
-        return np.maximum((self.waits.end_ns - self.sent_ns)[is_sample], 0)
+    def delays(self, is_known: np.ndarray) -> Delays:
+        is_known = is_known & (self.num_begun > 0)
+        has_waited = self.waits.end_ns >= 0
+        is_early = self.waits.begin_ns < self.sent_ns
+        # A message may be there before the verb that sent it has ended.
+        delay_ns = np.maximum(self.there_ns - self.sent_ns, 0)
+        cases = (has_waited & is_early, has_waited & ~is_early, ~has_waited)
+        return Delays(*(delay_ns[is_known & case] for case in cases))

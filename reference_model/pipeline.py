@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .messages import Messages, combine_times_ns, dispatch_times_ns, match
+from .messages import Messages, combine_delays, dispatch_delays, match
 from .run_config import ATTENTION as ATTENTION_ROLE
 from .trace import ATTENTION, COMBINE_RECV, COMMUNICATING, COMPUTING, DISPATCH_SEND, ROUTE, WAIT, Trace
 
@@ -90,8 +90,8 @@ def _shares(traces: Sequence[Trace]) -> list[dict[str, Any]]:
         )
         kind, time_ns = trace.field("kind"), last_ns - first_ns
         times_ns = [int(time_ns[np.isin(kind, of)].sum()) for of in (COMPUTING, COMMUNICATING, (WAIT,))]
-        shares = [round(each_ns / max(span_ns, 1), 4) for each_ns in times_ns]
-        shares.append(max(round(1 - sum(shares), 4), 0.0))
+        shares = [round(each_ns / max(span_ns, 1), 6) for each_ns in times_ns]
+        shares.append(max(round(1 - sum(shares), 6), 0.0))
         ranks.append({"role": trace.role, "rank": trace.rank, **dict(zip(SHARES, shares))})
     return ranks
 
@@ -105,8 +105,8 @@ def _keys(trace: Trace) -> np.ndarray:
 
 def _with_tokens(trace: Trace) -> np.ndarray:
     """For each event whether its microbatch had tokens: strict lockstep sends empty ones too."""
-    keys, has_bytes = _keys(trace), trace.field("num_bytes") > 0
-    return has_bytes | np.isin(keys, keys[trace.field("kind") == ATTENTION])
+    keys = _keys(trace)
+    return np.isin(keys, keys[trace.field("kind") == ATTENTION])
 
 
 def _attention_ns(trace: Trace) -> np.ndarray:
@@ -150,7 +150,17 @@ def _expert_ns(messages: Messages, with_tokens: list[np.ndarray]) -> np.ndarray:
 
 
 def _wire(messages: Messages, held_us: float) -> dict[str, Any]:
-    dispatch_ns, combine_ns = dispatch_times_ns(messages), combine_times_ns(messages)
+    """T_c, and where it was seen."""
+    delays = (dispatch_delays(messages), combine_delays(messages))
+    dispatch_ns, combine_ns = (each.waited_for for each in delays)
+    if len(dispatch_ns) + len(combine_ns) < MIN_SAMPLES:
+        # Of those that came late the fast ones are missing. They stand for all if most of the others may have taken
+        # as long: then not a few came late, but the ranks began to wait late.
+        late = [np.concatenate((each.waited_for, each.came_late)) for each in delays]
+        at_most_ns = np.concatenate([each.at_most for each in delays])
+        late_ns = np.concatenate(late)
+        if len(late_ns) and (not len(at_most_ns) or np.median(late_ns) <= np.median(at_most_ns)):
+            dispatch_ns, combine_ns = late
     both_ns = np.concatenate((dispatch_ns, combine_ns))
     t_c, source = _median_us(both_ns), WAITED_FOR
     if len(both_ns) < MIN_SAMPLES:
@@ -210,8 +220,8 @@ def _advice(summary: dict[str, Any]) -> list[str]:
     is_slow_wire = t_c is not None and t_c >= t_f
     if is_slow_wire:
         advice.append(
-            f"T_c is {t_c / t_f:.1f} x T_f: the network is slower than compute; "
-            "use larger microbatches or a faster link."
+            f"T_c is {t_c / t_f:.1f} x T_f: the network is slower than compute, or ranks share cores; "
+            "use larger microbatches, a faster link, or a core per rank."
         )
     m, full = summary["microbatches"], summary["constraints"]["3"]
     if full["needed_us"] is not None and full["needed_us"] > SHORTFALL * full["m_t_f_us"]:
@@ -241,7 +251,8 @@ def _advice(summary: dict[str, Any]) -> list[str]:
             f"T_a, T_e, T_c and m fit, and still the ranks are idle for {summary['bubble']:.0%} of the time: "
             "microbatches of different size, ranks that run out of sequences, or processes that share cores."
         )
-    return advice[:MAX_ADVICE] or ["T_a and T_e are balanced and the pipeline is full: nothing needs to change."]
+    seen = "T_c is hidden behind them" if t_c is None else "the pipeline is full"
+    return advice[:MAX_ADVICE] or [f"T_a and T_e are balanced and {seen}: nothing needs to change."]
 
 
 def describe(summary: dict[str, Any]) -> list[str]:

@@ -150,7 +150,7 @@ def draw_timeline(path: str | Path, traces: Sequence[Trace], microbatches: int, 
         _draw_rank(axis, len(rows) - 1 - row, each, begin_ns, end_ns)
     _draw_messages(axis, messages, begin_ns, end_ns)
     axis.set_xlim(0, (end_ns - begin_ns) / 1e6)
-    axis.set_ylim(-0.5, len(rows) - 0.5)
+    axis.set_ylim(-0.5, max(len(rows), 1) - 0.5)
     axis.set_yticks(range(len(rows)), [f"{each.role} {each.rank}" for each in reversed(rows)])
     axis.set_xlabel("ms")
     if not title:
