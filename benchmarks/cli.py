@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     pingpong = commands.add_parser("pingpong", help="what one more microbatch gains", description=_PINGPONG)
     pingpong.add_argument("--rounds", type=int, default=5, help="each in processes of its own (default 5)")
-    pingpong.add_argument("--steps", type=int, default=32, help="tokens of each sequence in a run (default 32)")
+    pingpong.add_argument("--steps", type=int, default=24, help="tokens of each sequence in a run (default 24)")
     pingpong.add_argument(
         "--sequences", type=int, default=24, help="of a microbatch of fixed size (default 24; more if T_f is too short)"
     )
@@ -115,7 +115,7 @@ def _pingpong(args: argparse.Namespace, command: str) -> None:
     with console.status("starting") as status:
         options, shape, rounds = pingpong.run_rounds(options, status.update)
     about = {"machine": machine(), "command": command, **report(options, shape, rounds)}
-    print_report(about, Console(highlight=False))
+    print_report(about, Console(highlight=False, width=None if sys.stdout.isatty() else 132))
     if args.json is not None:
         args.json.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     if args.plot is not None:

@@ -28,10 +28,10 @@ from .pool import Job, Pool
 from .synthetic import ModelShape, write_checkpoint
 
 MICROBATCHES = (1, 2, 3, 4)
-FIXED_MICROBATCH, FIXED_GLOBAL_BATCH = "fixed_microbatch", "fixed_global_batch"
+TABLES = FIXED_MICROBATCH, FIXED_GLOBAL_BATCH = "fixed_microbatch", "fixed_global_batch"
 # The first steps of a run are not counted: caches and branch predictors are cold, the pipeline fills.
 _WARM_UP_STEPS = 2
-_ALONE_S = 0.4  # of timing one side alone
+_ALONE_S = 0.4  # of timing one side
 _NUM_SAMPLES = 400
 # A run must have steps that are counted.
 LEAST_STEPS = _WARM_UP_STEPS + 2
@@ -43,7 +43,7 @@ class Options:
 
     cores: tuple[int, int]
     rounds: int = 5
-    steps: int = 32
+    steps: int = 24
     sequences: int = 24
     ratios: tuple[float, ...] = (0.0, 0.1, 0.28, 0.38, 0.8)
     hidden: int = 512
@@ -153,12 +153,13 @@ class Bench:
             jobs.append(Job(worker, mine, run_one_rank, run, role, rank, store))
         return measured(run, itertools.chain.from_iterable(self.pool.run(*jobs)))
 
-    def times(self, sequences: int, together: bool) -> Times:
-        """Each side alone on its core, while the other core is idle, or busy with the other side."""
+    def times(self, sequences: int, pause_s: float | None = None) -> Times:
+        """Both sides at once, each always busy on its core; or one after the other, with such a pause at each layer."""
         run = self.config(1, sequences)
+        together = pause_s is None
         jobs = [
-            Job(0, self.options.cores[:1], time_attention, run, _ALONE_S),
-            Job(1, self.options.cores[1:], time_experts, run, _ALONE_S),
+            Job(0, self.options.cores[:1], time_attention, run, _ALONE_S, pause_s or 0.0),
+            Job(1, self.options.cores[1:], time_experts, run, _ALONE_S, pause_s or 0.0),
         ]
         if together:
             (t_a, t_step), t_e = self.pool.run(*jobs)
@@ -204,7 +205,7 @@ def choose_model(options: Options, pool: Pool, folder: Path) -> tuple[Options, M
     for number in range(6):
         shape = ModelShape(options.hidden, inner, options.num_layers, 4, 2, 8, 2)
         checkpoint = write_checkpoint(folder / f"model-{number}", shape)
-        times = Bench(options, pool, folder, checkpoint).times(options.sequences, together=True)
+        times = Bench(options, pool, folder, checkpoint).times(options.sequences)
         t_a, t_e = statistics.median(times.t_a), statistics.median(times.t_e)
         if t_a * 1e3 < options.least_t_f_ms:
             more = int(options.sequences * options.least_t_f_ms / (t_a * 1e3) * 1.1) + 1
@@ -234,15 +235,20 @@ def one_round(bench: Bench, number: int, progress: Callable[[str], None]) -> dic
     idle, busy = {}, {}
     for size in sorted(set(options.sizes.values())):
         progress(f"T_a and T_e of {size} sequences")
-        idle[size], busy[size] = bench.times(size, together=False), bench.times(size, together=True)
+        busy[size] = bench.times(size)
+        # With one microbatch a rank sleeps while the other one computes, and begins its next layer with cold caches.
+        idle[size] = bench.times(size, pause_s=busy[size].t_f)
     t_f = busy[options.sequences].t_f
+    progress("each side alone")
+    alone = bench.times(options.sequences, pause_s=0.0)
     runs: dict[tuple[str, float, int], Measured] = {}
     steps: dict[tuple[str, float, int], float] = {}
-    for (table, m), ratio in itertools.product(options.sizes, options.ratios):
+    # The machine's speed drifts: runs that are compared come right after each other.
+    for table, ratio, m in itertools.product(TABLES, options.ratios, MICROBATCHES):
         size = options.sizes[table, m]
         progress(f"m = {m}, T_c/T_f = {ratio}, {size} sequences")
         runs[table, ratio, m] = bench.run(bench.config(m, size, delay_us=ratio * t_f * 1e6))
-    for (table, m), ratio in itertools.product(options.sizes, options.ratios):
+    for table, ratio, m in runs:
         size = options.sizes[table, m]
         # T_c as it was where every message was waited for, so that each could be seen.
         t_c = (runs[table, ratio, 1].pipeline["t_c_us"] or ratio * t_f * 1e6) / 1e6
@@ -251,7 +257,8 @@ def one_round(bench: Bench, number: int, progress: Callable[[str], None]) -> dic
     for name, run in bench.deployments().items():
         progress(name)
         deployments[name] = run()
-    return {"idle": idle, "busy": busy, "runs": runs, "simulated": steps, "deployments": deployments, "t_f": t_f}
+    times = {"idle": idle, "busy": busy, "alone": alone, "t_f": t_f}
+    return {**times, "runs": runs, "simulated": steps, "deployments": deployments}
 
 
 def run_rounds(options: Options, progress: Callable[[str], None]) -> tuple[Options, ModelShape, list[dict[str, Any]]]:

@@ -50,9 +50,10 @@ def run_one_rank(kept: Kept, run: RunConfig, role: str, rank: int, store: str) -
 
 
 class _EchoExperts:
-    """Experts that take no time: the tokens come back as they are."""
+    """Experts on no rank: the tokens come back as they are, after so many seconds of sleep."""
 
-    def __init__(self) -> None:
+    def __init__(self, pause_s: float) -> None:
+        self.pause_s = pause_s
         self._x: dict[int, torch.Tensor] = {}
 
     def route(self, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
@@ -62,17 +63,22 @@ class _EchoExperts:
         self._x[microbatch] = x_TH
         return 0, 0
 
-    def ready(self, microbatches: Any) -> int:
-        return int(microbatches[0])
+    def ready(self, microbatches: Any) -> int | None:
+        is_waited_for = self.pause_s > 0 and microbatches[0] in self._x
+        return None if is_waited_for else int(microbatches[0])
 
-    wait_ready = ready
+    def wait_ready(self, microbatches: Any) -> int:
+        time.sleep(self.pause_s)
+        return int(microbatches[0])
 
     def combine(self, microbatch: int) -> torch.Tensor:
         return self._x.pop(microbatch)
 
 
-def time_attention(kept: Kept, run: RunConfig, seconds: float) -> tuple[list[float], list[float]]:
+def time_attention(kept: Kept, run: RunConfig, seconds: float, pause_s: float) -> tuple[list[float], list[float]]:
     """The attention side alone, one microbatch of run.max_batch sequences, for at least so long.
+
+    pause_s: it sleeps so long after each layer, as a rank does while the experts compute.
 
     Returns (T_a of each layer, the time between the last layer of a step and the first of the next), in seconds.
     """
@@ -84,7 +90,7 @@ def time_attention(kept: Kept, run: RunConfig, seconds: float) -> tuple[list[flo
     while not t_a or time.monotonic() < until:
         tracer = Tracer()
         scheduler = Scheduler(run.max_batch, run.max_tokens, 1)
-        engine = AttentionEngine(decoder, _EchoExperts(), scheduler, SamplingConfig(), ignore_eos=True, tracer=tracer)
+        engine = AttentionEngine(decoder, _EchoExperts(pause_s), scheduler, SamplingConfig(), True, tracer=tracer)
         for _ in engine.run(Sequence(idx, ids, run.max_new_tokens) for idx, ids in enumerate(prompts_of(run))):
             pass
         parts = _sums(tracer, (trace.ATTENTION, trace.ROUTE, trace.DISPATCH_SEND, trace.COMBINE_RECV))
@@ -103,8 +109,11 @@ def _sums(tracer: Tracer, kinds: tuple[int, ...]) -> dict[tuple[int, int], float
     return sums
 
 
-def time_experts(kept: Kept, run: RunConfig, seconds: float) -> list[float]:
-    """The expert side alone, on batches of run.max_batch tokens with random routes; T_e of each, in seconds."""
+def time_experts(kept: Kept, run: RunConfig, seconds: float, pause_s: float) -> list[float]:
+    """The expert side alone, on batches of run.max_batch tokens with random routes; T_e of each, in seconds.
+
+    pause_s: it sleeps so long before each.
+    """
     weights = _loaded(kept, run, EXPERT, 0)
     assert isinstance(weights, ExpertWeights)
     config, generator = weights.config, torch.Generator().manual_seed(0)
@@ -118,6 +127,8 @@ def time_experts(kept: Kept, run: RunConfig, seconds: float) -> list[float]:
     until = time.monotonic() + seconds
     while len(times) < 32 or time.monotonic() < until:
         for number, (x_RH, rows_P, offsets) in enumerate(batches):
+            if pause_s:
+                time.sleep(pause_s)
             began = time.perf_counter()
             weights.outputs(number % config.num_layers, x_RH, rows_P, offsets)
             times.append(time.perf_counter() - began)

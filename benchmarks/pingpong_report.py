@@ -62,6 +62,12 @@ def _latencies(runs: Sequence[Measured]) -> dict[str, float]:
     return {name: round(float(np.percentile(samples, q)), 2) for name, (samples, q) in names.items()}
 
 
+def _in_run(runs: Sequence[Measured], name: str) -> float | None:
+    """A time as the traces of the runs have it, verbs included, in ms; None where it could not be seen."""
+    times = [run.pipeline[name] for run in runs if run.pipeline[name] is not None]
+    return round(statistics.median(times) / 1e3, 3) if times else None
+
+
 def _rows(table: str, options: Options, rounds: Sequence[Round]) -> list[dict[str, Any]]:
     rows = []
     for ratio in options.ratios:
@@ -80,6 +86,9 @@ def _rows(table: str, options: Options, rounds: Sequence[Round]) -> list[dict[st
                 "measured_over_simulated": over,
                 **_latencies(runs),
                 "bubble": round(statistics.median(run.pipeline["bubble"] for run in runs), 4),
+                "t_a_ms": _in_run(runs, "t_a_us"),
+                "t_e_ms": _in_run(runs, "t_e_us"),
+                "t_c_ms": _in_run(runs, "t_c_us"),
                 "held_ms": round(statistics.median(run.pipeline["held_us"] for run in runs) / 1e3, 4),
             }
             rows.append(row)
@@ -103,9 +112,9 @@ def _times(options: Options, rounds: Sequence[Round]) -> dict[str, Any]:
 
 def _cores_speedup(options: Options, one: Round) -> float:
     """How much more two busy cores do than one: each side's time alone over its time beside the other, added."""
-    idle, busy = one["idle"][options.sequences], one["busy"][options.sequences]
+    alone, busy = one["alone"], one["busy"][options.sequences]
     return sum(
-        statistics.median(getattr(idle, name)) / statistics.median(getattr(busy, name)) for name in ("t_a", "t_e")
+        statistics.median(getattr(alone, name)) / statistics.median(getattr(busy, name)) for name in ("t_a", "t_e")
     )
 
 

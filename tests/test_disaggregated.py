@@ -12,8 +12,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
+pytest.importorskip("hypothesis")
 
 import tiny_checkpoints as tiny  # noqa: E402
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
 
 import m2n.testing  # noqa: E402
 from m2n.reference_model.config import ModelConfig  # noqa: E402
@@ -137,6 +140,18 @@ def test_an_attention_rank_without_prompts_delays_nobody(root: Path) -> None:
     assert idle["steps"] == 0
 
 
+@settings(max_examples=12, deadline=None)
+@given(microbatches=st.integers(1, 6), max_tokens=st.integers(1, 40), max_batch=st.integers(1, 5))
+def test_tokens_are_the_same_for_every_split_into_microbatches(
+    root: Path, microbatches: int, max_tokens: int, max_batch: int
+) -> None:
+    """Prompts in pieces of any size, between decode steps of others, in microbatches that run empty."""
+    directory, expected = checkpoint_and_tokens(root, "mixtral", 8)
+    model = MonolithicModel(directory)
+    options = {"microbatches": microbatches, "max_tokens": max_tokens, "max_batch": max_batch}
+    assert model.generate(PROMPTS, NUM_NEW, ignore_eos=True, **options) == expected
+
+
 @pytest.mark.parametrize("linger_us", [0.0, 20_000.0, None], ids=["no linger", "long linger", "lockstep"])
 @pytest.mark.parametrize("num_prompts", [2, 4])
 def test_lingering_and_lockstep_agree_token_for_token(linger_us: float | None, num_prompts: int, root: Path) -> None:
@@ -159,7 +174,7 @@ def test_a_slow_network_changes_no_token(root: Path) -> None:
     result = run_as_threads(run, PROMPTS)
     assert result.answers == expected
     held = [about["held_us"] / about["signals_held"] for about in result.ranks]
-    assert len(held) == 4 and all(300 <= mean_us for mean_us in held)
+    assert len(held) == 4 and all(mean_us >= 300 for mean_us in held)
 
 
 def test_a_model_with_dense_layers_only_needs_no_dispatch(tmp_path: Path) -> None:
