@@ -73,51 +73,53 @@ class Times:
 
 @dataclass
 class Measured:
-    """One run: when its steps ended, and what its traces say."""
+    """One run: when each sequence got its tokens, and what the traces say."""
 
-    step_ends_s: dict[tuple[int, int], list[float]]  # by (attention rank, microbatch), from the begin of the run
-    sequences: int  # of each microbatch
+    token_times_s: dict[int, list[float]]  # by sequence, from the begin of the run
     pipeline: dict[str, Any]
     traces: list[Trace]
 
     @property
     def tokens_per_s(self) -> float:
-        return steps_per_s(self.step_ends_s) * self.sequences
+        return per_s(self.token_times_s)
 
     @property
     def between_tokens_s(self) -> list[float]:
-        ends = self.step_ends_s.values()
-        return [b - a for each in ends for a, b in itertools.pairwise(each[_WARM_UP_STEPS - 1 :])]
+        times = self.token_times_s.values()
+        return [b - a for each in times for a, b in itertools.pairwise(each[_WARM_UP_STEPS - 1 :])]
 
     @property
     def first_token_s(self) -> list[float]:
-        return [ends[0] for ends in self.step_ends_s.values()]
+        return [each[0] for each in self.token_times_s.values()]
 
 
-def steps_per_s(step_ends_s: Mapping[Any, Sequence[float]]) -> float:
-    """Steps of microbatches per second, after the warm-up. The same for measured and simulated runs."""
-    begin = max(ends[_WARM_UP_STEPS - 1] for ends in step_ends_s.values())
-    ends = [end for each in step_ends_s.values() for end in each if end > begin]
-    return len(ends) / (max(ends) - begin)
+def per_s(times_s: Mapping[Any, Sequence[float]]) -> float:
+    """How many of these times there are per second, after the warm-up. The same for measured and simulated runs."""
+    begin = max(each[_WARM_UP_STEPS - 1] for each in times_s.values())
+    counted = [time for each in times_s.values() for time in each if time > begin]
+    return len(counted) / (max(counted) - begin)
 
 
 def measured(run: RunConfig, events: Iterable[Mapping[str, Any]]) -> Measured:
     """What the events of all ranks of a run say."""
     result = RunResult(run, prompts_of(run))
+    drawn: dict[int, list[list[Any]]] = {}  # by attention rank: what each step of a microbatch drew
     for event in events:
         result.add(event, now=0.0)
-    began, ends = [], {}
+        if event["event"] == "tokens":
+            drawn.setdefault(event["rank"], []).append(event["tokens"])
+    begin_ns, times_ns = [], {}
     for one in (each for each in result.traces if each.role == ATTENTION):
-        began.append(int(one.of_kind(trace.EMBED)[0, trace.FIELDS.index("begin_ns")]))
-        for event in one.of_kind(trace.SAMPLE).tolist():
-            about = dict(zip(trace.FIELDS, event))
-            ends.setdefault((one.rank, about["microbatch"]), []).append(about["end_ns"])
-    in_seconds = {place: [(end - min(began)) / 1e9 for end in each] for place, each in ends.items()}
-    sequences = run.max_batch // len([rank for rank, _ in in_seconds if rank == 0])
+        begin_ns.append(int(one.of_kind(trace.EMBED)[0, trace.FIELDS.index("begin_ns")]))
+        # Every prompt is one token, so every step draws; its tokens are there when its sample event ends.
+        for end_ns, tokens in zip(one.of_kind(trace.SAMPLE)[:, trace.FIELDS.index("end_ns")].tolist(), drawn[one.rank]):
+            for sequence, *_ in tokens:
+                times_ns.setdefault(sequence, []).append(end_ns)
+    times_s = {sequence: [(time - min(begin_ns)) / 1e9 for time in each] for sequence, each in times_ns.items()}
     held = [about for about in result.ranks if about["signals_held"]]
     held_us = sum(about["held_us"] for about in held) / max(1, sum(about["signals_held"] for about in held))
     pipeline = summarise(result.traces, run.microbatches, held_us=held_us)
-    return Measured(in_seconds, sequences, {**pipeline, "held_us": held_us}, result.traces)
+    return Measured(times_s, {**pipeline, "held_us": held_us}, result.traces)
 
 
 class Bench:
@@ -174,14 +176,11 @@ class Bench:
         def monolithic(num_processes: int) -> Measured:
             run = self.config(1, whole // num_processes, attention_ranks=num_processes)
             jobs = [
-                Job(worker, cores if num_processes == 1 else [cores[worker]], run_monolithic, run,
+                Job(worker, cores if num_processes == 1 else [cores[worker]], run_monolithic, run, worker,
                     num_threads=2 // num_processes)
                 for worker in range(num_processes)
             ]  # fmt: skip
-            events = [
-                {**event, "rank": rank} for rank, job_events in enumerate(self.pool.run(*jobs)) for event in job_events
-            ]
-            return measured(run, events)
+            return measured(run, itertools.chain.from_iterable(self.pool.run(*jobs)))
 
         def disaggregated(num_ranks: int, microbatches: int) -> Measured:
             sequences = max(1, whole // num_ranks // microbatches)
@@ -252,7 +251,7 @@ def one_round(bench: Bench, number: int, progress: Callable[[str], None]) -> dic
         size = options.sizes[table, m]
         # T_c as it was where every message was waited for, so that each could be seen.
         t_c = (runs[table, ratio, 1].pipeline["t_c_us"] or ratio * t_f * 1e6) / 1e6
-        steps[table, ratio, m] = steps_per_s(simulated(options, m, idle[size], busy[size], t_c, number)) * size
+        steps[table, ratio, m] = per_s(simulated(options, m, idle[size], busy[size], t_c, number)) * size
     deployments = {}
     for name, run in bench.deployments().items():
         progress(name)

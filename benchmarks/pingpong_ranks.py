@@ -135,17 +135,19 @@ def time_experts(kept: Kept, run: RunConfig, seconds: float, pause_s: float) -> 
     return times[16:]
 
 
-def run_monolithic(kept: Kept, run: RunConfig) -> list[dict[str, Any]]:
-    """Attention and all experts in this process, one microbatch; the events of one attention rank."""
+def run_monolithic(kept: Kept, run: RunConfig, rank: int) -> list[dict[str, Any]]:
+    """Attention and all experts in this process, one microbatch; the events, as of an attention rank."""
     one = RunConfig(checkpoint=run.checkpoint)
     key = (run.checkpoint, "monolithic")
     if key not in kept:
         kept.clear()
         kept[key] = (load_rank(one, ATTENTION, 0), load_rank(one, EXPERT, 0))
     decoder, weights = kept[key]
-    tracer = Tracer()
+    tracer, prompts, events = Tracer(), prompts_of(run), []
     scheduler = Scheduler(run.max_batch, run.max_tokens, 1)
     engine = AttentionEngine(decoder, LocalExperts(weights), scheduler, SamplingConfig(), True, tracer=tracer)
-    for _ in engine.run(Sequence(idx, ids, run.max_new_tokens) for idx, ids in enumerate(prompts_of(run))):
-        pass
-    return [{"event": "trace", "trace": tracer.encode(), "role": ATTENTION, "rank": 0}]
+    share = run.share(rank, len(prompts))
+    for new_tokens in engine.run(Sequence(idx, prompts[idx], run.max_new_tokens) for idx in share):
+        events.append({"event": "tokens", "tokens": [list(token) for token in new_tokens]})
+    events.append({"event": "trace", "trace": tracer.encode()})
+    return [{**event, "role": ATTENTION, "rank": rank} for event in events]

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from m2n.reference_model.trace import ATTENTION, Tracer
+from m2n.reference_model.trace import ATTENTION, SAMPLE, Tracer
 
 from .pingpong import FIXED_GLOBAL_BATCH, FIXED_MICROBATCH, MICROBATCHES, Measured, Options
 from .synthetic import ModelShape
@@ -126,9 +126,8 @@ def _trace_cost(options: Options, rounds: Sequence[Round]) -> dict[str, float]:
         at = tracer.add(ATTENTION, at, 0, 0, 0)
     event_ns = (at - began) / count
     run = rounds[-1]["runs"][FIXED_MICROBATCH, options.ratios[0], 2]
-    num_steps = sum(len(ends) for ends in run.step_ends_s.values())
-    events = max(len(each.events) for each in run.traces) / num_steps
-    step_ns = statistics.median(run.between_tokens_s) * 1e9 / len(run.step_ends_s)
+    events = max(len(each.events) for each in run.traces) / sum(len(each.of_kind(SAMPLE)) for each in run.traces)
+    step_ns = statistics.median(run.between_tokens_s) * 1e9 / 2  # of one microbatch of the two
     return {
         "ns_per_event": round(event_ns),
         "events_per_step": round(events, 1),

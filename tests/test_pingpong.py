@@ -14,7 +14,7 @@ pytest.importorskip("torch")
 pytest.importorskip("rich")
 
 from m2n.benchmarks import cli  # noqa: E402
-from m2n.benchmarks.pingpong import FIXED_GLOBAL_BATCH, FIXED_MICROBATCH, Options, steps_per_s  # noqa: E402
+from m2n.benchmarks.pingpong import FIXED_GLOBAL_BATCH, FIXED_MICROBATCH, Options, per_s  # noqa: E402
 from m2n.benchmarks.pool import Job, Pool, WorkerFailed  # noqa: E402
 
 MICROBATCHES = (1, 2, 3, 4)
@@ -52,10 +52,10 @@ def test_a_tiny_run_writes_both_tables_the_gains_and_the_pictures(tmp_path: Path
     assert json.loads(files["trace.json"].read_text())["traceEvents"]
 
 
-def test_steps_are_counted_after_the_warm_up() -> None:
-    # Two microbatches, a step each per second, half a second apart; the first steps are slow.
-    ends = {(0, 0): [7.0, 8.0, 9.0, 10.0], (0, 1): [7.5, 8.5, 9.5, 10.5]}
-    assert steps_per_s(ends) == pytest.approx(2.0)
+def test_tokens_are_counted_after_the_warm_up() -> None:
+    # Two sequences, a token each per second, half a second apart; the first tokens are slow.
+    times = {0: [7.0, 8.0, 9.0, 10.0], 1: [7.5, 8.5, 9.5, 10.5]}
+    assert per_s(times) == pytest.approx(2.0)
 
 
 def test_the_global_batch_is_that_of_two_microbatches() -> None:
