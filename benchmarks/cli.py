@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
@@ -14,7 +13,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from m2n.reference_model.errors import InputError
+from m2n.reference_model.errors import InputError, missing_packages
 
 PROGRAM = "m2n-bench"
 EXTRAS = ("torch", "safetensors", "rich", "numpy")
@@ -52,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of m2n-bench; returns the exit status."""
     args = build_parser().parse_args(argv)
-    missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
+    missing = missing_packages(EXTRAS)
     if missing:
         print(f"{PROGRAM} needs {', '.join(missing)}: pip install 'm2n[bench]'", file=sys.stderr)
         return 2

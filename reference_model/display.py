@@ -123,4 +123,4 @@ class Display:
 
     def lines(self, lines: list[str]) -> None:
         for line in lines:
-            self._console.print(line, markup=False)
+            self._console.print(line, markup=False, soft_wrap=True)

@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors whose cause is the input: a configuration, a checkpoint, a prompt or an argument."""
 
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """Bad input: the command line prints the text and exits with status 2."""
@@ -12,3 +17,14 @@ class ConfigError(InputError):
 
 class CheckpointError(InputError):
     """Files that do not hold what the configuration promises; names the file and the tensor."""
+
+
+def missing_packages(names: Iterable[str]) -> list[str]:
+    """Those that cannot be imported here: a command says so before it does anything."""
+    missing = []
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            missing.append(name)
+    return missing

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import json
 import os
 import sys
@@ -13,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import InputError
+from .errors import InputError, missing_packages
 
 if TYPE_CHECKING:
     from .result import RunResult
@@ -101,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of m2n-generate; returns the exit status."""
     args = build_parser().parse_args(argv)
-    missing = _missing_extras()
+    missing = missing_packages(EXTRAS)
     if missing:
         print(f"{PROGRAM} needs {', '.join(missing)}: pip install 'm2n[model]'", file=sys.stderr)
         return 2
@@ -124,16 +123,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of standard output has gone; nothing may be written to it at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-
-
-def _missing_extras() -> list[str]:
-    missing = []
-    for name in EXTRAS:
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            missing.append(name)
-    return missing
 
 
 def _generate(args: argparse.Namespace) -> int:

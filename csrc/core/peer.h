@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "core/arrive.h"
 #include "core/atomic.h"
@@ -82,11 +84,17 @@ M2N_HD bool drain(Exec& exec, uint32_t* arrivals) {
   return arrive(exec, arrivals);
 }
 
+// Some Execs may have a relay, which does what signal() does, but later (and has none itself). In the words of C++17,
+// which is what relacy compiles.
+template <class Exec, class = void>
+inline constexpr bool kHasRelay = false;
+template <class Exec>
+inline constexpr bool kHasRelay<Exec, std::void_t<decltype(std::declval<Exec&>().relay())>> = true;
+
 // Tells the peer that the slot is complete. Call where drain() was true.
 template <class Exec>
 M2N_HD void signal(Exec& exec, const PeerView& peer, Signal* word, Signal value) {
-  // Some Execs may have a relay, which does the same later (and has none itself).
-  if constexpr (requires { exec.relay(); }) {
+  if constexpr (kHasRelay<Exec>) {
     if (exec.relay() != nullptr) [[unlikely]]
       return exec.relay()->send(word, value, peer.wake);
   }
