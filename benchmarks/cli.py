@@ -6,17 +6,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 from m2n.reference_model.errors import InputError, missing_packages
 
+from . import transport
+
 PROGRAM = "m2n-bench"
-EXTRAS = ("torch", "safetensors", "rich", "numpy")
+_MODEL_EXTRAS = ("torch", "safetensors", "rich", "numpy")
 
 _PINGPONG = """What one more microbatch gains: one attention and one expert process on a core each, with m = 1 to 4
 microbatches, while signals are held back so that T_c/T_f is as given. Beside it what the simulator makes of T_a, T_e
@@ -28,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     description = "Benchmarks of m2n. Exit status: 0 done, 1 a run failed, 2 bad input."
     parser = argparse.ArgumentParser(prog=PROGRAM, description=description)
     commands = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
+    transport.add_parsers(commands)
     pingpong = commands.add_parser("pingpong", help="what one more microbatch gains", description=_PINGPONG)
     pingpong.add_argument("--rounds", type=int, default=5, help="each in processes of its own (default 5)")
     pingpong.add_argument("--steps", type=int, default=24, help="tokens of each sequence in a run (default 24)")
@@ -44,18 +45,19 @@ def build_parser() -> argparse.ArgumentParser:
         "--timeline", type=Path, metavar="FILE.png", help="draw a few layers of one run with m = 3 (needs matplotlib)"
     )
     pingpong.add_argument("--trace", type=Path, metavar="FILE", help="write that run for ui.perfetto.dev")
-    pingpong.set_defaults(run=_pingpong)
+    pingpong.set_defaults(run=_pingpong, needs=_MODEL_EXTRAS)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of m2n-bench; returns the exit status."""
     args = build_parser().parse_args(argv)
-    missing = missing_packages(EXTRAS)
+    missing = missing_packages(args.needs)
     if missing:
         print(f"{PROGRAM} needs {', '.join(missing)}: pip install 'm2n[bench]'", file=sys.stderr)
         return 2
     from .pool import WorkerFailed
+    from .runs import RunFailed
 
     command = " ".join([PROGRAM, *(sys.argv[1:] if argv is None else argv)])
     try:
@@ -63,37 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
-    except WorkerFailed as error:
+    except (WorkerFailed, RunFailed) as error:
         print(f"{PROGRAM}: a run failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
     return 0
-
-
-def machine() -> dict[str, Any]:
-    """Where the figures come from."""
-    import torch
-
-    import m2n
-
-    names = [line.split(":", 1)[1].strip() for line in _cpu_info() if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "m2n": m2n.__version__,
-        "date": date.today().isoformat(),
-    }
-
-
-def _cpu_info() -> list[str]:
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
 
 
 def _pingpong(args: argparse.Namespace, command: str) -> None:
@@ -102,6 +79,7 @@ def _pingpong(args: argparse.Namespace, command: str) -> None:
     from m2n.reference_model.timeline import check_matplotlib, check_writable, draw_timeline, write_trace
 
     from . import pingpong
+    from .machine import machine
     from .pingpong_report import plot, print_report, report
 
     options = _pingpong_options(args)

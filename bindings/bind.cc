@@ -13,7 +13,10 @@ int64_t timeout_ns(double timeout_s) {
   return static_cast<int64_t>(std::min(timeout_s, kForeverS) * 1e9);
 }
 
-int64_t deadline_after(double timeout_s) { return now_ns() + timeout_ns(timeout_s); }
+int64_t deadline_after(double timeout_s) {
+  const int64_t wait_ns = timeout_ns(timeout_s);
+  return wait_ns == 0 ? kNoWait : now_ns() + wait_ns;
+}
 
 Wanted make_wanted(std::optional<uint32_t> layer, std::optional<uint32_t> microbatch, double linger_us,
                    const std::vector<uint32_t>& attention_ranks) {

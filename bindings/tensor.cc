@@ -11,6 +11,7 @@ namespace {
 constexpr int32_t kCpu = 1;
 constexpr const char* kPlain = "dltensor";
 constexpr const char* kVersioned = "dltensor_versioned";
+constexpr const char* kExchangeApi = "dlpack_exchange_api";
 
 std::string name_of(DLDevice device) {
   if (device.device_type == kCpu) return "the CPU";
@@ -58,18 +59,50 @@ py::object call_dlpack(const py::object& object, const char* argument, DLDevice 
   return object.attr("__dlpack__")(**options);  // a library from before DLPack 1.0
 }
 
+// The C functions of a type, or nullptr. The last type asked for is remembered, under the GIL.
+const ExchangeApi* api_of(PyTypeObject* type) {
+  static PyTypeObject* last_type = nullptr;  // a reference is held: no other type can get its address
+  static const ExchangeApi* last_api = nullptr;
+  if (type == last_type) return last_api;
+  Py_INCREF(type);
+  Py_XDECREF(last_type);
+  last_type = type;
+  last_api = nullptr;
+  const py::object found = py::getattr(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__", py::none());
+  if (!PyCapsule_IsValid(found.ptr(), kExchangeApi)) return nullptr;
+  const auto* api = static_cast<const ExchangeApi*>(PyCapsule_GetPointer(found.ptr(), kExchangeApi));
+  if (api->major == 1 && api->read_tensor != nullptr) last_api = api;
+  return last_api;
+}
+
 }  // namespace
 
-Tensor::Tensor(const py::object& object, const char* argument, DLDevice device)
-    : argument_(argument), capsule_(call_dlpack(object, argument, device)) {
-  if (PyCapsule_IsValid(capsule_.ptr(), kVersioned)) {
-    tensor_ = &static_cast<DLManagedTensorVersioned*>(PyCapsule_GetPointer(capsule_.ptr(), kVersioned))->tensor;
-  } else if (PyCapsule_IsValid(capsule_.ptr(), kPlain)) {
-    tensor_ = &static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule_.ptr(), kPlain))->tensor;
-  } else {
-    throw py::type_error(std::string(argument) + ": __dlpack__ gave no DLPack capsule");
-  }
+Tensor::Tensor(const py::object& object, const char* argument, DLDevice device) : argument_(argument) {
+  if (!read_by_api(object)) read_by_capsule(object, device);
   require_device(argument, tensor_->device, device);
+}
+
+bool Tensor::read_by_api(const py::object& object) {
+  const ExchangeApi* api = api_of(Py_TYPE(object.ptr()));
+  if (api == nullptr) return false;
+  if (api->read_tensor(object.ptr(), &by_api_) != 0) {
+    PyErr_Clear();  // __dlpack__ says why in its own words
+    return false;
+  }
+  owner_ = object;
+  tensor_ = &by_api_;
+  return true;
+}
+
+void Tensor::read_by_capsule(const py::object& object, DLDevice device) {
+  owner_ = call_dlpack(object, argument_, device);
+  if (PyCapsule_IsValid(owner_.ptr(), kVersioned)) {
+    tensor_ = &static_cast<DLManagedTensorVersioned*>(PyCapsule_GetPointer(owner_.ptr(), kVersioned))->tensor;
+  } else if (PyCapsule_IsValid(owner_.ptr(), kPlain)) {
+    tensor_ = &static_cast<DLManagedTensor*>(PyCapsule_GetPointer(owner_.ptr(), kPlain))->tensor;
+  } else {
+    throw py::type_error(std::string(argument_) + ": __dlpack__ gave no DLPack capsule");
+  }
 }
 
 // The capsule was not consumed, so its own destructor frees the tensor.

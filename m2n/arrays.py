@@ -28,7 +28,7 @@ def is_on_cpu(tensor: Any) -> bool:
 
 def exportable(tensor: Any) -> Any:
     """What DLPack can carry: numpy's bfloat16 (ml_dtypes) goes as its bits, and torch's gradient stays behind."""
-    if isinstance(tensor, np.ndarray) and tensor.dtype.name == "bfloat16":
+    if isinstance(tensor, np.ndarray) and tensor.dtype.type.__name__ == "bfloat16":  # dtype.name takes 2 us
         return tensor.view(np.uint16)
     if is_torch(tensor) and tensor.requires_grad:
         return tensor.detach()

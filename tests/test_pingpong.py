@@ -106,6 +106,6 @@ def test_bad_options_are_refused_before_any_process_starts(
 def test_without_its_extras_the_command_says_what_to_install(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "EXTRAS", (*cli.EXTRAS, "no_such_package"))
+    monkeypatch.setattr(cli, "_MODEL_EXTRAS", (*cli._MODEL_EXTRAS, "no_such_package"))
     assert cli.main(["pingpong"]) == 2
     assert "needs no_such_package: pip install 'm2n[bench]'" in capsys.readouterr().err

@@ -8,6 +8,7 @@
 
 #include "core/arrive.h"
 #include "core/atomic.h"
+#include "core/copy.h"
 #include "core/platform.h"
 #include "core/slot.h"
 #include "core/wake.h"
@@ -63,24 +64,34 @@ __device__ void put_pieces(Exec& exec, void* peer_bytes, const void* own_bytes, 
 }
 #endif
 
-// The threads of one block copy bytes into a peer's memory. 16-byte stores on the device, memcpy on the host; same
-// contract: the bytes are visible to whoever sees a signal stored after drain().
+// The threads of one block copy bytes into a peer's memory. 16-byte stores on the device, on the host memcpy, or with
+// `is_streamed` stores that pass the caches by; same contract: the bytes are visible to whoever sees a signal stored
+// after drain().
 template <class Exec>
-M2N_HD void put(Exec& exec, void* peer_bytes, const void* own_bytes, uint64_t num_bytes) {
+M2N_HD void put(Exec& exec, void* peer_bytes, const void* own_bytes, uint64_t num_bytes,
+                [[maybe_unused]] bool is_streamed = false) {
 #if defined(__CUDA_ARCH__)
   const uint64_t bits = reinterpret_cast<uint64_t>(peer_bytes) | reinterpret_cast<uint64_t>(own_bytes) | num_bytes;
   if (bits % sizeof(uint4) == 0) return put_pieces<uint4>(exec, peer_bytes, own_bytes, num_bytes);
   if (bits % sizeof(uint32_t) == 0) return put_pieces<uint32_t>(exec, peer_bytes, own_bytes, num_bytes);
   put_pieces<unsigned char>(exec, peer_bytes, own_bytes, num_bytes);
 #else
-  if (is_leader(exec)) std::memcpy(peer_bytes, own_bytes, num_bytes);
+  if (!is_leader(exec)) return;
+  if (is_streamed) {
+    copy_streamed(static_cast<unsigned char*>(peer_bytes), static_cast<const unsigned char*>(own_bytes), num_bytes);
+  } else {
+    std::memcpy(peer_bytes, own_bytes, num_bytes);
+  }
 #endif
 }
 
 // Ends a series of puts. True for the one thread that may signal: all blocks' writes precede what it does.
 // `arrivals` counts the blocks of this message; one block alone needs no count.
 template <class Exec>
-M2N_HD bool drain(Exec& exec, uint32_t* arrivals) {
+M2N_HD bool drain(Exec& exec, uint32_t* arrivals, [[maybe_unused]] bool is_streamed = false) {
+#if !defined(__CUDA_ARCH__)
+  if (is_streamed && is_leader(exec)) drain_streams();
+#endif
   return arrive(exec, arrivals);
 }
 

@@ -19,6 +19,13 @@ inline constexpr uint64_t kPageBytes = 4096;
 inline constexpr uint32_t kMaxPeers = 1024;
 inline constexpr uint32_t kMaxSlots = 64;
 
+// Fetches a line that is about to be read, so that several on their way from another core overlap.
+M2N_HD inline void prefetch(const void* bytes) {
+#if !defined(__CUDA_ARCH__)
+  __builtin_prefetch(bytes);
+#endif
+}
+
 M2N_HD constexpr uint64_t round_up(uint64_t value, uint64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }

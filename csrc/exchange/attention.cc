@@ -9,6 +9,7 @@ namespace m2n {
 AttentionComm::AttentionComm(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport)
     : AttentionSide(shape, rank, max_peers, transport),
       send_seqs_(static_cast<size_t>(max_peers) * layout_.num_slots, SendSeq{first_seq_, first_seq_, 0}),
+      copy_choices_(send_seqs_.size()),
       slots_(layout_.num_slots) {}
 
 bool AttentionComm::is_busy(uint32_t microbatch) const {
@@ -21,14 +22,30 @@ uint32_t AttentionComm::num_tokens(uint32_t microbatch) const {
   return slots_[microbatch].route->view().num_tokens;
 }
 
-void AttentionComm::find_peers(const Route& route, std::vector<int32_t>& peer_of_rank) {
-  const RouteView& view = route.view();
-  peer_of_rank.assign(view.num_ranks, kNone);
-  for (uint32_t rank = 0; rank < view.num_ranks; ++rank) {
-    if (view.row_offsets[rank + 1] != view.row_offsets[rank]) {
-      peer_of_rank[rank] = static_cast<int32_t>(require_live(rank));
-    } else if (const int32_t peer_idx = peers_.find(rank); peer_idx >= 0 && peers_.is_live(peer_idx)) {
-      peer_of_rank[rank] = peer_idx;
+void AttentionComm::find_newest_peers(Slot& slot, uint32_t num_ranks) {
+  const uint32_t num_peers = peers_.size();
+  if (slot.num_peers == num_peers && slot.newest_peer.size() == num_ranks) return;
+  slot.newest_peer.assign(num_ranks, kNone);
+  slot.num_peers = num_peers;
+  for (uint32_t peer_idx = 0; peer_idx < num_peers; ++peer_idx) {
+    const uint32_t rank = rank_of(peer_idx);
+    if (peers_.state(peer_idx) == PeerState::kUnused) {
+      slot.num_peers = kMaxPeers + 1;  // it is still joining: look again next time
+    } else if (rank < num_ranks) {
+      slot.newest_peer[rank] = static_cast<int32_t>(peer_idx);
+    }
+  }
+}
+
+void AttentionComm::find_peers(Slot& slot, const RouteView& route) {
+  find_newest_peers(slot, route.num_ranks);
+  slot.peer_of_rank.assign(route.num_ranks, kNone);
+  for (uint32_t rank = 0; rank < route.num_ranks; ++rank) {
+    const int32_t peer_idx = slot.newest_peer[rank];
+    if (peer_idx != kNone && peers_.is_live(static_cast<uint32_t>(peer_idx))) {
+      slot.peer_of_rank[rank] = peer_idx;
+    } else if (route.row_offsets[rank + 1] != route.row_offsets[rank]) {
+      slot.peer_of_rank[rank] = static_cast<int32_t>(require_live(rank));
     }
   }
 }
@@ -55,8 +72,8 @@ void AttentionComm::finish_empty_messages(uint32_t slot_idx, int64_t deadline_ns
   }
 }
 
-void AttentionComm::send_to_peer(uint32_t peer_idx, uint32_t slot_idx, const Header& header, const Slot& slot,
-                                 const unsigned char* x, uint64_t x_stride_bytes) {
+uint32_t AttentionComm::send_to_peer(uint32_t peer_idx, uint32_t slot_idx, const Header& header, const Slot& slot,
+                                     const unsigned char* x, uint64_t x_stride_bytes) {
   const uint32_t peer_rank = rank_of(peer_idx);
   DispatchSend send{};
   send.peer = peers_.entries[peer_idx].view;
@@ -76,10 +93,14 @@ void AttentionComm::send_to_peer(uint32_t peer_idx, uint32_t slot_idx, const Hea
     send.weights = view.weights + static_cast<uint64_t>(first) * shape_.top_k;
     reply_rows = shape_.reduce_at == ReduceAt::kExpert ? send.header.num_rows : view.pair_counts[peer_rank];
   }
-  m2n::dispatch_send(exec_, layout_, send);
+  CopyChoice& choice = copy_choices_[peer_idx * layout_.num_slots + slot_idx];
+  choice.send(send.header.num_rows * layout_.dispatch_rows.row_bytes, kStreamedDispatchBytes, [&](bool is_streamed) {
+    send.is_streamed = is_streamed;
+    m2n::dispatch_send(exec_, layout_, send);
+  });
   seq.sent = send.seq;
   seq.reply_rows = reply_rows;
-  count_sent(1, send.header.num_rows);
+  return send.header.num_rows;
 }
 
 void AttentionComm::dispatch_send(const unsigned char* x, uint64_t x_stride_bytes, std::shared_ptr<const Route> route,
@@ -90,29 +111,33 @@ void AttentionComm::dispatch_send(const unsigned char* x, uint64_t x_stride_byte
   }
   Slot& slot = slots_[microbatch];
   if (slot.is_busy) raise_slot_busy(microbatch, slot.layer);
-  std::vector<int32_t> peer_of_rank;
   finish_empty_messages(microbatch, deadline_ns);
-  find_peers(*route, peer_of_rank);
+  find_peers(slot, route->view());
   slot.layer = layer;
   slot.route = std::move(route);
-  slot.is_gone.assign(peer_of_rank.size(), false);
-  slot.peer_of_rank = std::move(peer_of_rank);
+  slot.is_gone.assign(slot.peer_of_rank.size(), false);
   slot.is_busy = true;
   Header header{};
   header.layer = layer;
   header.microbatch = microbatch;
   // Each attention rank starts with another peer, so that they do not all write to one at a time.
   const uint32_t num_ranks = slot.route->view().num_ranks;
+  uint64_t num_messages = 0, num_rows = 0;
   for (uint32_t i = 0; i < num_ranks; ++i) {
     const int32_t peer_idx = slot.peer_of_rank[(rank_ + i) % num_ranks];
-    if (peer_idx != kNone) send_to_peer(peer_idx, microbatch, header, slot, x, x_stride_bytes);
+    if (peer_idx == kNone) continue;
+    num_rows += send_to_peer(static_cast<uint32_t>(peer_idx), microbatch, header, slot, x, x_stride_bytes);
+    ++num_messages;
   }
+  count_sent(num_messages, num_rows);
 }
 
 Look AttentionComm::look_for_reply(uint32_t peer_idx, uint32_t slot) {
   const SendSeq& seq = send_seq(peer_idx, slot);
   const auto is_live = [&] { return peers_.is_live(peer_idx); };
   const Look look = look_for(own_signal(peer_idx, slot), seq.sent - 1, is_live);
+  // What is read next comes from the same core.
+  if (look == Look::kArrived) prefetch(own_small(peer_idx) + small().header(slot));
   if (look != Look::kViolation) return look;
   const Signal seen = load_relaxed(own_signal(peer_idx, slot));  // relaxed: for the message only
   raise_violation(peer_idx, "microbatch " + std::to_string(slot) + ": expected reply " + std::to_string(seq.sent) +
@@ -180,6 +205,7 @@ void AttentionComm::wait_replies(Slot& slot, uint32_t slot_idx, int64_t deadline
 void AttentionComm::take_replies(Slot& slot, uint32_t slot_idx) {
   int32_t refused_by = kNone;
   uint32_t refused_expert = 0;
+  uint64_t num_messages = 0, num_received = 0;
   for (uint32_t rank = 0; rank < slot.peer_of_rank.size(); ++rank) {
     if (!owes_rows(slot, rank)) continue;
     const uint32_t peer_idx = static_cast<uint32_t>(slot.peer_of_rank[rank]);
@@ -194,8 +220,10 @@ void AttentionComm::take_replies(Slot& slot, uint32_t slot_idx) {
           peer_idx, "expected a reply of " + std::to_string(seq.reply_rows) + " rows, got " + std::to_string(num_rows));
     }
     seq.consumed = seq.sent;
-    count_received(1, num_rows == kRefusedRows ? 0 : num_rows);
+    ++num_messages;
+    num_received += num_rows == kRefusedRows ? 0 : num_rows;
   }
+  count_received(num_messages, num_received);
   if (refused_by == kNone) return;
   slot.is_busy = false;  // every reply is here: the slot is free for a dispatch with the right placement
   raise_refused(static_cast<uint32_t>(refused_by), refused_expert, slot.layer, slot_idx);
@@ -228,9 +256,13 @@ void AttentionComm::idle(int64_t deadline_ns) {
     header.microbatch = slot_idx;
     header.flags = kFlagIdleNext;
     slot.route.reset();
+    uint64_t num_messages = 0;
     for (uint32_t peer_idx = 0; peer_idx < peers_.size(); ++peer_idx) {
-      if (peers_.is_live(peer_idx)) send_to_peer(peer_idx, slot_idx, header, slot, nullptr, 0);
+      if (!peers_.is_live(peer_idx)) continue;
+      send_to_peer(peer_idx, slot_idx, header, slot, nullptr, 0);
+      ++num_messages;
     }
+    count_sent(num_messages, 0);
   }
 }
 

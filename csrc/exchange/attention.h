@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "exchange/combine.h"
+#include "exchange/copy_choice.h"
 #include "exchange/dispatch.h"
 #include "exchange/route.h"
 #include "exchange/sides.h"
@@ -69,6 +70,8 @@ class AttentionComm final : public AttentionSide {
     uint32_t layer = 0;
     std::shared_ptr<const Route> route;
     std::vector<int32_t> peer_of_rank;  // snapshot: who owes a reply; -1: nobody, or given up
+    std::vector<int32_t> newest_peer;   // of each rank, as looked up when num_peers had joined
+    uint32_t num_peers = 0;
     std::vector<bool> is_gone;  // the verdict on a rank that went without a reply: one that is late no longer counts
   };
 
@@ -77,16 +80,20 @@ class AttentionComm final : public AttentionSide {
   Look look_for_reply(uint32_t peer_idx, uint32_t slot);
   Look look_for_rows(Slot& slot, uint32_t slot_idx, uint32_t rank);
   bool owes_rows(const Slot& slot, uint32_t rank) const;
+  // The newest life of each rank. Looked up once, and again when somebody has joined.
+  void find_newest_peers(Slot& slot, uint32_t num_ranks);
   // Before anything is sent: every peer that gets rows is LIVE.
-  void find_peers(const Route& route, std::vector<int32_t>& peer_of_rank);
+  void find_peers(Slot& slot, const RouteView& route);
   // The replies to empty messages are awaited here, not by combine_recv.
   void finish_empty_messages(uint32_t slot_idx, int64_t deadline_ns);
-  void send_to_peer(uint32_t peer_idx, uint32_t slot_idx, const Header& header, const Slot& slot,
-                    const unsigned char* x, uint64_t x_stride_bytes);
+  // Returns the number of rows.
+  uint32_t send_to_peer(uint32_t peer_idx, uint32_t slot_idx, const Header& header, const Slot& slot,
+                        const unsigned char* x, uint64_t x_stride_bytes);
   void wait_replies(Slot& slot, uint32_t slot_idx, int64_t deadline_ns);
   void take_replies(Slot& slot, uint32_t slot_idx);
 
-  std::vector<SendSeq> send_seqs_;  // [peer][slot]
+  std::vector<SendSeq> send_seqs_;        // [peer][slot]
+  std::vector<CopyChoice> copy_choices_;  // likewise
   std::vector<Slot> slots_;
 };
 

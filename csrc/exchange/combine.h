@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The bodies of combine_send and combine_recv: results back, and their weighted sum. The arithmetic is fixed
-// (float32, the order written here, no contraction), so that results equal the oracle's bit for bit.
+// The bodies of combine_send and combine_recv: results back, and their weighted sum (sum.h).
 #pragma once
 
 #include <cstdint>
@@ -10,45 +9,11 @@
 #include "core/peer.h"
 #include "core/slot.h"
 #include "exchange/layout.h"
+#include "exchange/put_rows.h"
 #include "exchange/route.h"
+#include "exchange/sum.h"
 
 namespace m2n {
-
-#if defined(__CUDA_ARCH__)
-inline constexpr uint32_t kSpan = 4;
-#else
-inline constexpr uint32_t kSpan = 256;  // elements summed at a time: in registers or the first cache level
-#endif
-
-// total = +0, then total = total + weight * row, for every row that `row_at(i)` gives (nullptr: nothing to add), cast
-// once into `out`. Products and sums round separately.
-template <bool kWeighted, class In, class Out, class RowAt, class WeightAt>
-M2N_HD void sum_span(Out* out, uint32_t begin, uint32_t end, uint32_t num_rows, RowAt&& row_at, WeightAt&& weight_at) {
-  float total[kSpan];
-  for (uint32_t h = begin; h < end; ++h) total[h - begin] = 0.0f;
-  for (uint32_t i = 0; i < num_rows; ++i) {
-    const In* row = row_at(i);
-    if (row == nullptr) continue;
-    const float weight = weight_at(i);
-    for (uint32_t h = begin; h < end; ++h) {
-      const float value = to_float(row[h]);
-      total[h - begin] += kWeighted ? weight * value : value;
-    }
-  }
-  for (uint32_t h = begin; h < end; ++h) out[h] = from_float<Out>(total[h - begin]);
-}
-
-// Spans of all rows, shared among all threads of all blocks.
-template <class Exec, class Body>
-M2N_HD void for_each_span(const Exec& exec, uint32_t num_rows, uint32_t hidden, Body&& body) {
-  const uint32_t spans = (hidden + kSpan - 1) / kSpan;
-  const uint64_t num_workers = uint64_t{exec.num_blocks()} * exec.num_threads();
-  uint64_t i = uint64_t{exec.block()} * exec.num_threads() + exec.thread();
-  for (; i < static_cast<uint64_t>(num_rows) * spans; i += num_workers) {
-    const uint32_t begin = static_cast<uint32_t>(i % spans) * kSpan;
-    body(static_cast<uint32_t>(i / spans), begin, begin + kSpan < hidden ? begin + kSpan : hidden);
-  }
-}
 
 // The reply to one message of a batch: rows first_row .. first_row + num_rows of the batch.
 struct CombineSend {
@@ -66,16 +31,13 @@ struct CombineSend {
   const int32_t* pair_position;  // of the batch
   const float* weights;          // of the batch
   uint32_t* arrivals;            // of the blocks that run this; nullptr for one
+  bool is_streamed;              // on the host: rows that travel as they are go past the caches
 };
 
-// The elements begin .. end of a row, cast once; rows of one type travel as they are.
+// The elements begin .. end of a row, cast once.
 template <class In, class Out>
 M2N_HD void cast_span(Out* to, const In* from, uint32_t begin, uint32_t end) {
-  if constexpr (std::is_same_v<In, Out>) {
-    memcpy(to + begin, from + begin, (end - begin) * sizeof(Out));
-  } else {
-    for (uint32_t h = begin; h < end; ++h) to[h] = from_float<Out>(to_float(from[h]));
-  }
+  for (uint32_t h = begin; h < end; ++h) to[h] = from_float<Out>(to_float(from[h]));
 }
 
 template <class In>
@@ -83,14 +45,14 @@ M2N_HD const In* row_of(const unsigned char* base, uint64_t stride_bytes, uint64
   return reinterpret_cast<const In*>(base + row * stride_bytes);
 }
 
-// reduce_at=expert: one reply row per row, the weighted sum over its experts in ascending global expert id.
+// reduce_at=expert: one reply row per row. When is_reduced y holds it, else it is the weighted sum over its experts in
+// ascending global expert id.
 template <class In, class Out, class Exec>
 M2N_HD void put_reduced_rows(Exec& exec, const CombineSend& send, uint32_t hidden, Out* out) {
   for_each_span(exec, send.num_rows, hidden, [&](uint32_t row, uint32_t begin, uint32_t end) {
     Out* to = out + static_cast<uint64_t>(row) * hidden;
     if (send.is_reduced) {
-      const In* from = row_of<In>(send.y, send.y_stride_bytes, send.first_row + row);
-      cast_span(to, from, begin, end);
+      cast_span(to, row_of<In>(send.y, send.y_stride_bytes, send.first_row + row), begin, end);
       return;
     }
     const int32_t* pair = send.pair_position + send.pair_begin[send.first_row + row];
@@ -107,32 +69,39 @@ template <class In, class Out, class Exec>
 M2N_HD void put_pair_rows(Exec& exec, const CombineSend& send, uint32_t hidden, Out* out) {
   const int32_t* pair = send.pair_position + send.pair_begin[send.first_row];
   for_each_span(exec, send.header.num_rows, hidden, [&](uint32_t i, uint32_t begin, uint32_t end) {
-    const In* from = row_of<In>(send.y, send.y_stride_bytes, pair[i]);
-    Out* to = out + static_cast<uint64_t>(i) * hidden;
-    cast_span(to, from, begin, end);
+    cast_span(out + static_cast<uint64_t>(i) * hidden, row_of<In>(send.y, send.y_stride_bytes, pair[i]), begin, end);
   });
 }
 
 // Reduces while it writes into the peer's window, then rings its signal.
 template <class Exec>
 M2N_HD void combine_send(Exec& exec, const Layout& layout, const Shape& shape, const CombineSend& send) {
-  unsigned char* rows =
-      send.peer.rows + layout.combine_rows.row_in_object(send.slot, 0) * layout.combine_rows.row_bytes;
-  with_dtype(send.y_dtype, [&](auto in) {
-    with_dtype(shape.combine_dtype, [&](auto out) {
-      using In = decltype(in);
-      using Out = decltype(out);
-      if (shape.reduce_at == ReduceAt::kExpert) {
-        put_reduced_rows<In>(exec, send, shape.hidden, reinterpret_cast<Out*>(rows));
-      } else {
-        put_pair_rows<In>(exec, send, shape.hidden, reinterpret_cast<Out*>(rows));
-      }
+  const uint64_t row_bytes = layout.combine_rows.row_bytes;
+  unsigned char* rows = send.peer.rows + layout.combine_rows.row_in_object(send.slot, 0) * row_bytes;
+  const bool is_paired = shape.reduce_at == ReduceAt::kAttention;
+  const bool is_ready = send.y_dtype == shape.combine_dtype && (is_paired || send.is_reduced);
+  if (is_ready) {
+    const int32_t* pair = is_paired ? send.pair_position + send.pair_begin[send.first_row] : nullptr;
+    put_rows(exec, rows, send.header.num_rows, row_bytes, send.is_streamed, [&](uint32_t row) {
+      return send.y + (is_paired ? static_cast<uint64_t>(pair[row]) : send.first_row + row) * send.y_stride_bytes;
     });
-  });
+  } else {
+    with_dtype(send.y_dtype, [&](auto in) {
+      with_dtype(shape.combine_dtype, [&](auto out) {
+        using In = decltype(in);
+        using Out = decltype(out);
+        if (is_paired) {
+          put_pair_rows<In>(exec, send, shape.hidden, reinterpret_cast<Out*>(rows));
+        } else {
+          put_reduced_rows<In>(exec, send, shape.hidden, reinterpret_cast<Out*>(rows));
+        }
+      });
+    });
+  }
   if (exec.block() == 0) {
     put(exec, send.peer.small + layout.combine_small.header(send.slot), &send.header, sizeof(Header));
   }
-  if (!drain(exec, send.arrivals)) return;
+  if (!drain(exec, send.arrivals, send.is_streamed)) return;
   auto* word = reinterpret_cast<Signal*>(send.peer.small + layout.combine_small.signal(send.slot));
   signal(exec, send.peer, word, make_signal(send.header.num_rows, send.seq));
 }

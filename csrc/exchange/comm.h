@@ -25,7 +25,7 @@ struct Stats {
   uint64_t rows_received = 0;
   uint64_t bytes_sent = 0;      // rows, ids, weights and headers written into peers' windows
   uint64_t bytes_received = 0;  // likewise, that peers wrote here
-  uint64_t wait_ns = 0;         // spent inside waits of the verbs
+  uint64_t wait_ns = 0;         // spent inside waits of the verbs, after some microseconds of spinning
   uint64_t signals_held = 0;    // that a relay has delivered
   uint64_t held_ns = 0;         // from when they were sent until then
 };
@@ -116,15 +116,19 @@ class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
   }
   Header own_header(uint32_t peer_idx, uint32_t slot) const;
 
-  // Waits for ready() with the comm's own ending conditions; throws when the comm is closed meanwhile.
+  // Waits for ready() with the comm's own ending conditions; throws when the comm is closed meanwhile. A short wait
+  // reads no clock.
   template <class Ready>
   WaitResult wait(Ready&& ready, int64_t deadline_ns) {
     require_usable();
-    if (ready()) return WaitResult::kReady;
-    const int64_t began_ns = now_ns();
-    if (deadline_ns <= began_ns) return WaitResult::kTimeout;
-    const WaitResult result = exec_.wait([&] { return ready() || is_closed(); }, deadline_ns);
-    add_relaxed(&stats_.wait_ns, static_cast<uint64_t>(now_ns() - began_ns));
+    if (deadline_ns == kNoWait) return ready() ? WaitResult::kReady : WaitResult::kTimeout;
+    const auto is_over = [&] { return ready() || is_closed(); };
+    WaitResult result = WaitResult::kReady;
+    if (!exec_.spin(is_over)) {
+      const int64_t began_ns = now_ns();
+      result = exec_.wait(is_over, deadline_ns);
+      add_relaxed(&stats_.wait_ns, static_cast<uint64_t>(now_ns() - began_ns));
+    }
     require_usable();
     return result;
   }

@@ -32,7 +32,7 @@ DeviceExpertComm::DeviceExpertComm(const Shape& shape, uint32_t rank, uint32_t m
     sent_.push_back(memory_.machine().make_event());
   }
   view_.slots = memory_.uploaded(slots_);
-  view_.ids = memory_.on_device<int32_t>(max_pairs);
+  view_.idxs = memory_.on_device<int32_t>(max_pairs);
   view_.row_weights = memory_.on_device<float>(max_pairs);
   view_.arrived = memory_.on_device<ArrivedMessage>(max_peers);
   view_.next = memory_.on_device<int32_t>(num_local_experts_);

@@ -8,6 +8,7 @@
 #include "core/peer.h"
 #include "core/slot.h"
 #include "exchange/layout.h"
+#include "exchange/put_rows.h"
 #include "exchange/route.h"
 
 namespace m2n {
@@ -24,30 +25,18 @@ struct DispatchSend {
   const int32_t* ids;           // [R][top_k]
   const float* weights;         // [R][top_k]
   uint32_t* arrivals;           // of the blocks that run this; nullptr for one
+  bool is_streamed;             // on the host: its rows go past the caches
 };
-
-// Where the share of one of `num_parts` begins.
-M2N_HD constexpr uint32_t share(uint32_t num_items, uint32_t part, uint32_t num_parts) {
-  return static_cast<uint32_t>(uint64_t{num_items} * part / num_parts);
-}
 
 // Writes the rows straight from x into the peer's window, then rings its signal. The slot must be free.
 template <class Exec>
 M2N_HD void dispatch_send(Exec& exec, const Layout& layout, const DispatchSend& send) {
   const uint64_t row_bytes = layout.dispatch_rows.row_bytes;
   unsigned char* rows = send.peer.rows + layout.dispatch_rows.row_in_object(send.slot, 0) * row_bytes;
-  // Each block takes a run of the rows.
+  put_rows(exec, rows, send.header.num_rows, row_bytes, send.is_streamed,
+           [&](uint32_t row) { return send.x + static_cast<uint64_t>(send.token_of_row[row]) * send.x_stride_bytes; });
   const uint32_t begin = share(send.header.num_rows, exec.block(), exec.num_blocks());
   const uint32_t end = share(send.header.num_rows, exec.block() + 1, exec.num_blocks());
-  uint32_t run = 1;
-  for (uint32_t row = begin; row < end; row += run) {
-    const uint64_t token = static_cast<uint64_t>(send.token_of_row[row]);
-    // Neighbours in x that are neighbours in the window travel as one piece.
-    for (run = 1; send.x_stride_bytes == row_bytes && row + run < end; ++run) {
-      if (static_cast<uint64_t>(send.token_of_row[row + run]) != token + run) break;
-    }
-    put(exec, rows + row * row_bytes, send.x + token * send.x_stride_bytes, run * row_bytes);
-  }
   if (begin != end) {
     const uint64_t first = uint64_t{begin} * layout.top_k;
     const uint64_t ids_bytes = uint64_t{end - begin} * layout.top_k * sizeof(int32_t);
@@ -59,7 +48,7 @@ M2N_HD void dispatch_send(Exec& exec, const Layout& layout, const DispatchSend& 
   if (exec.block() == 0) {
     put(exec, send.peer.small + layout.dispatch_small.header(send.slot), &send.header, sizeof(Header));
   }
-  if (!drain(exec, send.arrivals)) return;
+  if (!drain(exec, send.arrivals, send.is_streamed)) return;
   auto* word = reinterpret_cast<Signal*>(send.peer.small + layout.dispatch_small.signal(send.slot));
   signal(exec, send.peer, word, make_signal(send.header.num_rows, send.seq));
 }
@@ -82,24 +71,24 @@ struct RecvResult {
 };
 
 // Copies a message's ids and weights once into private memory, and checks the private copy, which alone is used from
-// then on. `expert_idx` maps a global id to the index of the local expert, or -1. Valid ids come first in a row.
+// then on. In it an id becomes the index of the local expert (`expert_idx`, by global id). A row ends at the first -1.
 M2N_HD inline RecvResult take_ids(const ArrivedMessage& message, uint32_t top_k, uint32_t num_experts,
-                                  const int32_t* expert_idx, int32_t* ids, float* weights) {
-  const uint64_t num_bytes = uint64_t{message.num_rows} * top_k * sizeof(int32_t);
-  if (num_bytes != 0) {
-    memcpy(ids, message.window_ids, num_bytes);
-    memcpy(weights, message.window_weights, num_bytes);
-  }
+                                  const int32_t* expert_idx, int32_t* idxs, float* weights) {
+  const uint64_t num_pairs = uint64_t{message.num_rows} * top_k;
+  if (num_pairs == 0) return {};
+  memcpy(idxs, message.window_ids, num_pairs * sizeof(int32_t));
+  memcpy(weights, message.window_weights, num_pairs * sizeof(float));
   for (uint32_t row = 0; row < message.num_rows; ++row) {
-    const uint64_t from = uint64_t{row} * top_k;
+    int32_t* row_idxs = idxs + uint64_t{row} * top_k;
     for (uint32_t k = 0; k < top_k; ++k) {
-      const int32_t id = ids[from + k];
+      const int32_t id = row_idxs[k];
       if (id == kNone && k > 0) break;
       // A row is sent for at least one expert, so that -1 in front is out of range too.
       if (id < 0 || static_cast<uint32_t>(id) >= num_experts) return {RecvError::kIdRange, row, id};
-      const float weight = weights[from + k];
+      const float weight = weights[uint64_t{row} * top_k + k];
       if (!(weight - weight == 0.0f)) return {RecvError::kWeight, row, id};
-      if (expert_idx[id] == kNone) return {RecvError::kNotHosted, row, id};
+      row_idxs[k] = expert_idx[id];
+      if (row_idxs[k] == kNone) return {RecvError::kNotHosted, row, id};
     }
   }
   return {};
@@ -117,44 +106,45 @@ struct BatchView {
 };
 
 // Adds the pairs of one message to the counts in expert_offsets[e + 1]; returns how many there are.
-M2N_HD inline uint32_t count_pairs(const int32_t* ids, uint32_t num_rows, uint32_t top_k, const int32_t* expert_idx,
-                                   int32_t* expert_offsets) {
+M2N_HD inline uint32_t count_pairs(const int32_t* idxs, uint32_t num_rows, uint32_t top_k, int32_t* expert_offsets) {
   uint32_t num_pairs = 0;
   for (uint32_t row = 0; row < num_rows; ++row) {
-    for (uint32_t k = 0; k < top_k && ids[row * uint64_t{top_k} + k] != kNone; ++k) {
-      ++expert_offsets[expert_idx[ids[row * uint64_t{top_k} + k]] + 1];
+    for (uint32_t k = 0; k < top_k && idxs[row * uint64_t{top_k} + k] != kNone; ++k) {
+      ++expert_offsets[idxs[row * uint64_t{top_k} + k] + 1];
       ++num_pairs;
     }
   }
   return num_pairs;
 }
 
-// dispatch_recv once all its messages have arrived and were taken: builds the index lists. Serial. `ids` and
+// dispatch_recv once all its messages have arrived and were taken: builds the index lists. Serial. `idxs` and
 // `weights` are the private copies, message after message; `next` is scratch [E].
 M2N_HD inline void dispatch_recv(const Layout& layout, const ArrivedMessage* messages, uint32_t num_messages,
-                                 const int32_t* ids, const float* weights, const int32_t* expert_idx,
-                                 uint32_t num_local_experts, int32_t* next, const BatchView& batch) {
+                                 const int32_t* idxs, const float* weights, uint32_t num_local_experts, int32_t* next,
+                                 const BatchView& batch) {
   for (uint32_t e = 0; e < num_local_experts; ++e) {
     batch.expert_offsets[e + 1] += batch.expert_offsets[e];
     next[e] = batch.expert_offsets[e];
   }
+  const BatchView lists = batch;  // private, as the top_k: what is written below cannot change them
+  const uint32_t top_k = layout.top_k;
   uint32_t row_of_batch = 0;
   int32_t pair = 0;
   for (uint32_t i = 0; i < num_messages; ++i) {
-    for (uint32_t row = 0; row < messages[i].num_rows; ++row, ++row_of_batch) {
-      const uint64_t from = static_cast<uint64_t>(row_of_batch) * layout.top_k;
-      const auto window_row =
-          static_cast<int32_t>(layout.dispatch_rows.row_in_window(messages[i].peer_idx, messages[i].slot, row));
-      batch.pair_begin[row_of_batch] = pair;
-      for (uint32_t k = 0; k < layout.top_k && ids[from + k] != kNone; ++k) {
-        const int32_t position = next[expert_idx[ids[from + k]]]++;
-        batch.pair_position[pair++] = position;
-        batch.row_index_by_expert[position] = window_row;
-        batch.weights[position] = weights[from + k];
+    const ArrivedMessage message = messages[i];
+    auto window_row = static_cast<int32_t>(layout.dispatch_rows.row_in_window(message.peer_idx, message.slot, 0));
+    for (uint32_t row = 0; row < message.num_rows; ++row, ++row_of_batch, ++window_row) {
+      const uint64_t from = static_cast<uint64_t>(row_of_batch) * top_k;
+      lists.pair_begin[row_of_batch] = pair;
+      for (uint32_t k = 0; k < top_k && idxs[from + k] != kNone; ++k) {
+        const int32_t position = next[idxs[from + k]]++;
+        lists.pair_position[pair++] = position;
+        lists.row_index_by_expert[position] = window_row;
+        lists.weights[position] = weights[from + k];
       }
     }
   }
-  batch.pair_begin[row_of_batch] = pair;
+  lists.pair_begin[row_of_batch] = pair;
 }
 
 }  // namespace m2n

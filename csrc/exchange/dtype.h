@@ -74,6 +74,19 @@ M2N_HD inline Float16 from_float<Float16>(float value) {
   return Float16{static_cast<uint16_t>(half | sign)};
 }
 
+// +0 + value, rounded: the value, but +0 for -0, and a quiet NaN for any NaN.
+M2N_HD inline float plus_zero(float value) { return 0.0f + value; }
+M2N_HD inline BFloat16 plus_zero(BFloat16 value) {
+  const auto magnitude = static_cast<int16_t>(value.bits & 0x7FFFu);
+  const uint16_t number = magnitude == 0 ? uint16_t{0} : value.bits;
+  return BFloat16{magnitude > 0x7F80 ? uint16_t{0x7FC0} : number};
+}
+M2N_HD inline Float16 plus_zero(Float16 value) {
+  const auto magnitude = static_cast<int16_t>(value.bits & 0x7FFFu);
+  const uint16_t number = magnitude == 0 ? uint16_t{0} : value.bits;
+  return Float16{magnitude > 0x7C00 ? static_cast<uint16_t>((value.bits & 0x8000u) | 0x7E00u) : number};
+}
+
 // Calls `body` with a value of the element type.
 template <class Body>
 M2N_HD void with_dtype(DType dtype, Body&& body) {

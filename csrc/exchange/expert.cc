@@ -11,16 +11,18 @@ ExpertComm::ExpertComm(const Shape& shape, uint32_t rank, uint32_t max_peers, co
                        const std::vector<uint32_t>& local_experts)
     : ExpertSide(shape, rank, max_peers, transport, local_experts),
       inboxes_(static_cast<size_t>(max_peers) * layout_.num_slots),
+      copy_choices_(inboxes_.size()),
       inbox_view_{layout_, shape.max_tokens, peers_, small_window()->data(), inboxes_.data()},
       next_(local_experts.size()) {
   for (Inbox& box : inboxes_) box.seq = {first_seq_, first_seq_};
 }
 
-void ExpertComm::look_around() {
+uint32_t ExpertComm::look_around() {
   const Scanned scanned = scan(exec_, inbox_view_);
-  add_relaxed(&stats_.messages_received, uint64_t{scanned.num_arrived});
-  add_relaxed(&stats_.messages_sent, uint64_t{scanned.num_answered});
+  if (scanned.num_arrived != 0) add_relaxed(&stats_.messages_received, uint64_t{scanned.num_arrived});
+  if (scanned.num_answered != 0) add_relaxed(&stats_.messages_sent, uint64_t{scanned.num_answered});
   if (scanned.violation.breach != Breach::kNone) raise_breach(scanned.violation);
+  return scanned.num_arrived;
 }
 
 void ExpertComm::raise_breach(const Violation& violation) {
@@ -28,29 +30,47 @@ void ExpertComm::raise_breach(const Violation& violation) {
   raise_violation(violation.peer_idx, describe(violation, layer));
 }
 
+uint32_t ExpertComm::num_just_arrived(const Batch* batch) const {
+  uint32_t count = 0;
+  if (batch == nullptr) return 0;
+  for (const Batch::Message& message : batch->messages) {
+    count += inbox_view_.at(message.arrived.peer_idx, message.arrived.slot).seen_ns == kNever;
+  }
+  return count;
+}
+
+std::shared_ptr<Batch> ExpertComm::look(const Wanted& wanted, Found* found) {
+  std::shared_ptr<Batch> batch;
+  int64_t looked_ns = 0;
+  const auto clock = [&] { return looked_ns != 0 ? looked_ns : looked_ns = now_ns(); };
+  std::lock_guard lock(inbox_mutex_);
+  const uint32_t num_arrived = look_around();
+  *found = find_complete(inbox_view_, wanted, clock);
+  // All messages of one may be refused; then the next is looked for.
+  while (found->is_complete && (batch = collect(found->layer, found->microbatch, wanted)) == nullptr) {
+    *found = find_complete(inbox_view_, wanted, clock);
+  }
+  // What has come and stays lingers from now on. Usually nothing does.
+  if (num_arrived > num_just_arrived(batch.get())) stamp(inbox_view_, clock());
+  if (batch == nullptr) raise_if_lost(wanted);
+  return batch;
+}
+
 std::shared_ptr<Batch> ExpertComm::dispatch_recv(const Wanted& wanted, int64_t deadline_ns) {
   require_usable();
   while (true) {
-    std::shared_ptr<Batch> batch;
     Found found;
-    const auto look = [&] {
-      std::lock_guard lock(inbox_mutex_);
-      look_around();
-      found = find_complete(inbox_view_, wanted, now_ns());
-      // All messages of one may be refused; then the next is looked for.
-      while (found.is_complete && (batch = collect(found.layer, found.microbatch, wanted)) == nullptr) {
-        found = find_complete(inbox_view_, wanted, now_ns());
-      }
-      if (batch == nullptr) raise_if_lost(wanted);
-      return batch != nullptr;
-    };
-    if (look()) return batch;
+    std::shared_ptr<Batch> batch = look(wanted, &found);
+    if (batch != nullptr) return batch;
     const int64_t seen_linger_ns = found.linger_until_ns;
     // A first message starts the lingering: then wait again, with the shorter deadline.
-    const auto is_changed = [&] { return look() || found.linger_until_ns != seen_linger_ns; };
+    const auto is_changed = [&] {
+      batch = look(wanted, &found);
+      return batch != nullptr || found.linger_until_ns != seen_linger_ns;
+    };
     wait(is_changed, std::min(deadline_ns, seen_linger_ns));
     if (batch != nullptr) return batch;
-    if (now_ns() < deadline_ns) continue;
+    if (deadline_ns != kNoWait && now_ns() < deadline_ns) continue;
     if (found.is_started && wanted.is_strict()) raise_timeout(missing_rank(inbox_view_, wanted));
     return nullptr;  // what has arrived stays, and goes on lingering from when it came
   }
@@ -61,8 +81,9 @@ std::optional<Work> ExpertComm::wait_work(int64_t deadline_ns) {
   std::optional<Work> work;
   const auto look = [&] {
     std::lock_guard lock(inbox_mutex_);
-    look_around();
-    const Found found = find_complete(inbox_view_, Wanted{}, now_ns());  // without lingering: the first of all
+    const uint32_t num_arrived = look_around();
+    const Found found = find_complete(inbox_view_, Wanted{}, now_ns);  // without lingering: the first of all
+    if (num_arrived != 0) stamp(inbox_view_, now_ns());
     if (found.is_complete) work = Work{found.layer, found.microbatch};
     if (!work) raise_if_lost({});
     return work.has_value();
@@ -72,13 +93,12 @@ std::optional<Work> ExpertComm::wait_work(int64_t deadline_ns) {
 }
 
 std::shared_ptr<Batch> ExpertComm::collect(uint32_t layer, uint32_t microbatch, const Wanted& wanted) {
-  auto batch = std::make_shared<Batch>();
+  std::shared_ptr<Batch> batch = make_batch();
   batch->owner = this;
   batch->layer = layer;
   batch->microbatch = microbatch;
   batch->expert_offsets.assign(num_local_experts_ + 1, 0);
-  ids_.clear();
-  row_weights_.clear();
+  batch->pair_begin.assign(1, 0);
   for (uint32_t peer_idx = 0; peer_idx < peers_.size(); ++peer_idx) {
     if (belongs(inbox_view_, wanted, layer, microbatch, peer_idx)) take_message(*batch, peer_idx, microbatch);
   }
@@ -99,20 +119,21 @@ bool ExpertComm::take_message(Batch& batch, uint32_t peer_idx, uint32_t slot) {
   message.num_rows = box.header.num_rows;
   message.window_ids = reinterpret_cast<const int32_t*>(inbox_view_.small_of(peer_idx) + small().ids(slot));
   message.window_weights = reinterpret_cast<const float*>(inbox_view_.small_of(peer_idx) + small().weights(slot));
-  const uint32_t first_row = static_cast<uint32_t>(ids_.size() / shape_.top_k);
-  const size_t from = ids_.size();
-  ids_.resize(from + message.num_rows * size_t{shape_.top_k}, kNone);
-  row_weights_.resize(ids_.size());
-  const RecvResult result = take_ids(message, shape_.top_k, shape_.num_experts, expert_idx_.data(), ids_.data() + from,
+  const uint32_t first_row = batch.messages.empty() ? 0 : batch.messages.back().end_row();
+  const size_t from = size_t{first_row} * shape_.top_k;
+  const size_t end = from + size_t{message.num_rows} * shape_.top_k;
+  if (idxs_.size() < end) {
+    idxs_.resize(end);
+    row_weights_.resize(end);
+  }
+  const RecvResult result = take_ids(message, shape_.top_k, shape_.num_experts, expert_idx_.data(), idxs_.data() + from,
                                      row_weights_.data() + from);
   if (result.error == RecvError::kNone) {
-    count_pairs(ids_.data() + from, message.num_rows, shape_.top_k, expert_idx_.data(), batch.expert_offsets.data());
+    count_pairs(idxs_.data() + from, message.num_rows, shape_.top_k, batch.expert_offsets.data());
     batch.messages.push_back({message, box.seq.accepted, first_row});
     batch.ranks.push_back(rank_of(peer_idx));
     return true;
   }
-  ids_.resize(from);
-  row_weights_.resize(from);
   box.is_pending = false;
   if (result.error == RecvError::kNotHosted) {
     answer_empty(exec_, inbox_view_, peer_idx, slot, kRefusedRows, static_cast<uint32_t>(result.value));
@@ -126,23 +147,24 @@ bool ExpertComm::take_message(Batch& batch, uint32_t peer_idx, uint32_t slot) {
 void ExpertComm::build_lists(Batch& batch) {
   uint64_t num_pairs = 0;
   for (int32_t count : batch.expert_offsets) num_pairs += static_cast<uint64_t>(count);
-  batch.pair_begin.resize(ids_.size() / shape_.top_k + 1);
+  batch.pair_begin.resize(batch.messages.back().end_row() + size_t{1});
   batch.pair_position.resize(num_pairs);
   batch.row_index_by_expert.resize(num_pairs);
   batch.weights.resize(num_pairs);
-  std::vector<ArrivedMessage> arrived;
-  for (const Batch::Message& message : batch.messages) arrived.push_back(message.arrived);
+  arrived_.clear();
+  for (const Batch::Message& message : batch.messages) arrived_.push_back(message.arrived);
   const BatchView view{batch.pair_begin.data(), batch.pair_position.data(), batch.row_index_by_expert.data(),
                        batch.expert_offsets.data(), batch.weights.data()};
-  m2n::dispatch_recv(layout_, arrived.data(), static_cast<uint32_t>(arrived.size()), ids_.data(), row_weights_.data(),
-                     expert_idx_.data(), num_local_experts_, next_.data(), view);
-  count_batch(arrived.size(), batch.num_rows());
+  m2n::dispatch_recv(layout_, arrived_.data(), static_cast<uint32_t>(arrived_.size()), idxs_.data(),
+                     row_weights_.data(), num_local_experts_, next_.data(), view);
+  count_batch(arrived_.size(), batch.num_rows());
 }
 
 void ExpertComm::combine_send(Batch& batch, const unsigned char* y, uint64_t y_stride_bytes, DType y_dtype,
                               bool is_reduced) {
   require_unanswered(batch.owner, batch.is_answered);
   batch.is_answered = true;
+  uint64_t num_rows = 0;
   for (const Batch::Message& message : batch.messages) {
     const uint32_t peer_idx = message.arrived.peer_idx;
     const uint32_t first_row = message.first_row;
@@ -170,9 +192,14 @@ void ExpertComm::combine_send(Batch& batch, const unsigned char* y, uint64_t y_s
       std::lock_guard lock(inbox_mutex_);
       inbox(peer_idx, send.slot).seq.replied = message.seq;
     }
-    m2n::combine_send(exec_, layout_, shape_, send);
-    count_sent(1, send.header.num_rows);
+    CopyChoice& choice = copy_choices_[peer_idx * layout_.num_slots + send.slot];
+    choice.send(send.header.num_rows * layout_.combine_rows.row_bytes, kStreamedCombineBytes, [&](bool is_streamed) {
+      send.is_streamed = is_streamed;
+      m2n::combine_send(exec_, layout_, shape_, send);
+    });
+    num_rows += send.header.num_rows;
   }
+  count_sent(batch.messages.size(), num_rows);
 }
 
 void ExpertComm::recover(uint32_t attention_rank) {

@@ -8,33 +8,14 @@
 #include <optional>
 #include <vector>
 
+#include "exchange/batch.h"
 #include "exchange/combine.h"
+#include "exchange/copy_choice.h"
 #include "exchange/dispatch.h"
 #include "exchange/inbox.h"
 #include "exchange/sides.h"
 
 namespace m2n {
-
-// One layer of one microbatch, from one or more attention ranks. Its rows lie in the window.
-struct Batch {
-  struct Message {
-    ArrivedMessage arrived;
-    uint32_t seq;
-    uint32_t first_row;  // of the batch, in wire order
-  };
-
-  const void* owner = nullptr;  // the comm that received it; only compared
-  uint32_t layer = 0;
-  uint32_t microbatch = 0;
-  std::vector<Message> messages;  // ascending peer index
-  std::vector<uint32_t> ranks;    // of the attention ranks, message by message
-  std::vector<int32_t> pair_begin, pair_position, row_index_by_expert, expert_offsets;
-  std::vector<float> weights;
-  bool is_answered = false;
-
-  uint32_t num_rows() const { return static_cast<uint32_t>(pair_begin.size()) - 1; }
-  uint32_t num_pairs() const { return static_cast<uint32_t>(row_index_by_expert.size()); }
-};
 
 struct Work {
   uint32_t layer;
@@ -58,19 +39,26 @@ class ExpertComm final : public ExpertSide {
 
  private:
   Inbox& inbox(uint32_t peer_idx, uint32_t slot) { return inboxes_[peer_idx * layout_.num_slots + slot]; }
-  // Notes what has arrived; throws for a violation.
-  void look_around();
+  // Notes what has arrived, and how much that was; throws for a violation.
+  uint32_t look_around();
+  // Messages of a batch that no earlier look has seen.
+  uint32_t num_just_arrived(const Batch* batch) const;
+  // One look: the batch that is asked for, if it is complete.
+  std::shared_ptr<Batch> look(const Wanted& wanted, Found* found);
   std::shared_ptr<Batch> collect(uint32_t layer, uint32_t microbatch, const Wanted& wanted);
   bool take_message(Batch& batch, uint32_t peer_idx, uint32_t slot);
   void build_lists(Batch& batch);
   [[noreturn]] void raise_breach(const Violation& violation);
 
-  std::vector<Inbox> inboxes_;  // [peer][slot]
+  std::vector<Inbox> inboxes_;            // [peer][slot]
+  std::vector<CopyChoice> copy_choices_;  // likewise
   const InboxView inbox_view_;
   // Held while looking and collecting, never while waiting: several threads may receive at once.
   std::mutex inbox_mutex_;
-  std::vector<int32_t> ids_, next_;  // scratch of collect()
+  // Scratch of collect(), which only grows.
+  std::vector<int32_t> idxs_, next_;
   std::vector<float> row_weights_;
+  std::vector<ArrivedMessage> arrived_;
 };
 
 }  // namespace m2n

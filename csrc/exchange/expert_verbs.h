@@ -33,7 +33,7 @@ struct ExpertView {
   const int32_t* expert_idx;  // [num_experts]: global id -> local index, -1: not hosted
   uint32_t num_local_experts;
   SlotLists* slots;         // [slot]
-  int32_t* ids;             // scratch of one receive: private copies, message after message
+  int32_t* idxs;            // scratch of one receive: of the local experts, message after message
   float* row_weights;       // likewise
   ArrivedMessage* arrived;  // likewise, [max_peers]
   int32_t* next;            // [num_local_experts]
@@ -84,7 +84,7 @@ M2N_HD bool take_message(Exec& exec, const ReceiveVerb& verb, uint32_t peer_idx,
   message.first_row = received.num_rows;
   const uint64_t from = uint64_t{received.num_rows} * layout.top_k;
   const RecvResult result = take_ids(message.arrived, layout.top_k, view.shape.num_experts, view.expert_idx,
-                                     view.ids + from, view.row_weights + from);
+                                     view.idxs + from, view.row_weights + from);
   box.is_pending = false;
   if (result.error == RecvError::kNotHosted) {
     answer_empty(exec, view.inbox, peer_idx, slot, kRefusedRows, static_cast<uint32_t>(result.value));
@@ -97,8 +97,8 @@ M2N_HD bool take_message(Exec& exec, const ReceiveVerb& verb, uint32_t peer_idx,
     received.violation_layer = box.header.layer;
     return false;
   }
-  received.num_pairs += count_pairs(view.ids + from, message.arrived.num_rows, layout.top_k, view.expert_idx,
-                                    view.slots[slot].lists.expert_offsets);
+  received.num_pairs +=
+      count_pairs(view.idxs + from, message.arrived.num_rows, layout.top_k, view.slots[slot].lists.expert_offsets);
   view.slots[slot].messages[received.num_messages] = message;
   view.arrived[received.num_messages] = message.arrived;
   verb.ranks[received.num_messages] = view.inbox.peers.entries[peer_idx].rank;
@@ -128,7 +128,7 @@ M2N_HD void collect(Exec& exec, const ReceiveVerb& verb, uint32_t layer, uint32_
   received.is_batch = true;
   received.layer = layer;
   received.microbatch = microbatch;
-  dispatch_recv(view.inbox.layout, view.arrived, received.num_messages, view.ids, view.row_weights, view.expert_idx,
+  dispatch_recv(view.inbox.layout, view.arrived, received.num_messages, view.idxs, view.row_weights,
                 view.num_local_experts, view.next, slot.lists);
 }
 
@@ -143,8 +143,10 @@ M2N_HD bool look_around(Exec& exec, const ReceiveVerb& verb) {
     received.violation = scanned.violation;
     return true;
   }
+  const auto clock = [&] { return exec.now_ns(); };
+  if (scanned.num_arrived != 0) stamp(verb.view.inbox, clock());
   while (true) {
-    const Found found = find_complete(verb.view.inbox, verb.wanted, exec.now_ns());
+    const Found found = find_complete(verb.view.inbox, verb.wanted, clock);
     received.is_started = found.is_started;
     if (!found.is_complete) return false;
     if (verb.is_peek) {

@@ -12,12 +12,14 @@
 
 namespace m2n {
 
+inline constexpr int64_t kNever = INT64_MAX;
+
 // Kept per (attention peer, slot). `header` is the private copy of the message that waits there.
 struct Inbox {
   RecvSeq seq;
   bool is_pending = false;
   bool is_expected = false;  // has dispatched before, and did not say IDLE_NEXT
-  int64_t seen_ns = 0;
+  int64_t seen_ns = kNever;  // kNever until stamp()
   Header header{};
 };
 
@@ -82,39 +84,58 @@ M2N_HD void answer_empty(Exec& exec, const InboxView& view, uint32_t peer_idx, u
   send_empty_reply(exec, view.layout, view.peers.entries[peer_idx].view, slot, box.seq.replied, header);
 }
 
-// Notes everything that has arrived since the last look, up to the first violation. Headers are read once into private
-// memory and checked there. For one thread.
+// Notes the message behind a new signal. The header is read once into private memory and checked there.
+template <class Exec>
+M2N_HD Violation accept(Exec& exec, const InboxView& view, uint32_t peer_idx, uint32_t slot, Signal signal,
+                        Scanned* scanned) {
+  Inbox& box = view.at(peer_idx, slot);
+  if (signal_seq(signal) != box.seq.accepted + 1u || box.seq.accepted != box.seq.replied) {
+    return {Breach::kSeq, peer_idx, slot, box.seq.accepted + 1, signal_seq(signal)};
+  }
+  const unsigned char* small = view.small_of(peer_idx);
+  // What is read next comes from the same core.
+  prefetch(small + view.layout.dispatch_small.ids(slot));
+  prefetch(small + view.layout.dispatch_small.weights(slot));
+  Header header;
+  memcpy(&header, small + view.layout.dispatch_small.header(slot), sizeof header);
+  const Violation violation = check_header(view.layout, view.max_tokens, peer_idx, slot, signal, header);
+  if (violation.breach != Breach::kNone) return violation;
+  ++scanned->num_arrived;
+  box.seq.accepted = signal_seq(signal);
+  box.header = header;
+  box.is_expected = (header.flags & kFlagIdleNext) == 0;
+  box.is_pending = header.num_rows != 0 || box.is_expected;
+  box.seen_ns = kNever;
+  if (box.is_pending) return {};
+  answer_empty(exec, view, peer_idx, slot, 0, 0);  // "nothing to send": answered here
+  ++scanned->num_answered;
+  return {};
+}
+
+// Notes everything that has arrived since the last look, up to the first violation. For one thread. What it finds has
+// no time yet: a reading of the clock takes as long as a hop between cores, and a batch that is complete needs none.
 template <class Exec>
 M2N_HD Scanned scan(Exec& exec, const InboxView& view) {
   Scanned scanned;
   const uint32_t num_peers = view.peers.size();
-  for (uint32_t i = 0; i < num_peers * view.layout.num_slots; ++i) {
-    const uint32_t peer_idx = i / view.layout.num_slots;
-    const uint32_t slot = i % view.layout.num_slots;
+  for (uint32_t peer_idx = 0; peer_idx < num_peers; ++peer_idx) {
     if (!view.peers.is_live(peer_idx)) continue;
-    Inbox& box = view.at(peer_idx, slot);
-    const Signal signal = poll_signal(view.signal_of(peer_idx, slot));
-    const Arrival arrival = classify(signal, box.seq.accepted);
-    if (arrival == Arrival::kNone) continue;
-    if (arrival == Arrival::kViolation || box.seq.accepted != box.seq.replied) {
-      scanned.violation = {Breach::kSeq, peer_idx, slot, box.seq.accepted + 1, signal_seq(signal)};
-      return scanned;
+    for (uint32_t slot = 0; slot < view.layout.num_slots; ++slot) {
+      const Signal signal = poll_signal(view.signal_of(peer_idx, slot));
+      if (signal_seq(signal) == view.at(peer_idx, slot).seq.accepted) continue;
+      scanned.violation = accept(exec, view, peer_idx, slot, signal, &scanned);
+      if (scanned.violation.breach != Breach::kNone) return scanned;
     }
-    Header header;
-    memcpy(&header, view.small_of(peer_idx) + view.layout.dispatch_small.header(slot), sizeof header);
-    scanned.violation = check_header(view.layout, view.max_tokens, peer_idx, slot, signal, header);
-    if (scanned.violation.breach != Breach::kNone) return scanned;
-    ++scanned.num_arrived;
-    box.seq.accepted = signal_seq(signal);
-    box.header = header;
-    box.is_expected = (header.flags & kFlagIdleNext) == 0;
-    box.is_pending = header.num_rows != 0 || box.is_expected;
-    box.seen_ns = exec.now_ns();
-    if (box.is_pending) continue;
-    answer_empty(exec, view, peer_idx, slot, 0, 0);  // "nothing to send": answered here
-    ++scanned.num_answered;
   }
   return scanned;
+}
+
+// Gives what waits without one the time at which it was seen.
+M2N_HD inline void stamp(const InboxView& view, int64_t now_ns) {
+  for (uint32_t i = 0; i < view.peers.size() * view.layout.num_slots; ++i) {
+    Inbox& box = view.inboxes[i];
+    if (box.is_pending && box.seen_ns == kNever) box.seen_ns = now_ns;
+  }
 }
 
 // Which batch dispatch_recv is asked for.
@@ -141,8 +162,6 @@ struct Wanted {
   M2N_HD bool is_strict() const { return num_attention_ranks != 0; }
 };
 
-inline constexpr int64_t kNever = INT64_MAX;
-
 // What a look at the inboxes found.
 struct Found {
   bool is_complete = false;  // (layer, microbatch) can be received
@@ -153,8 +172,9 @@ struct Found {
 };
 
 // Has (layer, microbatch) everybody it waits for? Else `linger_until_ns` is lowered to the end of lingering.
-M2N_HD inline bool is_complete(const InboxView& view, const Wanted& wanted, uint32_t layer, uint32_t microbatch,
-                               int64_t now_ns, int64_t* linger_until_ns) {
+template <class Clock>
+M2N_HD bool is_complete(const InboxView& view, const Wanted& wanted, uint32_t layer, uint32_t microbatch, Clock&& clock,
+                        int64_t* linger_until_ns) {
   int64_t first_seen_ns = kNever;
   bool is_anyone_missing = false;
   uint32_t num_listed = 0;
@@ -168,29 +188,32 @@ M2N_HD inline bool is_complete(const InboxView& view, const Wanted& wanted, uint
     if (!box.is_pending && box.is_expected && box.seq.accepted == box.seq.replied) is_anyone_missing = true;
   }
   if (wanted.is_strict()) return num_listed == wanted.num_attention_ranks;
-  if (!is_anyone_missing || now_ns - first_seen_ns >= wanted.linger_ns) return true;
-  const int64_t until_ns = first_seen_ns + wanted.linger_ns;
+  if (!is_anyone_missing || wanted.linger_ns == 0) return true;
+  const int64_t now_ns = clock();
+  const int64_t until_ns = (first_seen_ns == kNever ? now_ns : first_seen_ns) + wanted.linger_ns;
+  if (now_ns >= until_ns) return true;
   if (until_ns < *linger_until_ns) *linger_until_ns = until_ns;
   return false;
 }
 
-// The complete (layer, microbatch) whose first message came first.
-M2N_HD inline Found find_complete(const InboxView& view, const Wanted& wanted, int64_t now_ns) {
+// The complete (layer, microbatch) whose first message came first. `clock()` is called only where lingering decides.
+template <class Clock>
+M2N_HD Found find_complete(const InboxView& view, const Wanted& wanted, Clock&& clock) {
   Found found;
   int64_t found_seen_ns = kNever;
-  const uint32_t num_microbatches = view.layout.num_slots - 1;
-  for (uint32_t i = 0; i < view.peers.size() * num_microbatches; ++i) {
-    const uint32_t microbatch = i % num_microbatches;
-    if (!view.peers.is_live(i / num_microbatches)) continue;
-    const Inbox& box = view.at(i / num_microbatches, microbatch);
-    if (!wanted.matches(box)) continue;
-    found.is_started = true;
-    if (box.seen_ns >= found_seen_ns) continue;
-    if (!is_complete(view, wanted, box.header.layer, microbatch, now_ns, &found.linger_until_ns)) continue;
-    found.is_complete = true;
-    found.layer = box.header.layer;
-    found.microbatch = microbatch;
-    found_seen_ns = box.seen_ns;
+  for (uint32_t peer_idx = 0; peer_idx < view.peers.size(); ++peer_idx) {
+    if (!view.peers.is_live(peer_idx)) continue;
+    for (uint32_t microbatch = 0; microbatch + 1 < view.layout.num_slots; ++microbatch) {
+      const Inbox& box = view.at(peer_idx, microbatch);
+      if (!wanted.matches(box)) continue;
+      found.is_started = true;
+      if (found.is_complete && box.seen_ns >= found_seen_ns) continue;
+      if (!is_complete(view, wanted, box.header.layer, microbatch, clock, &found.linger_until_ns)) continue;
+      found.is_complete = true;
+      found.layer = box.header.layer;
+      found.microbatch = microbatch;
+      found_seen_ns = box.seen_ns;
+    }
   }
   return found;
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a CPU thread runs a body: one block of one thread that waits by some pauses, some yields, then a futex.
+// How a CPU thread runs a body: one block of one thread that waits by some pauses, then by yields, then by a futex.
 #pragma once
 
 #include <linux/futex.h>
@@ -28,6 +28,9 @@ inline void futex_wake_all(const uint32_t* word) {
   syscall(SYS_futex, word, FUTEX_WAKE, INT32_MAX, nullptr, nullptr, 0);
 }
 
+// A deadline: look once and do not wait.
+inline constexpr int64_t kNoWait = 0;
+
 // Called between two sleeps of a wait, without any lock held; may throw to end the wait (an interrupt, say).
 inline void (*on_sleep)() = nullptr;
 
@@ -44,18 +47,29 @@ class HostExec {
   SignalRelay* relay() const { return relay_; }  // nullptr: signals are stored here and now
   void wake(WakeWord* wake) { wake_waiters(wake, futex_wake_all); }
 
-  // Looks at ready() until it is true or the deadline (CLOCK_MONOTONIC) has passed; the last look comes after
-  // it.
+  // Looks at ready() for a few microseconds.
   template <class Ready>
-  WaitResult wait(Ready&& ready, int64_t deadline_ns) {
+  bool spin(Ready&& ready) {
     for (int i = 0; i < kPauses; ++i) {
-      if (ready()) return WaitResult::kReady;
+      if (ready()) return true;
       relax();
     }
-    for (int i = 0; i < kYields; ++i) {
+    return false;
+  }
+
+  // Looks at ready() until it is true or the deadline (CLOCK_MONOTONIC) has passed; the last look comes after
+  // it. It gives the core away; spin() comes first.
+  template <class Ready>
+  WaitResult wait(Ready&& ready, int64_t deadline_ns) {
+    const int64_t began_ns = now_ns();
+    int num_given = 0;
+    for (int64_t last_ns = began_ns; num_given < kGiven && last_ns - began_ns < kYieldNs;) {
       if (ready()) return WaitResult::kReady;
-      if (now_ns() >= deadline_ns) return WaitResult::kTimeout;
+      if (last_ns >= deadline_ns) return WaitResult::kTimeout;
       sched_yield();
+      const int64_t yielded_ns = now_ns();
+      num_given += yielded_ns - last_ns > kOthersNs;
+      last_ns = yielded_ns;
     }
     while (now_ns() < deadline_ns) {
       const auto sleep = [deadline_ns](const uint32_t* word, uint32_t seen) {
@@ -73,7 +87,12 @@ class HostExec {
   // 100 pauses are about 2 us: longer than a hop between running cores, shorter than a wasted scheduler
   // slice.
   static constexpr int kPauses = 100;
-  static constexpr int kYields = 64;
+  // Yields cost nobody anything while no other thread wants this core, and a sleeper takes 20 to 130 us to wake: so
+  // they go on for a while. Those after which somebody else has run tell how busy the core is: after some it is better
+  // to sleep.
+  static constexpr int64_t kYieldNs = 1'000'000;
+  static constexpr int64_t kOthersNs = 5'000;
+  static constexpr int kGiven = 64;
   // Every sleep looks again after this long: a wake that was lost all the same costs time, not a hang.
   static constexpr int64_t kSleepNs = 100'000'000;
 

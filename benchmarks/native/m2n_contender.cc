@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: Apache-2.0
+// m2n itself, by the calls that its Python verbs make.
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <cstring>
+
+#include "exchange/expert.h"
+#include "job.h"
+
+namespace m2n::bench {
+namespace {
+
+[[noreturn]] void raise_socket(const char* call) {
+  throw std::runtime_error(std::string(call) + ": " + std::strerror(errno));
+}
+
+// What an attention rank says first.
+struct Hello {
+  uint64_t process_nonce;
+  uint32_t rank;
+};
+
+void send_offer(int connection, uint32_t rank, const Comm::Offer& offer) {
+  alignas(cmsghdr) char control[CMSG_SPACE(3 * sizeof(int))] = {};
+  Hello hello{offer.process, rank};
+  iovec data{&hello, sizeof hello};
+  msghdr message{};
+  message.msg_iov = &data;
+  message.msg_iovlen = 1;
+  message.msg_control = control;
+  message.msg_controllen = sizeof control;
+  cmsghdr* header = CMSG_FIRSTHDR(&message);
+  header->cmsg_level = SOL_SOCKET;
+  header->cmsg_type = SCM_RIGHTS;
+  header->cmsg_len = CMSG_LEN(3 * sizeof(int));
+  for (size_t i = 0; i < 3; ++i) {
+    const int fd = offer.handles[i].fd.get();
+    std::memcpy(CMSG_DATA(header) + i * sizeof(int), &fd, sizeof fd);
+  }
+  if (sendmsg(connection, &message, 0) < 0) raise_socket("sendmsg");
+}
+
+std::vector<Handle> receive_offer(int connection, Hello* hello) {
+  alignas(cmsghdr) char control[CMSG_SPACE(3 * sizeof(int))] = {};
+  iovec data{hello, sizeof *hello};
+  msghdr message{};
+  message.msg_iov = &data;
+  message.msg_iovlen = 1;
+  message.msg_control = control;
+  message.msg_controllen = sizeof control;
+  if (recvmsg(connection, &message, 0) <= 0) raise_socket("recvmsg");
+  std::vector<Handle> handles(3);
+  for (size_t i = 0; i < 3; ++i) {
+    int fd = -1;
+    std::memcpy(&fd, CMSG_DATA(CMSG_FIRSTHDR(&message)) + i * sizeof(int), sizeof fd);
+    handles[i].fd = Fd(fd);
+  }
+  return handles;
+}
+
+int make_socket() {
+  const int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+  if (fd < 0) raise_socket("socket");
+  return fd;
+}
+
+sockaddr_un address_of(const Case& job, uint32_t expert_rank) {
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  // The folder's name is random: nobody else has this one.
+  const std::string name = job.folder + "/" + std::to_string(expert_rank);
+  if (name.size() >= sizeof address.sun_path) throw std::runtime_error("too long a path: " + name);
+  std::memcpy(address.sun_path, name.data(), name.size());
+  return address;
+}
+
+struct Arrived {
+  int connection;
+  Hello hello;
+  std::vector<Handle> handles;
+};
+
+class M2n final : public Contender {
+ public:
+  explicit M2n(const Job& job) : job_(job), traffic_(job.traffic), peer_idx_of_rank_(traffic_.num_peers()) {
+    const Case& options = job.options;
+    if (traffic_.is_attention()) {
+      attention_ =
+          std::make_shared<AttentionComm>(options.shape, traffic_.rank(), options.num_expert, options.transport);
+      for (uint32_t rank = 0; rank < options.num_expert; ++rank) connect_to(rank);
+      return;
+    }
+    const std::vector<uint32_t> experts = experts_of(options, traffic_.rank());
+    expert_ =
+        std::make_shared<ExpertComm>(options.shape, traffic_.rank(), options.num_attention, options.transport, experts);
+    for (uint32_t rank = 0; rank < options.num_attention; ++rank) ranks_.push_back(rank);
+    wanted_.attention_ranks = ranks_.data();
+    wanted_.num_attention_ranks = options.num_attention;
+    const Fd listener(make_socket());
+    const sockaddr_un address = address_of(options, traffic_.rank());
+    if (bind(listener.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0) raise_socket("bind");
+    if (listen(listener.get(), static_cast<int>(options.num_attention)) != 0) raise_socket("listen");
+    std::vector<Arrived> arrived(options.num_attention);
+    for (uint32_t i = 0; i < options.num_attention; ++i) {
+      const int connection = accept4(listener.get(), nullptr, nullptr, SOCK_CLOEXEC);
+      if (connection < 0) raise_socket("accept");
+      Hello hello{};
+      std::vector<Handle> handles = receive_offer(connection, &hello);
+      arrived.at(hello.rank) = {connection, hello, std::move(handles)};
+    }
+    // In the order of their ranks, in which a batch has them then.
+    for (Arrived& peer : arrived) {
+      const Comm::Offer offer = expert_->offer(peer.hello.rank, 1);
+      send_offer(peer.connection, traffic_.rank(), offer);
+      link(*expert_, offer.peer_idx, peer.hello, std::move(peer.handles), peer.connection);
+    }
+  }
+
+  void dispatch_send(const unsigned char* x) override {
+    attention_->dispatch_send(x, traffic_.x_stride_bytes, job_.routes[traffic_.rank()], 0, 0, deadline_ns_);
+  }
+  void combine_recv(unsigned char* y) override {
+    attention_->combine_recv(y, traffic_.reply_row_bytes, 0, deadline_ns_);
+  }
+  const unsigned char* replies_from(uint32_t) override { return nullptr; }
+  void dispatch_recv() override {
+    batch_ = expert_->dispatch_recv(wanted_, deadline_ns_);
+    if (batch_ == nullptr) throw std::runtime_error("m2n: nothing has arrived for too long");
+  }
+  const unsigned char* rows_from(uint32_t peer) override {
+    const Rows& rows = expert_->layout().dispatch_rows;
+    return expert_->rows_window()->data() + rows.row_in_window(peer_idx_of_rank_[peer], 0, 0) * rows.row_bytes;
+  }
+  void combine_send(const unsigned char* y) override {
+    const Shape& shape = job_.options.shape;
+    expert_->combine_send(*batch_, y, traffic_.reply_row_bytes, shape.combine_dtype,
+                          /*is_reduced=*/shape.reduce_at == ReduceAt::kExpert);
+    batch_.reset();
+  }
+  // One deadline for an exchange, as an engine has it for a step: reading the clock takes as long as a hop.
+  void settle() override { deadline_ns_ = deadline(); }
+
+ private:
+  int64_t deadline() const { return now_ns() + job_.options.deadline_ns; }
+
+  void connect_to(uint32_t expert_rank) {
+    const int connection = make_socket();
+    const sockaddr_un address = address_of(job_.options, expert_rank);
+    const int64_t until_ns = deadline();
+    while (connect(connection, reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0) {
+      if (now_ns() > until_ns) raise_socket("connect");
+      usleep(200);  // it does not listen yet
+    }
+    const Comm::Offer offer = attention_->offer(expert_rank, 1);
+    send_offer(connection, traffic_.rank(), offer);
+    Hello hello{};
+    std::vector<Handle> handles = receive_offer(connection, &hello);
+    link(*attention_, offer.peer_idx, hello, std::move(handles), connection);
+  }
+
+  void link(Comm& comm, uint32_t peer_idx, const Hello& hello, std::vector<Handle> handles, int connection) {
+    comm.attach(peer_idx, std::move(handles), hello.process_nonce);
+    comm.watch(peer_idx, connection, -1);
+    peer_idx_of_rank_.at(hello.rank) = peer_idx;
+  }
+
+  const Job& job_;
+  const Traffic& traffic_;
+  std::shared_ptr<AttentionComm> attention_;
+  std::shared_ptr<ExpertComm> expert_;
+  std::vector<uint32_t> peer_idx_of_rank_, ranks_;
+  Wanted wanted_{};
+  std::shared_ptr<Batch> batch_;
+  int64_t deadline_ns_ = deadline();
+};
+
+}  // namespace
+
+std::unique_ptr<Contender> make_m2n(const Job& job, const Services&) { return std::make_unique<M2n>(job); }
+
+}  // namespace m2n::bench
