@@ -13,7 +13,7 @@ from typing import Any
 
 from m2n.reference_model.errors import InputError, missing_packages
 
-from . import transport
+from . import connect, copies, e2e, growth, paper, transport
 
 PROGRAM = "m2n-bench"
 _MODEL_EXTRAS = ("torch", "safetensors", "rich", "numpy")
@@ -29,6 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=PROGRAM, description=description)
     commands = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     transport.add_parsers(commands)
+    for module in (connect, copies, growth, paper, e2e):
+        module.add_parser(commands)
     pingpong = commands.add_parser("pingpong", help="what one more microbatch gains", description=_PINGPONG)
     pingpong.add_argument("--rounds", type=int, default=5, help="each in processes of its own (default 5)")
     pingpong.add_argument("--steps", type=int, default=24, help="tokens of each sequence in a run (default 24)")

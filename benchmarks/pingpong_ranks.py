@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+import m2n
 from m2n.reference_model import trace
 from m2n.reference_model.engine import AttentionEngine
 from m2n.reference_model.experts import ExpertWeights, LocalExperts
@@ -16,7 +17,7 @@ from m2n.reference_model.run_config import ATTENTION, EXPERT, RunConfig
 from m2n.reference_model.sampling import SamplingConfig
 from m2n.reference_model.scheduler import Scheduler, Sequence
 from m2n.reference_model.trace import Tracer
-from m2n.reference_model.worker import load_rank, run_rank
+from m2n.reference_model.worker import Comms, load_rank, run_rank
 
 Kept = dict[Any, Any]
 
@@ -36,7 +37,14 @@ def _loaded(kept: Kept, run: RunConfig, role: str, rank: int) -> Decoder | Exper
     return loaded
 
 
-def run_one_rank(kept: Kept, run: RunConfig, role: str, rank: int, store: str) -> list[dict[str, Any]]:
+def run_one_rank(
+    kept: Kept,
+    run: RunConfig,
+    role: str,
+    rank: int,
+    store: str,
+    comms: Comms = (m2n.AttentionComm, m2n.ExpertComm),
+) -> list[dict[str, Any]]:
     """One rank of a run; returns its events."""
     events: list[dict[str, Any]] = []
     prompts = prompts_of(run)
@@ -45,7 +53,7 @@ def run_one_rank(kept: Kept, run: RunConfig, role: str, rank: int, store: str) -
     def emit(event: dict[str, Any]) -> None:
         events.append({**event, "role": role, "rank": rank})
 
-    run_rank(run, role, rank, share, store, emit, _loaded(kept, run, role, rank))
+    run_rank(run, role, rank, share, store, emit, _loaded(kept, run, role, rank), comms)
     return events
 
 

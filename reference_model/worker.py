@@ -27,6 +27,8 @@ from .trace import Tracer
 
 Event = dict[str, Any]
 Emit = Callable[[Event], None]
+# What makes the comm of an attention rank, and of an expert rank.
+Comms = tuple[Callable[..., Any], Callable[..., Any]]
 # How often an expert rank without work looks whether every attention rank has left.
 _IDLE_S = 0.05
 
@@ -169,8 +171,12 @@ def run_rank(
     store: Any,
     emit: Emit,
     loaded: Decoder | ExpertWeights | None = None,
+    comms: Comms = (m2n.AttentionComm, m2n.ExpertComm),
 ) -> None:
-    """Load what this rank needs (unless it is `loaded`), connect, work, say goodbye. Emits "ready" once connected."""
+    """Load what this rank needs (unless it is `loaded`), connect, work, say goodbye. Emits "ready" once connected.
+
+    comms: others with the same verbs, for comparison.
+    """
     torch.set_num_threads(run.num_threads)
     loaded = loaded or load_rank(run, role, rank)
     options: dict[str, Any] = {
@@ -183,10 +189,10 @@ def run_rank(
         "config": run.comm_config,
     }
     if isinstance(loaded, Decoder):
-        with m2n.AttentionComm(**options) as attention_comm:
+        with comms[0](**options) as attention_comm:
             emit({"event": "ready"})
             run_attention(attention_comm, run, loaded, prompts, emit)
     else:
-        with m2n.ExpertComm(**options) as expert_comm:
+        with comms[1](**options) as expert_comm:
             emit({"event": "ready"})
             run_expert(expert_comm, run, loaded, emit)

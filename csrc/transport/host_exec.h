@@ -50,7 +50,8 @@ class HostExec {
   // Looks at ready() for a few microseconds.
   template <class Ready>
   bool spin(Ready&& ready) {
-    for (int i = 0; i < kPauses; ++i) {
+    const int num_pauses = load_relaxed(&is_shared_) != 0 ? kFewPauses : kPauses;
+    for (int i = 0; i < num_pauses; ++i) {
       if (ready()) return true;
       relax();
     }
@@ -70,6 +71,7 @@ class HostExec {
       const int64_t yielded_ns = now_ns();
       num_given += yielded_ns - last_ns > kOthersNs;
       last_ns = yielded_ns;
+      store_relaxed(&is_shared_, uint32_t{num_given != 0});
     }
     while (now_ns() < deadline_ns) {
       const auto sleep = [deadline_ns](const uint32_t* word, uint32_t seen) {
@@ -87,11 +89,12 @@ class HostExec {
   // 100 pauses are about 2 us: longer than a hop between running cores, shorter than a wasted scheduler
   // slice.
   static constexpr int kPauses = 100;
+  static constexpr int kFewPauses = 4;  // where the core was wanted by others lately: they may be who we wait for
   // Yields cost nobody anything while no other thread wants this core, and a sleeper takes 20 to 130 us to wake: so
   // they go on for a while. Those after which somebody else has run tell how busy the core is: after some it is better
   // to sleep.
   static constexpr int64_t kYieldNs = 1'000'000;
-  static constexpr int64_t kOthersNs = 5'000;
+  static constexpr int64_t kOthersNs = 1'500;
   static constexpr int kGiven = 64;
   // Every sleep looks again after this long: a wake that was lost all the same costs time, not a hang.
   static constexpr int64_t kSleepNs = 100'000'000;
@@ -106,6 +109,7 @@ class HostExec {
 
   WakeWord* own_wake_;
   SignalRelay* relay_;
+  uint32_t is_shared_ = 0;  // did somebody else run on this core during the last wait? Any thread writes it
 };
 
 }  // namespace m2n
