@@ -7,12 +7,14 @@ import dataclasses
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+import m2n
 from m2n.reference_model.errors import InputError
 
+from .memory import link_bytes
 from .routing import ROUTINGS, make_topk, recorded_experts
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -32,7 +34,7 @@ class Case:
     num_experts: int
     dtype: str = "bfloat16"
     top_k: int = 2
-    reduce_at: str = "expert"
+    reduce_at: Literal["expert", "attention"] = "expert"
     routing: str = "balanced"
     transport: str = "shm"
     cores: tuple[int, ...] = ()  # by process, attention ranks first; none: the scheduler decides, and yields are needed
@@ -52,6 +54,24 @@ class Case:
         """2 where every token goes to every expert rank: in a layer with more of them, others' rows lie in between."""
         return 2 if self.routing == "balanced" and self.top_k >= self.n else 1
 
+    @property
+    def deadline_s(self) -> float:
+        """Of one wait: the first waits for windows, of which two busy cores make about 0.4 GiB a second."""
+        return 20.0 + 8.0 * self.window_bytes / (1 << 30)
+
+    @property
+    def window_bytes(self) -> int:
+        """Of m2n, all ranks together: every link has room for every token."""
+        return self.m * self.n * link_bytes(self.shape())["total"]
+
+    def shape(self) -> m2n.Shape:
+        """As the ranks of m2n are given it."""
+        num_tokens = -(-self.num_bytes // self.row_bytes * self.n // min(self.top_k, self.n))
+        return m2n.Shape(
+            hidden=self.hidden, num_experts=self.num_experts, top_k=self.top_k, max_tokens=num_tokens,
+            dispatch_dtype=self.dtype, combine_dtype=self.dtype, reduce_at=self.reduce_at,
+        )  # fmt: skip
+
     def topk_ids(self) -> np.ndarray:
         """int32 [M, T, top_k]."""
         rows = self.num_bytes // self.row_bytes
@@ -66,6 +86,7 @@ class Case:
             "hidden": self.hidden, "top_k": self.top_k,
             "experts": self.num_experts, "dtype": self.dtype, "reduce_at": self.reduce_at,
             "transport": self.transport, "seconds": seconds, "max_rounds": max_rounds,
+            "deadline_s": self.deadline_s,
             "cores": " ".join(map(str, self.cores)), "contenders": " ".join(contenders),
         }  # fmt: skip
         (folder / "case.txt").write_text("".join(f"{key} {value}\n" for key, value in lines.items()))
@@ -106,10 +127,15 @@ def make_case(m: int, n: int, num_bytes: int, args: Any) -> Case:
         raise InputError(f"--experts: {num_experts} experts do not spread evenly over {n} expert ranks")
     if not 1 <= top_k <= num_experts:
         raise InputError(f"--top-k: expected 1 to {num_experts} (the number of experts), got {top_k}")
-    return Case(
+    case = Case(
         m, n, num_bytes, row_bytes, num_experts, args.dtype, top_k, args.reduce_at, args.routing, args.transport,
         _cores(args.pin, m + n),
     )  # fmt: skip
+    try:
+        case.shape()
+    except ValueError as error:
+        raise InputError(f"--sizes, --hidden, --top-k or --experts: {error}") from error
+    return case
 
 
 def _cores(pin: str, num_processes: int) -> tuple[int, ...]:
@@ -134,7 +160,8 @@ def require_memory(case: Case, num_contenders: int) -> None:
         InputError: with both numbers.
     """
     payload = 2 * case.m * case.n * case.num_bytes  # there and back
-    needed = payload * (1 + 2 * num_contenders)  # x and y; a landing place and a gathered copy for each contender
+    # x and y; for the others a landing place and a gathered copy.
+    needed = payload * (2 * num_contenders - 1) + case.window_bytes
     available = shutil.disk_usage(SHARED_FOLDER).free
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
         if line.startswith("MemAvailable:"):

@@ -148,8 +148,8 @@ def measure_disturbance(
     num_expert: int = 2,
     rounds: int = 8,
     phase_s: float = 0.5,
-    joins_per_phase: int = 10,
-    pause_s: float = 0.02,
+    joins_per_phase: int = 20,
+    pause_s: float = 0.005,
     num_tokens: int = 32,
 ) -> dict[str, Any]:
     """What a joiner does to the round trips of num_attention x num_expert links that exchange without a pause.

@@ -306,7 +306,7 @@ class Mpi4py(Peer):
 
 
 _CLASSES: dict[str, Any] = {"m2n": M2n, "gloo": Gloo, "gloo-a2a": GlooAllToAll, "mpi4py": Mpi4py}
-PYTHON_CONTENDERS = (*_CLASSES, "ucxx", "nccl")
+PYTHON_CONTENDERS = (*_CLASSES, "ucxx", "nccl", "nccl-put")
 _NO_GPU = "needs a GPU for each rank: m2n on GPUs is measured by `make gpu`, and this version has no NCCL beside it"
 
 
@@ -320,7 +320,7 @@ def why_not(name: str) -> str:
     missing = [module for module in needs if importlib.util.find_spec(module) is None]
     if missing:
         return f"not installed: pip install {' '.join(missing)}"
-    return _NO_GPU if name == "nccl" else ""
+    return _NO_GPU if name.startswith("nccl") else ""
 
 
 def make(name: str, job: Job) -> Any:

@@ -1,27 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """All processes of one run at the Python boundary: `python -m m2n.benchmarks.forked_ranks FOLDER PROCESSES CONTENDER`.
 
-Libraries are imported once, then a process is forked for each rank: 16 imports of torch take 20 s on two cores, and
-their memory is shared this way. What a contender sets up, it sets up in its own process.
+Libraries are imported once, then a process is forked for each rank: it sets up its contender itself, but neither the
+time of an import of torch nor its memory is paid for each rank.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import signal
 import sys
 import time
 import traceback
 
-from . import contenders, python_ranks
+from . import python_ranks
 
 _GRACE_S = 0.2  # for the others to say what they have seen
+_IMPORTED_ONCE = ("m2n.benchmarks.contenders", "torch", "torch.distributed")
 
 
 def main(folder: str, num_processes: str, name: str) -> int:
     """Exit status 1 when a process failed; then the others are killed."""
-    contenders.import_libraries(name)
+    for module in _IMPORTED_ONCE[: 1 if name == "m2n" else None]:  # ranks of m2n need numpy only
+        importlib.import_module(module)
     gc.freeze()  # the pages of what all share stay shared
     children = {_fork(folder, process, name) for process in range(int(num_processes))}
     while children:

@@ -32,7 +32,8 @@ from .contenders import PYTHON_CONTENDERS, why_not
 NATIVE = ("m2n", "memcpy", "non-temporal", "hop", "ucx-shm", "ucx-tcp", "mpi")
 DIRECTIONS = ("dispatch", "combine", "roundtrip")
 _MAX_ROUNDS = 20000
-_GRACE_S = 60.0  # beyond the seconds of a run: starting, proving, and slow machines
+_SEEN = "another process has failed"  # as ranks say at both boundaries
+_GRACE_S = 40.0  # beyond the seconds of a run and the longest wait: starting, proving, and slow machines
 
 Samples = dict[tuple[str, str, str], list[np.ndarray]]  # (contender, boundary, direction): one array per process
 
@@ -138,8 +139,10 @@ def run_processes(commands: Sequence[Sequence[str]], seconds: float) -> None:
                 child.wait()
         if is_late or any(child.returncode for child in children):
             errors.seek(0)
-            text = errors.read().decode(errors="replace").strip().splitlines()[-12:]
-            raise RunFailed("\n".join(text) or "the ranks did not end in time")
+            lines = errors.read().decode(errors="replace").strip().splitlines()
+            # Who failed first comes first; then those who only saw it, and what mpirun has to say.
+            reasons = [line for line in lines if _SEEN not in line][:12]
+            raise RunFailed("\n".join(reasons or lines[:12]) or "the ranks did not end in time")
 
 
 def start_native(case: Case, plan: Plan) -> Samples:
@@ -150,19 +153,20 @@ def start_native(case: Case, plan: Plan) -> Samples:
         command = [str(program()), str(folder)]
         if "mpi" in found:
             command = [*plugins.mpirun(case.num_processes), *command, "mpi"]
-        run_processes([command], plan.seconds * len(words) + _GRACE_S)
+        run_processes([command], plan.seconds * len(words) + case.deadline_s + _GRACE_S)
         return _read(folder, plan.native, "cpp")
 
 
 def start_python(case: Case, name: str, plan: Plan) -> Samples:
     """One start of one contender at the Python boundary."""
     with run_folder(case, [name], plan) as folder:
-        command = [sys.executable, "-m", "m2n.benchmarks.python_ranks", str(folder)]
+        python = [sys.executable, "-m"]
         if name == "mpi4py":
-            commands = [[*plugins.mpirun(case.num_processes), *command, "mpi", name]]
+            ranks = [*python, "m2n.benchmarks.python_ranks", str(folder), "mpi", name]
+            command = [*plugins.mpirun(case.num_processes), *ranks]
         else:
-            commands = [[*command, str(process), name] for process in range(case.num_processes)]
-        run_processes(commands, plan.seconds + _GRACE_S)
+            command = [*python, "m2n.benchmarks.forked_ranks", str(folder), str(case.num_processes), name]
+        run_processes([command], plan.seconds + case.deadline_s + _GRACE_S)
         return _read(folder, [name], "python")
 
 
@@ -177,15 +181,52 @@ def _read(folder: Path, contenders: Sequence[str], boundary: str) -> Samples:
     return samples
 
 
+def _start_all(case: Case, plan: Plan, starts: dict[tuple[str, str, str], list[dict[str, float]]]) -> Plan:
+    """One start of everybody; the plan for the next one, without peers that have failed.
+
+    Raises:
+        RunFailed: m2n did, or a limit.
+    """
+    try:
+        groups = [start_native(case, plan)]
+    except RunFailed as error:
+        peers = [name for name in plan.native if name in plugins.NAMES]
+        if not peers:
+            raise
+        # They share their processes: which of them it was is for whoever reads the reason to say.
+        plan = _without(plan, peers, error)
+        groups = [start_native(case, plan)]
+    for name in plan.python:
+        try:
+            groups.append(start_python(case, name, plan))
+        except RunFailed as error:
+            if name == "m2n":
+                raise
+            plan = _without(plan, [name], error)
+    for group in groups:
+        for key, processes in group.items():
+            starts[key].append(stats.of_start(processes))
+    return plan
+
+
+def _without(plan: Plan, names: Sequence[str], error: RunFailed) -> Plan:
+    text = f"failed: {str(error).splitlines()[0]}"
+    native = tuple(name for name in plan.native if name not in names)
+    python = tuple(name for name in plan.python if name not in names)
+    return dataclasses.replace(
+        plan, native=native, python=python, reasons={**plan.reasons, **dict.fromkeys(names, text)}
+    )
+
+
 def measure(case: Case, plan: Plan, tick: Callable[[], None]) -> list[dict[str, Any]]:
     """Rows of results for one case: m2n first, then who could run, then who could not and why."""
     starts: dict[tuple[str, str, str], list[dict[str, float]]] = defaultdict(list)
     for _ in range(plan.starts):
-        groups = [start_native(case, plan)] + [start_python(case, name, plan) for name in plan.python]
-        for group in groups:
-            for key, processes in group.items():
-                starts[key].append(stats.of_start(processes))
+        plan = _start_all(case, plan, starts)
         tick()
+    for name in plan.reasons:  # it failed in a later start
+        for key in [key for key in starts if key[0] == name]:
+            del starts[key]
     about = case.describe()
     payload = case.m * case.n * about["mean_bytes"]
     rows = []

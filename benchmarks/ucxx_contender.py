@@ -19,9 +19,9 @@ _SETUP_TIMEOUT_S = 20.0
 
 def why_not() -> str:
     """Why it cannot run here; "" when it can."""
-    if any(importlib.util.find_spec(module) for module in _MODULES):
-        return ""
-    return "not installed: pip install ucxx-cu12 or ucxx-cu13 (345 MB; no GPU needed), Python 3.11 or later"
+    if not any(importlib.util.find_spec(module) for module in _MODULES):
+        return "not installed: pip install ucxx-cu12 or ucxx-cu13 (345 MB; no GPU needed), Python 3.11 or later"
+    return "" if importlib.util.find_spec("torch") else "not installed: pip install torch"
 
 
 class Ucxx(Peer):

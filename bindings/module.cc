@@ -138,6 +138,7 @@ void attach_peer(Comm& comm, uint32_t peer_idx, const std::vector<std::pair<int,
                  uint64_t process) {
   std::vector<Handle> handles;
   for (const auto& [fd, id] : objects) handles.push_back({Fd(fd), 0, id});
+  const py::gil_scoped_release release;
   comm.attach(peer_idx, std::move(handles), process);
 }
 
@@ -190,7 +191,8 @@ void bind_comm(py::module_& module) {
       },
       py::arg("rank"), py::arg("life"));
   type.def("attach", &attach_peer, py::arg("peer_idx"), py::arg("objects"), py::arg("process"));
-  type.def("watch", &Comm::watch, py::arg("peer_idx"), py::arg("connection_fd"), py::arg("pidfd"));
+  type.def("watch", &Comm::watch, py::arg("peer_idx"), py::arg("connection_fd"), py::arg("pidfd"),
+           py::call_guard<py::gil_scoped_release>());
   type.def(  // for tests
       "drop_peer", [](Comm& comm, uint32_t peer_idx) { comm.drop_peer(peer_idx, LossCause::kProtocol); },
       py::arg("peer_idx"));

@@ -7,13 +7,15 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from m2n.benchmarks import cli, plugins, runs
+from m2n.benchmarks import cases, cli, plugins, runs
+from m2n.reference_model.errors import InputError
 
 TINY = ("--starts", "1", "--seconds", "0.01")
 
@@ -136,3 +138,40 @@ def test_a_rank_that_dies_ends_the_run(capsys: pytest.CaptureFixture[str], monke
     assert status == 1
     assert "a run failed: no" in err
     assert set(os.listdir("/dev/shm")) <= before
+
+
+def test_a_forked_rank_that_fails_ends_the_others() -> None:
+    """They would sleep for a minute, with the pipes of this test open."""
+    code = """if True:
+        import time
+        from m2n.benchmarks import forked_ranks, python_ranks
+        python_ranks.main = lambda folder, process, name: 1 if process == "1" else time.sleep(60)
+        raise SystemExit(forked_ranks.main("", "3", "m2n"))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_memory_counts_the_windows_of_m2n(monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 x 32 ranks with 256 KB a pair: 0.5 GB of payload, but 16 GB where every link has room for every token."""
+    args = cli.build_parser().parse_args(["grid", "--sizes", "262144"])
+    monkeypatch.setattr(cases.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=12 << 30))
+    with pytest.raises(InputError, match=r"need about 169\d\d MiB"):
+        cases.require_memory(cases.make_case(32, 32, 262144, args), 1)
+
+
+def test_a_peer_that_fails_is_a_row_with_the_reason(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = runs.start_python
+
+    def start(case: Any, name: str, plan: Any) -> Any:
+        if name == "gloo":
+            raise runs.RunFailed("process 0: it did not work\nmore")
+        return real(case, name, plan)
+
+    monkeypatch.setattr(runs, "start_python", start)
+    words = ("latency", *TINY, "--sizes", "1024", "--baselines", "gloo")
+    rows = run(capsys, tmp_path / "f.json", *words)["rows"]
+    assert [row["reason"] for row in rows if row["contender"] == "gloo"] == ["failed: process 0: it did not work"]
+    assert {row["boundary"] for row in rows if row["contender"] == "m2n"} == {"cpp", "python"}

@@ -22,8 +22,9 @@ namespace m2n::bench {
 namespace {
 
 uint64_t read_lines(const unsigned char* bytes, uint64_t num_bytes) {
+  constexpr uint64_t kCacheLine = 64;  // kLineBytes are two of them
   uint64_t sum = 0;
-  for (uint64_t i = 0; i < num_bytes; i += kLineBytes) {
+  for (uint64_t i = 0; i < num_bytes; i += kCacheLine) {
     sum += load_relaxed(reinterpret_cast<const uint64_t*>(bytes + i));  // relaxed: only to touch the line
   }
   return sum;

@@ -113,10 +113,12 @@ class Watcher {
     const bool is_open = num_read < 0 && (errno == EAGAIN || errno == EINTR);
     if (is_open && (key & kPidfdBit) == 0) return;
     PeerState state = PeerState::kLost;
-    LossCause cause = has_died(watched.pidfd) ? LossCause::kProcessDied : LossCause::kConnectionClosed;
+    LossCause cause = LossCause::kProtocol;
     if (num_read == 1) {
       state = byte == kGoodbye ? PeerState::kLeft : PeerState::kLost;
-      cause = byte == kGoodbye ? LossCause::kNone : LossCause::kProtocol;
+      if (byte == kGoodbye) cause = LossCause::kNone;
+    } else {
+      cause = has_died(watched.pidfd) ? LossCause::kProcessDied : LossCause::kConnectionClosed;
     }
     close_both(watched);
     watched_.erase(found);
