@@ -93,7 +93,7 @@ class HostExec {
   // Yields cost nobody anything while no other thread wants this core, and a sleeper takes 20 to 130 us to wake: so
   // they go on for a while. Those after which somebody else has run tell how busy the core is: after some it is better
   // to sleep.
-  static constexpr int64_t kYieldNs = 1'000'000;
+  static constexpr int64_t kYieldNs = 4'000'000;
   static constexpr int64_t kOthersNs = 1'500;
   static constexpr int kGiven = 64;
   // Every sleep looks again after this long: a wake that was lost all the same costs time, not a hang.
