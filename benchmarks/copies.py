@@ -25,8 +25,6 @@ from .runs import RunFailed, run_processes
 from .transport import add_outputs, parse_list
 
 ROW_BYTES = 2048
-# Larger messages may pass the caches by, with stores of their own that no call shows (csrc/exchange/copy_choice.h).
-STREAMED_BYTES = 32 << 10
 _TIMEOUT_S = 60.0
 _TOP_K = 2
 _SOURCE = Path(__file__).parent / "native/count_copies.c"
@@ -42,13 +40,13 @@ EXPECTED = {
 _ABOUT = """How often a CPU writes each byte of payload: by m2n's own counters (comm.stats()), and by a library that is
 loaded in front of the C library and counts memcpy, memmove, write, send, read and the like. Both must agree, and what
 arrived must lie in the window. Beside it the same rows over Unix sockets. Sums make no call: their bytes are those of
-our counters alone. Messages stay below 32 KB: larger ones may be copied by stores of their own, which are not seen."""
+our counters alone. M2N_STORES=regular keeps m2n from stores that pass the caches by, which no call shows."""
 
 
 def add_parser(commands: Any) -> None:
     """The command and its options."""
     parser = commands.add_parser("copies", help="how often a CPU writes each byte", description=_ABOUT)
-    parser.add_argument("--sizes", default="8192,16384", metavar="BYTES,...", help="per pair (default %(default)s)")
+    parser.add_argument("--sizes", default="8192,262144", metavar="BYTES,...", help="per pair (default %(default)s)")
     parser.add_argument("--expert-ranks", type=int, default=2, metavar="N", help="default 2")
     parser.add_argument("--rounds", type=int, default=20, help="that are counted (default 20)")
     parser.add_argument(
@@ -70,11 +68,8 @@ def run(args: argparse.Namespace, command: str) -> None:
 
     sizes = parse_list("--sizes", args.sizes)
     for size in sizes:
-        if size < ROW_BYTES or size % ROW_BYTES or size >= STREAMED_BYTES:
-            raise InputError(
-                f"--sizes: expected whole rows of {ROW_BYTES} bytes, below {STREAMED_BYTES} bytes (larger copies may "
-                f"pass the caches by, which no memcpy shows), got {size}"
-            )
+        if size < ROW_BYTES or size % ROW_BYTES:
+            raise InputError(f"--sizes: expected whole rows of {ROW_BYTES} bytes, got {size}")
     if args.expert_ranks not in (1, 2, 4, 8):
         raise InputError(f"--expert-ranks: expected 1, 2, 4 or 8, got {args.expert_ranks}")
     if args.rounds < 2:
@@ -129,7 +124,7 @@ def count(folder: Path, num_bytes: int, n: int, rounds: int, extra_copy: str, li
     np.save(folder / "topk.npy", ids)
     about = {"rounds": rounds, "n": n, "row_bytes": ROW_BYTES, "num_experts": num_experts, "extra_copy": extra_copy}
     (folder / "case.json").write_text(json.dumps(about), encoding="utf-8")
-    preload = [] if library is None else ["env", f"LD_PRELOAD={library}"]
+    preload = ["env", "M2N_STORES=regular", *([] if library is None else [f"LD_PRELOAD={library}"])]
     rank = [*preload, sys.executable, "-m", "m2n.benchmarks.copies_ranks", str(folder)]
     run_processes([[*rank, "attention", "0"], *([*rank, "expert", str(i)] for i in range(n))], _TIMEOUT_S)
     found: dict[tuple[str, str, str], Row] = {}

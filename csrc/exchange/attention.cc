@@ -94,7 +94,7 @@ uint32_t AttentionComm::send_to_peer(uint32_t peer_idx, uint32_t slot_idx, const
     reply_rows = shape_.reduce_at == ReduceAt::kExpert ? send.header.num_rows : view.pair_counts[peer_rank];
   }
   CopyChoice& choice = copy_choices_[peer_idx * layout_.num_slots + slot_idx];
-  choice.send(send.header.num_rows * layout_.dispatch_rows.row_bytes, kStreamedDispatchBytes, [&](bool is_streamed) {
+  choice.send(send.header.num_rows * layout_.dispatch_rows.row_bytes, [&](bool is_streamed) {
     send.is_streamed = is_streamed;
     m2n::dispatch_send(exec_, layout_, send);
   });

@@ -193,7 +193,7 @@ void ExpertComm::combine_send(Batch& batch, const unsigned char* y, uint64_t y_s
       inbox(peer_idx, send.slot).seq.replied = message.seq;
     }
     CopyChoice& choice = copy_choices_[peer_idx * layout_.num_slots + send.slot];
-    choice.send(send.header.num_rows * layout_.combine_rows.row_bytes, kStreamedCombineBytes, [&](bool is_streamed) {
+    choice.send(send.header.num_rows * layout_.combine_rows.row_bytes, [&](bool is_streamed) {
       send.is_streamed = is_streamed;
       m2n::combine_send(exec_, layout_, shape_, send);
     });

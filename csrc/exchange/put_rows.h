@@ -8,13 +8,6 @@
 
 namespace m2n {
 
-// Messages from these sizes on are always put streamed (copy_choice.h): their lines would leave the caches before they
-// are read, and fetching lines only to overwrite them costs as much as writing them. A combine's receiver writes as
-// much as it reads, so that it comes to that earlier. `m2n-bench sweep` shows where memcpy and non-temporal copies
-// cross.
-inline constexpr uint64_t kStreamedDispatchBytes = 16 << 20;
-inline constexpr uint64_t kStreamedCombineBytes = 2 << 20;
-
 // Where the share of one of `num_parts` begins.
 M2N_HD constexpr uint32_t share(uint32_t num_items, uint32_t part, uint32_t num_parts) {
   return static_cast<uint32_t>(uint64_t{num_items} * part / num_parts);
