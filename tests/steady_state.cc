@@ -35,7 +35,7 @@ using namespace m2n;
 
 constexpr uint32_t kWarmUp = 50, kRounds = 1000;
 constexpr uint32_t kLateEvery = 100;  // rounds; then the other side falls asleep
-constexpr useconds_t kLateUs = 3000;
+constexpr useconds_t kLateUs = 20'000;
 constexpr int kCannotTrace = 3;  // exit status
 
 enum Verb : uint32_t { kDispatchSend, kDispatchRecv, kCombineSend, kCombineRecv, kClock, kNumVerbs, kNoVerb = 99 };

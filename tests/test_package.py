@@ -83,7 +83,10 @@ class TestWheel:
             sources |= {f"m2n/{path.relative_to(ROOT)}" for path in (ROOT / part).rglob("*.py")}
         assert {name for name in names if name.endswith(".py")} == sources
         assert {name.split("/")[0] for name in names} == {"m2n"}, "top-level modules other than m2n"
-        assert not [name for name in names if name.endswith((".pyc", ".a", ".cc", ".h"))]
+        compiled_there = ("contender.h", "count_copies.c", "mpi.cc", "ucx.cc")
+        sources = sorted(name for name in names if name.endswith((".cc", ".h", ".c", ".cu")))
+        assert sources == [f"m2n/benchmarks/native/{name}" for name in compiled_there]
+        assert not [name for name in names if name.endswith((".pyc", ".a"))]
 
     def test_it_works_without_torch_and_says_what_generating_needs(self, wheel: Path, tmp_path: Path) -> None:
         environment = tmp_path / "no torch"
