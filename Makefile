@@ -20,7 +20,7 @@ PYTEST_FLAGS ?=
 export PYTHON VENV TORCH_INDEX PIP_FLAGS
 
 # Relative paths throughout: make cannot handle a space in the path of the repository.
-SOURCES := pyproject.toml CMakeLists.txt constraints-cpu.txt .ci/install $(sort $(shell find csrc bindings -type f))
+SOURCES := pyproject.toml CMakeLists.txt constraints-cpu.txt .ci/install $(sort $(shell find csrc bindings benchmarks/native -type f))
 CXX_FILES := $(sort $(shell find csrc bindings benchmarks tests -name "*.h" -o -name "*.cc" -o -name "*.cu"))
 PYTHON_PATHS := m2n reference_model benchmarks tests
 # The extra `test` contains `model`: where it is installed, the demo needs nothing more.

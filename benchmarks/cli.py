@@ -16,7 +16,7 @@ from m2n.reference_model.errors import InputError, missing_packages
 from . import connect, copies, e2e, growth, paper, transport
 
 PROGRAM = "m2n-bench"
-_MODEL_EXTRAS = ("torch", "safetensors", "rich", "numpy")
+_MODEL_EXTRAS = e2e.PROGRAM_NEEDS
 
 _PINGPONG = """What one more microbatch gains: one attention and one expert process on a core each, with m = 1 to 4
 microbatches, while signals are held back so that T_c/T_f is as given. Beside it what the simulator makes of T_a, T_e

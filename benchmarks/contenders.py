@@ -96,11 +96,9 @@ class Peer:
         torch.set_num_threads(1)
         self.job, self.torch = job, torch
         self.dtype = getattr(torch, job.dtype)
-        peers = range(job.n) if job.is_attention else range(job.m)
-        links = [(job.rank, peer) if job.is_attention else (peer, job.rank) for peer in peers]
-        rows = [job.rows_between(*link) for link in links]
-        replies = [job.replies_between(*link) for link in links]
-        self.processes = [job.m + peer if job.is_attention else peer for peer in peers]
+        self.processes = [process for process, *_ in job.links]
+        rows = [job.rows_between(*link) for _, *link in job.links]
+        replies = [job.replies_between(*link) for _, *link in job.links]
         self.rows = self._parts([len(part) for part in rows])
         self.replies = self._parts([len(part) for part in replies])
         if not job.is_attention:

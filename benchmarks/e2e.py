@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import functools
 import itertools
-import json
 import os
 import statistics
 import sys
@@ -366,6 +365,7 @@ def run(args: argparse.Namespace, command: str) -> None:
     from m2n.reference_model.timeline import check_writable
 
     from .machine import machine
+    from .report import write_json
 
     options = options_of(args)
     if args.json is not None:
@@ -377,4 +377,4 @@ def run(args: argparse.Namespace, command: str) -> None:
     print_rows(rows, Console(highlight=False, width=None if sys.stdout.isatty() else 132))
     if args.json is not None:
         about = {"machine": machine(), "command": command, "options": dataclasses.asdict(options), "rows": rows}
-        args.json.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, about)

@@ -43,10 +43,6 @@ class Plugin:
     library: Path | None
     reason: str = ""
 
-    def launcher(self, num_processes: int) -> list[str]:
-        """What stands before `m2n_ranks FOLDER mpi` to start all processes; empty: `m2n_ranks FOLDER` does it alone."""
-        return mpirun(num_processes) if self.name == "mpi" else []
-
 
 @functools.cache
 def find(name: str) -> Plugin:

@@ -57,6 +57,13 @@ class Job:
         """reduce_at=expert: one reply row per row."""
         return self.values["reduce_at"] == "expert"
 
+    @property
+    def links(self) -> list[tuple[int, int, int]]:
+        """Of this rank, by peer: (the peer's process, attention rank, expert rank)."""
+        if self.is_attention:
+            return [(self.m + peer, self.rank, peer) for peer in range(self.n)]
+        return [(peer, peer, self.rank) for peer in range(self.m)]
+
     @cached_property
     def topk_ids(self) -> np.ndarray:
         """int32 [M, T, top_k]."""
@@ -149,10 +156,7 @@ class Rank:
             os.sched_setaffinity(0, {int(job.values["cores"].split()[job.process])})
         self.job, self.name, self.board = job, name, Board(job)
         self.contender = make(name, job)
-        peers = range(job.n) if job.is_attention else range(job.m)
-        first = job.m if job.is_attention else 0
-        links = [(job.rank, peer) if job.is_attention else (peer, job.rank) for peer in peers]
-        self._senders = [first + peer for peer, link in zip(peers, links) if len(job.rows_between(*link))]
+        self._senders = [process for process, *link in job.links if len(job.rows_between(*link))]
         self.samples: dict[str, list[float]] = (
             {"combine": [], "roundtrip": []} if job.is_attention else {"dispatch": []}
         )

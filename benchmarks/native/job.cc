@@ -118,11 +118,11 @@ int64_t Board::first_start(const Traffic& traffic, const std::vector<uint32_t>& 
   return first_ns;
 }
 
-void Board::require_going(int64_t* began_ns) const {
+void Board::require_going() {
   if (load_acquire(word(1)) != 0) throw std::runtime_error("another process has failed");  // SYNC: board-failed
   const int64_t now = now_ns();
-  if (*began_ns == 0) *began_ns = now;
-  if (now - *began_ns > deadline_ns_) throw std::runtime_error("nothing has arrived for too long");
+  if (began_ns_ == 0) began_ns_ = now;
+  if (now - began_ns_ > deadline_ns_) throw std::runtime_error("nothing has arrived for too long");
 }
 
 Services make_services(const Case& job, Board& board) {
@@ -223,7 +223,7 @@ void sum_replies(const Job& job, Contender& contender, unsigned char* y) {
 std::unique_ptr<Contender> make_contender(const Job& job, Board& board, const std::string& name) {
   const size_t split = name.find('=');
   if (split == std::string::npos) {
-    if (name == "m2n") return make_m2n(job, make_services(job.options, board));
+    if (name == "m2n") return make_m2n(job);
     return make_limit(job, board, name);
   }
   const std::string path = name.substr(split + 1);

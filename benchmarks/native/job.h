@@ -57,7 +57,7 @@ class Board {
   template <class Ready>
   void wait(Ready&& ready) {
     for (uint64_t i = 0; !ready(); ++i) {
-      if (i % 1024 == 1023) require_going(&began_ns_);
+      if (i % 1024 == 1023) require_going();
       if (is_oversubscribed_ && i >= 100) {
         sched_yield();
       } else {
@@ -71,7 +71,7 @@ class Board {
   int64_t* word(uint32_t line) const { return words_ + line * (kLineBytes / sizeof(int64_t)); }
   int64_t* arrived_of(uint32_t process) const { return word(2 + process); }
   int64_t* start_of(uint32_t process) const { return word(2 + num_processes_ + process); }
-  void require_going(int64_t* began_ns) const;
+  void require_going();
   static void pause() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
@@ -107,7 +107,7 @@ void sum_replies(const Job& job, Contender& contender, unsigned char* y);
 
 // Known by name: m2n, memcpy, non-temporal, hop; else a plug-in.
 std::unique_ptr<Contender> make_contender(const Job& job, Board& board, const std::string& name);
-std::unique_ptr<Contender> make_m2n(const Job& job, const Services& services);
+std::unique_ptr<Contender> make_m2n(const Job& job);
 std::unique_ptr<Contender> make_limit(const Job& job, Board& board, const std::string& name);
 
 }  // namespace m2n::bench

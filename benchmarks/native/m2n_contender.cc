@@ -178,6 +178,6 @@ class M2n final : public Contender {
 
 }  // namespace
 
-std::unique_ptr<Contender> make_m2n(const Job& job, const Services&) { return std::make_unique<M2n>(job); }
+std::unique_ptr<Contender> make_m2n(const Job& job) { return std::make_unique<M2n>(job); }
 
 }  // namespace m2n::bench
