@@ -45,6 +45,13 @@ def nvcc_release() -> str:
     return found[1] if found else "not known"
 
 
+def find_tool(name: str) -> str | None:
+    """On PATH, or beside the compiler that CUDA ships it with."""
+    nvcc = shutil.which(os.environ.get("CUDACXX", "nvcc"))
+    beside = str(Path(nvcc).resolve().parent) if nvcc else None
+    return shutil.which(name) or shutil.which(name, path=beside)
+
+
 def find_gpu() -> dict[str, str] | None:
     """Name, driver and compute capability of the first GPU; None where there is none."""
     found = words_of(["nvidia-smi", "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"])
@@ -64,7 +71,11 @@ class Run:
         """Runs a command; its output. The outcome is "passed", "failed" or (a tool that refuses) "not run"."""
         print(f"\n--- {name}", flush=True)
         began = time.monotonic()
-        environment = {**os.environ, "PYTHONPATH": f"{STAGE}{os.pathsep}{ROOT / 'tests'}", **env}
+        # Safe path: the tree itself holds an m2n without its module.
+        path = f"{STAGE}{os.pathsep}{ROOT / 'tests'}"
+        # Ranks as streams: with fewer connections than streams one that waits holds up another behind it.
+        streams = {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}
+        environment = {**os.environ, **streams, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", **env}
         try:
             done = subprocess.run(
                 command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -122,10 +133,13 @@ def check(run: Run) -> None:
     # Kernels of torch that are loaded behind a kernel that waits would wait for it.
     eager = {"CUDA_MODULE_LOADING": "EAGER"}
     run.step("oracle on virtual ranks", [*ranks, "2"], 90, **eager)
-    files = [str(ROOT / "tests" / name) for name in ("test_exchange.py", "test_device.py")]
+    files = [
+        str(ROOT / "tests" / name)
+        for name in ("test_exchange.py", "test_device.py", "test_launches.py", "test_graphs.py")
+    ]
     suite = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", *files]
-    run.step("conformance suite", suite, 150, **eager)
-    tool = shutil.which("compute-sanitizer")
+    run.step("conformance suite", suite, 240, **eager)
+    tool = find_tool("compute-sanitizer")
     for check_name in ("memcheck", "synccheck"):
         name = f"compute-sanitizer {check_name}"
         if tool is None:
@@ -138,7 +152,9 @@ def check(run: Run) -> None:
 
 def time_it(run: Run) -> list[dict[str, Any]]:
     """What one GPU allows, and what the verbs take."""
-    output = run.step("timing", [str(BUILD / "m2n_gpu_timing")], 120)
+    output = run.step("limits and puts", [str(BUILD / "m2n_gpu_timing")], 120)
+    verbs = [sys.executable, str(ROOT / "benchmarks/gpu_verbs.py")]
+    output += "\n" + run.step("verbs", verbs, 180, CUDA_MODULE_LOADING="EAGER")
     rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     for row in rows:
         if row["bytes"] >= 2**20:
@@ -189,7 +205,10 @@ def main() -> int:
         last_words = (step["words"].splitlines() or [""])[-1][:100]
         print(f"  {step['outcome']:8} {step['seconds']:6.1f} s  {step['step']}  {last_words}")
     for row in rows:
-        print(f"  {row['p50_us']:10.2f} us p50 {row['p99_us']:10.2f} us p99  {row['bytes']:>10} B  {row['name']}")
+        beside = f"  {row['ratio']:.2f} of {row['limit']}" if "limit" in row else ""
+        goal = f"; goal: {row['goal']}" if "goal" in row else ""
+        name = f"{row['name']}{beside}{goal}"
+        print(f"  {row['p50_us']:10.2f} us p50 {row['p99_us']:10.2f} us p99  {row['bytes']:>10} B  {name}")
     return int(run.has_failed)
 
 

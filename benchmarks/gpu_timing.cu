@@ -1,24 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// What one GPU allows, in one run: the hop of a signal between two kernels, launches, copies, and the four verbs
-// between two ranks of one process. Prints lines of JSON. Usage: m2n_gpu_timing [ROUNDS]
-#include <sys/socket.h>
-
+// What one GPU allows, in one run: the hop of a signal between two kernels, launches, copies; and rows by put() beside
+// the same rows by bulk copies. Prints lines of JSON. Usage: m2n_gpu_timing [ROUNDS]
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
-#include <numeric>
 #include <string>
 #include <vector>
 
-#include "exchange/device_attention.h"
-#include "exchange/device_expert.h"
+#include "core/error.h"
+#include "exchange/machine.h"
+#include "exchange/put_rows.h"
 #include "transport/cuda_api.h"
+#include "transport/host_exec.h"
 
 namespace {
 
 using namespace m2n;
-
-constexpr int64_t kDeadlineNs = 10'000'000'000;
 
 void print(const std::string& name, uint64_t bytes, std::vector<double> us) {
   std::sort(us.begin(), us.end());
@@ -126,94 +123,134 @@ void time_copies(Machine& machine, const Streams& streams, uint32_t rounds) {
   }
 }
 
-struct Ranks {
-  std::shared_ptr<DeviceAttentionComm> attention;
-  std::shared_ptr<DeviceExpertComm> expert;
+// 692 rows of 14 KB, as 128 tokens in top-8 to 8 ranks are, or more of them.
+constexpr uint32_t kRowBytes = 14336;
 
-  explicit Ranks(const Shape& shape) {
-    std::vector<int32_t> offsets(shape.num_experts + 1);
-    std::iota(offsets.begin(), offsets.end(), 0);
-    const std::vector<int32_t> hosts(shape.num_experts, 0);
-    std::vector<uint32_t> experts(shape.num_experts);
-    std::iota(experts.begin(), experts.end(), 0);
-    attention = std::make_shared<DeviceAttentionComm>(shape, 0, 1, "cuda:0", "cuda:0", offsets, hosts, 1);
-    expert = std::make_shared<DeviceExpertComm>(shape, 0, 1, "cuda:0", "cuda:0", experts);
-    int connections[2];
-    if (socketpair(AF_UNIX, SOCK_SEQPACKET, 0, connections) != 0) std::perror("socketpair"), std::exit(1);
-    Comm::Offer by_attention = attention->offer(0, 1);
-    Comm::Offer by_expert = expert->offer(0, 1);
-    attention->attach(by_attention.peer_idx, std::move(by_expert.handles), by_expert.process);
-    expert->attach(by_expert.peer_idx, std::move(by_attention.handles), by_attention.process);
-    attention->watch(by_attention.peer_idx, connections[0], -1);
-    expert->watch(by_expert.peer_idx, connections[1], -1);
-  }
-  ~Ranks() {
-    attention->close();
-    expert->close();
-  }
+class PutExec {
+ public:
+  __device__ uint32_t thread() const { return threadIdx.x; }
+  __device__ uint32_t num_threads() const { return blockDim.x; }
+  __device__ uint32_t block() const { return blockIdx.x; }
+  __device__ uint32_t num_blocks() const { return gridDim.x; }
+  __device__ uint32_t lane() const { return threadIdx.x % warpSize; }
+  __device__ uint32_t num_lanes() const { return warpSize; }
 };
 
-// One layer after another; every launch is timed by events around it.
-void time_verbs(Machine& machine, const Streams& streams, uint32_t num_tokens, uint32_t rounds) {
-  Shape shape;
-  shape.hidden = 4096;
-  shape.num_experts = 8;
-  shape.top_k = 2;
-  shape.max_tokens = num_tokens;
-  const Ranks ranks(shape);
-  const uint64_t row_bytes = uint64_t{shape.hidden} * dtype_bytes(shape.dispatch_dtype);
-  const uint64_t num_pairs = uint64_t{num_tokens} * shape.top_k;
-  std::vector<int32_t> ids(num_pairs);
-  for (size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<int32_t>(3 * i % shape.num_experts);
-  const std::vector<float> weights(num_pairs, 0.5f);
-  const auto x = machine.allocate(num_tokens * row_bytes);
-  const auto y = machine.allocate(num_pairs * row_bytes);
-  const auto result = machine.allocate(num_tokens * row_bytes);
-  const auto device_ids = machine.allocate(num_pairs * sizeof(int32_t));
-  const auto device_weights = machine.allocate(num_pairs * sizeof(float));
-  machine.upload(device_ids.get(), ids.data(), num_pairs * sizeof(int32_t));
-  machine.upload(device_weights.get(), weights.data(), num_pairs * sizeof(float));
-  const TopKView topk{num_tokens, device_ids.get(),     IdType::kInt32,       shape.top_k,
-                      1,          device_weights.get(), WeightType::kFloat32, shape.top_k,
-                      1};
-  Timer send, combine, recv;
-  std::vector<double> route_us, send_us, dispatch_recv_us, combine_us, recv_us, layer_us;
-  for (uint32_t round = 0; round < rounds; ++round) {
-    int64_t began_ns = now_ns();
-    const auto route = ranks.attention->make_route(topk, {}, streams.attention);
-    route_us.push_back(us_since(began_ns));
-    began_ns = now_ns();
-    send.begin(streams.attention);
-    ranks.attention->dispatch_send(static_cast<unsigned char*>(x.get()), row_bytes, route, 0, round, kDeadlineNs,
-                                   streams.attention);
-    send.end(streams.attention);
-    const int64_t recv_began_ns = now_ns();
-    const auto batch = ranks.expert->dispatch_recv(Wanted{}, now_ns() + kDeadlineNs, streams.expert);
-    if (batch == nullptr) std::fputs("dispatch_recv: no batch in time\n", stderr), std::exit(1);
-    dispatch_recv_us.push_back(us_since(recv_began_ns));
-    combine.begin(streams.expert);
-    ranks.expert->combine_send(*batch, static_cast<unsigned char*>(y.get()), row_bytes, DType::kBFloat16, false,
-                               streams.expert);
-    combine.end(streams.expert);
-    check_cuda(cudaStreamSynchronize(streams.expert), "combine_send failed");
-    recv.begin(streams.attention);
-    ranks.attention->combine_recv(static_cast<unsigned char*>(result.get()), row_bytes, 0, kDeadlineNs,
-                                  streams.attention);
-    recv.end(streams.attention);
-    check_cuda(cudaStreamSynchronize(streams.attention), "combine_recv failed");
-    layer_us.push_back(us_since(began_ns));
-    send_us.push_back(send.us());
-    combine_us.push_back(combine.us());
-    recv_us.push_back(recv.us());
-    ranks.attention->check();
+// Each row is read from one of `num_sources`, as tokens go to several ranks.
+__global__ void __launch_bounds__(512)
+    put_kernel(unsigned char* to, const unsigned char* from, uint32_t num_rows, uint32_t num_sources) {
+  const PutExec exec;
+  PutDeal deal = deal_put(exec, uint64_t{num_rows} * kRowBytes);
+  const auto row_at = [&](uint32_t row) { return from + uint64_t{row % num_sources} * kRowBytes; };
+  put_rows(exec, deal, to, num_rows, kRowBytes, false, row_at, [](uint32_t, uint32_t) {});
+}
+
+constexpr uint32_t kStages = 2;
+
+#if __CUDA_ARCH__ >= 900
+
+__device__ uint32_t shared_address(const void* at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
+
+__device__ void load_row(unsigned char* stage, uint64_t* barrier, const unsigned char* from) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(kRowBytes));
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(stage)),
+               "l"(from), "r"(kRowBytes), "r"(shared_address(barrier))
+               : "memory");
+}
+
+__device__ void wait_row(uint64_t* barrier, uint32_t phase) {
+  uint32_t is_here = 0;
+  while (is_here == 0) {
+    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                 : "=r"(is_here)
+                 : "r"(shared_address(barrier)), "r"(phase)
+                 : "memory");
   }
-  const uint64_t bytes = num_tokens * row_bytes;
-  print("route (host, with its wait)", bytes, route_us);
-  print("dispatch_send (launch, by events)", bytes, send_us);
-  print("dispatch_recv (host, with its wait)", bytes, dispatch_recv_us);
-  print("combine_send (launch, by events)", bytes, combine_us);
-  print("combine_recv (launch, by events)", bytes, recv_us);
-  print("one layer, four verbs, two ranks of one thread (host)", bytes, layer_us);
+}
+
+__device__ void store_row(unsigned char* to, const unsigned char* stage) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(stage)),
+               "r"(kRowBytes)
+               : "memory");
+  asm volatile("cp.async.bulk.commit_group;");
+}
+
+#endif
+
+// One thread a warp: whole rows through shared memory, two of them under way. For compute capability 9 and later.
+__global__ void bulk_kernel([[maybe_unused]] unsigned char* to, [[maybe_unused]] const unsigned char* from,
+                            [[maybe_unused]] uint32_t num_rows, [[maybe_unused]] uint32_t num_sources) {
+#if __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(128) unsigned char stages[];
+  __shared__ __align__(8) uint64_t barriers[32 * kStages];
+  const uint32_t warp = threadIdx.x / 32, num_warps = blockDim.x / 32;
+  if (threadIdx.x % 32 != 0) return;
+  unsigned char* own_stages = stages + uint64_t{warp} * kStages * kRowBytes;
+  uint64_t* own_barriers = barriers + warp * kStages;
+  for (uint32_t i = 0; i < kStages; ++i) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(own_barriers + i)));
+  }
+  asm volatile("fence.mbarrier_init.release.cluster;");
+  const uint32_t first = blockIdx.x * num_warps + warp, step = gridDim.x * num_warps;
+  const auto load = [&](uint32_t turn) {
+    const uint32_t row = first + turn * step;
+    if (row >= num_rows) return;
+    const unsigned char* source = from + uint64_t{row % num_sources} * kRowBytes;
+    load_row(own_stages + turn % kStages * kRowBytes, own_barriers + turn % kStages, source);
+  };
+  for (uint32_t turn = 0; turn < kStages; ++turn) load(turn);
+  for (uint32_t turn = 0; first + turn * step < num_rows; ++turn) {
+    wait_row(own_barriers + turn % kStages, turn / kStages % 2);
+    store_row(to + uint64_t{first + turn * step} * kRowBytes, own_stages + turn % kStages * kRowBytes);
+    if (first + (turn + kStages) * step >= num_rows) continue;
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+    load(turn + kStages);
+  }
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+#endif
+}
+
+// Launches back to back, eight buffers in turn; the time of one.
+template <class Launch>
+double time_launched(const Streams& streams, Launch&& launch) {
+  Timer timer;
+  std::vector<double> us;
+  for (uint32_t round = 0; round < 12; ++round) {
+    timer.begin(streams.attention);
+    for (uint32_t i = 0; i < 16; ++i) launch(i % 8);
+    timer.end(streams.attention);
+    if (round >= 2) us.push_back(timer.us() / 16);
+  }
+  check_cuda(cudaGetLastError(), "a put kernel failed");
+  std::sort(us.begin(), us.end());
+  return us[us.size() / 2];
+}
+
+void time_puts(Machine& machine, const Streams& streams, uint32_t num_rows, uint32_t num_sources) {
+  const uint64_t bytes = uint64_t{num_rows} * kRowBytes;
+  const auto from = machine.allocate(uint64_t{num_sources} * kRowBytes);
+  std::vector<std::shared_ptr<void>> to;
+  for (uint32_t i = 0; i < 8; ++i) to.push_back(machine.allocate(bytes));
+  const auto* source = static_cast<const unsigned char*>(from.get());
+  const auto target = [&](uint32_t i) { return static_cast<unsigned char*>(to[i].get()); };
+  for (const uint32_t blocks : {8u, 16u, 32u, 64u, 132u}) {
+    const double us = time_launched(streams, [&](uint32_t i) {
+      put_kernel<<<blocks, 512, 0, streams.attention>>>(target(i), source, num_rows, num_sources);
+    });
+    print("put by stores of 16 bytes, " + std::to_string(blocks) + " blocks", bytes, {us});
+    for (const uint32_t warps : {2u, 4u, 7u}) {
+      const uint32_t shared_bytes = warps * kStages * kRowBytes;
+      check_cuda(cudaFuncSetAttribute(bulk_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(shared_bytes)),
+                 "shared memory");
+      const double bulk_us = time_launched(streams, [&](uint32_t i) {
+        bulk_kernel<<<blocks, warps * 32, shared_bytes, streams.attention>>>(target(i), source, num_rows, num_sources);
+      });
+      print("put by bulk copies, " + std::to_string(blocks) + " blocks of " + std::to_string(warps) + " warps", bytes,
+            {bulk_us});
+    }
+  }
 }
 
 }  // namespace
@@ -226,7 +263,12 @@ int main(int argc, char** argv) {
     time_signal(*machine, streams, 11);
     time_launches(streams, rounds);
     time_copies(*machine, streams, 50);
-    for (const uint32_t num_tokens : {1u, 32u, 256u}) time_verbs(*machine, streams, num_tokens, rounds);
+    int major = 0;
+    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "cudaDeviceGetAttribute");
+    if (major >= 9) {
+      time_puts(*machine, streams, 692, 128);
+      time_puts(*machine, streams, 22144, 4096);
+    }
   } catch (const Error& error) {
     std::fprintf(stderr, "m2n_gpu_timing: %s\n", error.what());
     return 1;

@@ -17,45 +17,56 @@ DLDevice tensors_of(const std::string& device) {
   return {kCuda, device.size() > 5 ? std::stoi(device.substr(5)) : 0};
 }
 
+// Below zero: the comm's own, as it is when the launch runs.
+int64_t launch_timeout_ns(double timeout_s) { return timeout_s < 0 ? kTimeoutOfComm : timeout_ns(timeout_s); }
+
 Stream to_stream(uint64_t handle) { return reinterpret_cast<Stream>(handle); }
 
 std::shared_ptr<DeviceRoute> make_route(DeviceAttentionComm& comm, const py::object& topk_ids,
                                         const py::object& topk_weights, const std::vector<uint32_t>& splits,
+                                        const py::object& num_tokens, std::shared_ptr<DeviceRoute> out,
                                         uint64_t stream) {
   const Tensor ids(topk_ids, "topk_ids", tensors_of(comm.device()));
   const Tensor weights(topk_weights, "topk_weights", tensors_of(comm.device()));
   require_topk(comm.shape(), ids, weights);
   if (!splits.empty()) require_splits(splits, ids.num_rows());
-  const TopKView topk{static_cast<uint32_t>(ids.num_rows()),
-                      ids.data(),
-                      ids.id_type(),
-                      ids.stride(0),
-                      ids.stride(1),
-                      weights.data(),
-                      weights.weight_type(),
-                      weights.stride(0),
-                      weights.stride(1)};
+  TopKView topk{static_cast<uint32_t>(ids.num_rows()),
+                ids.data(),
+                ids.id_type(),
+                ids.stride(0),
+                ids.stride(1),
+                weights.data(),
+                weights.weight_type(),
+                weights.stride(0),
+                weights.stride(1)};
+  std::optional<Tensor> so_far;
+  if (!num_tokens.is_none()) {
+    so_far.emplace(num_tokens, "num_tokens", tensors_of(comm.device()));
+    so_far->require_scalar();
+    topk.num_so_far = so_far->data();
+    topk.num_type = so_far->id_type();
+  }
   const py::gil_scoped_release release;
-  return comm.make_route(topk, splits, to_stream(stream));
+  return comm.make_route(topk, splits, std::move(out), to_stream(stream));
 }
 
 void dispatch_send(DeviceAttentionComm& comm, const py::object& x, std::shared_ptr<const DeviceRoute> route,
-                   uint32_t microbatch, uint32_t layer, double timeout_s, uint64_t stream) {
+                   uint32_t microbatch, uint32_t layer, double timeout_s, uint32_t num_sms, uint64_t stream) {
   const Tensor rows(x, "x", tensors_of(comm.device()));
   require_x_rows(rows, comm.shape(), route->view.num_tokens);
-  const int64_t wait_ns = timeout_ns(timeout_s);
+  const int64_t wait_ns = launch_timeout_ns(timeout_s);
   const py::gil_scoped_release release;
-  comm.dispatch_send(rows.data(), rows.row_stride_bytes(), std::move(route), microbatch, layer, wait_ns,
+  comm.dispatch_send(rows.data(), rows.row_stride_bytes(), std::move(route), microbatch, layer, wait_ns, num_sms,
                      to_stream(stream));
 }
 
 void combine_recv(DeviceAttentionComm& comm, const py::object& y, uint32_t microbatch, double timeout_s,
-                  uint64_t stream) {
+                  uint32_t num_sms, uint64_t stream) {
   const Tensor rows(y, "out", tensors_of(comm.device()));
   require_out_rows(rows, comm.shape(), comm.num_tokens(microbatch));
-  const int64_t wait_ns = timeout_ns(timeout_s);
+  const int64_t wait_ns = launch_timeout_ns(timeout_s);
   const py::gil_scoped_release release;
-  comm.combine_recv(rows.data(), rows.row_stride_bytes(), microbatch, wait_ns, to_stream(stream));
+  comm.combine_recv(rows.data(), rows.row_stride_bytes(), microbatch, wait_ns, num_sms, to_stream(stream));
 }
 
 int wait_ready(DeviceAttentionComm& comm, const std::vector<uint32_t>& microbatches, double timeout_s,
@@ -67,9 +78,15 @@ int wait_ready(DeviceAttentionComm& comm, const std::vector<uint32_t>& microbatc
 
 std::shared_ptr<DeviceBatch> dispatch_recv(DeviceExpertComm& comm, std::optional<uint32_t> layer,
                                            std::optional<uint32_t> microbatch, double linger_us,
-                                           const std::vector<uint32_t>& attention_ranks, double timeout_s,
+                                           const std::vector<uint32_t>& attention_ranks, double timeout_s, bool sync,
                                            uint64_t stream) {
   const Wanted wanted = make_wanted(layer, microbatch, linger_us, attention_ranks);
+  if (!sync) {
+    if (!layer || !microbatch) throw py::value_error("dispatch_recv: with sync=False name layer and microbatch");
+    const int64_t wait_ns = launch_timeout_ns(timeout_s);
+    const py::gil_scoped_release release;
+    return comm.launch_recv(wanted, wait_ns, to_stream(stream));
+  }
   const int64_t deadline_ns = deadline_after(timeout_s);
   const py::gil_scoped_release release;
   return comm.dispatch_recv(wanted, deadline_ns, to_stream(stream));
@@ -84,29 +101,36 @@ std::optional<std::pair<uint32_t, uint32_t>> wait_work(DeviceExpertComm& comm, d
 }
 
 void combine_send(DeviceExpertComm& comm, const std::shared_ptr<DeviceBatch>& batch, const py::object& y, bool reduced,
-                  uint64_t stream) {
+                  uint32_t num_sms, uint64_t stream) {
   const Tensor rows(y, "y", tensors_of(comm.device()));
   const DType dtype = require_y_rows(rows, comm.shape(), batch->num_rows, batch->num_pairs, reduced);
   const py::gil_scoped_release release;
-  comm.combine_send(*batch, rows.data(), rows.row_stride_bytes(), dtype, reduced, to_stream(stream));
+  comm.combine_send(*batch, rows.data(), rows.row_stride_bytes(), dtype, reduced, num_sms, to_stream(stream));
 }
 
 void bind_attention(py::module_& module) {
   py::class_<DeviceRoute, std::shared_ptr<DeviceRoute>>(module, "DeviceRoute")
       .def_property_readonly("num_tokens", [](const DeviceRoute& route) { return route.view.num_tokens; })
-      .def_readonly("num_rows", &DeviceRoute::num_rows)
-      .def_readonly("rows_per_rank", &DeviceRoute::rows_per_rank);
+      .def_property_readonly("num_rows",
+                             [](const DeviceRoute& route) {
+                               const py::gil_scoped_release release;  // it waits until the route is built
+                               return route.num_rows();
+                             })
+      .def_property_readonly("rows_per_rank", [](const DeviceRoute& route) {
+        const py::gil_scoped_release release;
+        return route.read_rows_per_rank();
+      });
   py::class_<DeviceAttentionComm, Comm, std::shared_ptr<DeviceAttentionComm>> type(module, "DeviceAttentionComm");
   type.def(py::init<const Shape&, uint32_t, uint32_t, const std::string&, const std::string&,
                     const std::vector<int32_t>&, const std::vector<int32_t>&, uint32_t>(),
            py::arg("shape"), py::arg("rank"), py::arg("max_peers"), py::arg("transport"), py::arg("device"),
            py::arg("rank_offsets"), py::arg("ranks"), py::arg("num_ranks"));
   type.def("make_route", &make_route, py::arg("topk_ids"), py::arg("topk_weights"), py::arg("splits"),
-           py::arg("stream"));
+           py::arg("num_tokens"), py::arg("out"), py::arg("stream"));
   type.def("dispatch_send", &dispatch_send, py::arg("x"), py::arg("route"), py::arg("microbatch"), py::arg("layer"),
-           py::arg("timeout_s"), py::arg("stream"));
+           py::arg("timeout_s"), py::arg("num_sms"), py::arg("stream"));
   type.def("combine_recv", &combine_recv, py::arg("out"), py::arg("microbatch"), py::arg("timeout_s"),
-           py::arg("stream"));
+           py::arg("num_sms"), py::arg("stream"));
   type.def("num_tokens", &DeviceAttentionComm::num_tokens, py::arg("microbatch"));
   type.def("is_busy", &DeviceAttentionComm::is_busy, py::arg("microbatch"));
   type.def(
@@ -125,6 +149,12 @@ void bind_attention(py::module_& module) {
       },
       py::arg("timeout_s"), py::arg("stream"));
   type.def("recover", &DeviceAttentionComm::recover, py::arg("rank"));
+  type.def(
+      "set_timeout", [](DeviceAttentionComm& comm, double timeout_s) { comm.set_timeout(timeout_ns(timeout_s)); },
+      py::arg("timeout_s"));
+  type.def(
+      "is_capturing", [](DeviceAttentionComm& comm, uint64_t stream) { return comm.is_capturing(to_stream(stream)); },
+      py::arg("stream"));
 }
 
 void bind_expert(py::module_& module) {
@@ -135,18 +165,24 @@ void bind_expert(py::module_& module) {
       .def_readonly("ranks", &DeviceBatch::ranks)
       .def_readonly("num_rows", &DeviceBatch::num_rows)
       .def_readonly("num_pairs", &DeviceBatch::num_pairs)
+      .def_readonly("is_counted", &DeviceBatch::is_counted)
+      .def_property_readonly("counts",
+                             [](const BatchPtr& batch) {
+                               auto* counts = reinterpret_cast<int32_t*>(&batch->slot.state->num_messages);
+                               return list_array(batch, counts, 3, tensors_of(batch->device));
+                             })
       .def_property_readonly("row_index_by_expert",
                              [](const BatchPtr& batch) {
-                               return list_array(batch, batch->lists.row_index_by_expert, batch->num_pairs,
+                               return list_array(batch, batch->slot.lists.row_index_by_expert, batch->num_pairs,
                                                  tensors_of(batch->device));
                              })
       .def_property_readonly("expert_offsets",
                              [](const BatchPtr& batch) {
-                               return list_array(batch, batch->lists.expert_offsets, batch->num_local_experts + 1,
+                               return list_array(batch, batch->slot.lists.expert_offsets, batch->num_local_experts + 1,
                                                  tensors_of(batch->device));
                              })
       .def_property_readonly("weights", [](const BatchPtr& batch) {
-        return list_array(batch, batch->lists.weights, batch->num_pairs, tensors_of(batch->device));
+        return list_array(batch, batch->slot.lists.weights, batch->num_pairs, tensors_of(batch->device));
       });
   py::class_<DeviceExpertComm, Comm, std::shared_ptr<DeviceExpertComm>> type(module, "DeviceExpertComm");
   type.def(py::init<const Shape&, uint32_t, uint32_t, const std::string&, const std::string&,
@@ -154,10 +190,17 @@ void bind_expert(py::module_& module) {
            py::arg("shape"), py::arg("rank"), py::arg("max_peers"), py::arg("transport"), py::arg("device"),
            py::arg("local_experts"));
   type.def("dispatch_recv", &dispatch_recv, py::arg("layer"), py::arg("microbatch"), py::arg("linger_us"),
-           py::arg("attention_ranks"), py::arg("timeout_s"), py::arg("stream"));
+           py::arg("attention_ranks"), py::arg("timeout_s"), py::arg("sync"), py::arg("stream"));
   type.def("wait_work", &wait_work, py::arg("timeout_s"), py::arg("stream"));
-  type.def("combine_send", &combine_send, py::arg("batch"), py::arg("y"), py::arg("reduced"), py::arg("stream"));
+  type.def("combine_send", &combine_send, py::arg("batch"), py::arg("y"), py::arg("reduced"), py::arg("num_sms"),
+           py::arg("stream"));
   type.def("recover", &DeviceExpertComm::recover, py::arg("rank"));
+  type.def(
+      "set_timeout", [](DeviceExpertComm& comm, double timeout_s) { comm.set_timeout(timeout_ns(timeout_s)); },
+      py::arg("timeout_s"));
+  type.def(
+      "is_capturing", [](DeviceExpertComm& comm, uint64_t stream) { return comm.is_capturing(to_stream(stream)); },
+      py::arg("stream"));
   type.def("window", [](const DeviceExpertComm& comm) {
     return window_array(comm.rows_window(), comm.window_rows(), comm.shape(), tensors_of(comm.device()));
   });

@@ -197,6 +197,7 @@ void bind_comm(py::module_& module) {
       "drop_peer", [](Comm& comm, uint32_t peer_idx) { comm.drop_peer(peer_idx, LossCause::kProtocol); },
       py::arg("peer_idx"));
   type.def("close", &Comm::close, py::call_guard<py::gil_scoped_release>());  // it may wait for what is held back
+  type.def("abort", &Comm::abort, py::call_guard<py::gil_scoped_release>());
   type.def("check", &Comm::check);
   type.def("peers", &peers_list);
   type.def("stats", &stats_dict);

@@ -47,7 +47,7 @@ py::object call_dlpack(const py::object& object, const char* argument, DLDevice 
     require_device(argument, device_of(object, argument), device);  // no CPU tensor understands the next line
     options["stream"] = -1;                                         // no waiting: whoever calls orders the streams
   }
-  py::dict versioned(options);
+  py::dict versioned(options.attr("copy")());
   versioned["max_version"] = py::make_tuple(1, 0);
   try {
     return object.attr("__dlpack__")(**versioned);
@@ -134,6 +134,14 @@ void Tensor::require_matrix(uint32_t columns) const {
   if (tensor_->ndim == 2 && tensor_->shape[1] == columns) return;
   throw py::value_error(std::string(argument_) + ": expected shape [T, " + std::to_string(columns) + "], got " +
                         describe());
+}
+
+void Tensor::require_scalar() const {
+  for (int32_t dim = 0; dim < tensor_->ndim; ++dim) {
+    if (tensor_->shape[dim] != 1) {
+      throw py::value_error(std::string(argument_) + ": expected a tensor of one element, got " + describe());
+    }
+  }
 }
 
 DType Tensor::float_dtype() const {

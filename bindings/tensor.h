@@ -86,6 +86,7 @@ class Tensor {
   WeightType weight_type() const;
 
   void require_matrix(uint32_t columns) const;
+  void require_scalar() const;  // one element
   int64_t stride(int dim) const;
 
  private:

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m m2n info` prints what this build can do; `python -m m2n store URL` serves a store until interrupted."""
+"""`python -m m2n info` prints what this build can do; `python -m m2n store URL` serves a store until interrupted;
+`python -m m2n cmakedir` prints the folder of the CMake package of the C++ headers, for -Dm2n_DIR=."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import threading
+from pathlib import Path
 
-from . import SetupError, features, host_store
+from . import _C, SetupError, features, host_store
 
 
 def _print_info() -> None:
@@ -21,17 +23,28 @@ def _serve_store(url: str) -> None:
         threading.Event().wait()
 
 
+def _print_cmake_dir() -> None:
+    # Beside the native module: in an editable installation the Python sources lie elsewhere.
+    folder = Path(_C.__file__).parent / "share/cmake/m2n"
+    if not (folder / "m2nConfig.cmake").is_file():
+        raise SetupError("the C++ headers were not installed with m2n; install m2n again: pip install .")
+    print(folder)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m m2n", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what this build can do")
+    commands.add_parser("cmakedir", help="the folder to pass to CMake as -Dm2n_DIR=")
     store = commands.add_parser("store", help="serve a store that ranks find each other through")
     store.add_argument("url", nargs="?", default="tcp://127.0.0.1:29400")
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "info":
             _print_info()
+        elif arguments.command == "cmakedir":
+            _print_cmake_dir()
         else:
             _serve_store(arguments.url)
     except KeyboardInterrupt:

@@ -118,6 +118,21 @@ def device_name(device: Any) -> str:
     return name
 
 
+def is_capturing(device: str) -> bool:
+    """Is torch's or cupy's current stream being recorded into a CUDA graph?"""
+    if not device.startswith("cuda"):
+        return False
+    if "torch" in sys.modules:
+        import torch
+
+        return torch.cuda.is_available() and bool(torch.cuda.is_current_stream_capturing())
+    if "cupy" in sys.modules:
+        import cupy
+
+        return bool(cupy.cuda.get_current_stream().is_capturing())
+    return False
+
+
 def stream_handle(stream: Any, device: str) -> int:
     """The CUDA stream a verb goes to, as an integer: torch's or cupy's object, a raw handle, or the current one.
 

@@ -51,12 +51,12 @@ class Route:
 
     @property
     def num_rows(self) -> int:
-        """Rows to be sent: a token once for each expert rank that has experts for it."""
+        """Rows to be sent: a token once for each expert rank that has experts for it. On a GPU it waits for them."""
         return self._native.num_rows
 
     @property
     def rows_per_rank(self) -> list[int]:
-        """Rows for each expert rank."""
+        """Rows for each expert rank. On a GPU it waits for them."""
         return self._native.rows_per_rank
 
 
@@ -70,7 +70,7 @@ class AttentionComm(Comm):
         shape, placement: equal on all ranks of the comm.
         store: a path, "tcp://host:port", or an object with set, get and wait.
         device: "cpu"; "cuda:0" (all ranks of the comm in one process on one GPU, in this version): verbs are launched
-            on the caller's stream and return at once, what goes wrong in one is raised by the next call; or
+            on the caller's stream and return at once, what goes wrong in one is raised by the next call or check(); or
             "emulated": the kernels on CPU threads, to test without a GPU.
         name: separates several comms of one job.
         max_peers: expert ranks that can ever join, restarted ones counted again.
@@ -117,34 +117,43 @@ class AttentionComm(Comm):
         self,
         topk_ids: Any,
         topk_weights: Any,
-        num_tokens: int | None = None,
+        num_tokens: Any = None,
         out: Route | None = None,
         stream: Any = None,
     ) -> Route:
-        """Where each token goes, from the router's top-k.
+        """Where each token goes, from the router's top-k. On a GPU one kernel, which the host does not wait for.
 
         Args:
             topk_ids: int32 or int64 [T, top_k], global expert ids, all different in a row; -1 is padding.
             topk_weights: float [T, top_k].
-            num_tokens: use only the first so many rows.
-            out: a route whose memory is used again; it must not be in flight.
-            stream: on a GPU, as for dispatch_send. This version waits for the device here.
+            num_tokens: use only the first so many rows. On a GPU it may be an int32 or int64 tensor of one element
+                there: the route keeps T tokens, and those behind are padding, whose results are 0.
+            out: a route whose memory, and on a GPU whose addresses, are used again; it must not be in flight.
+                In a graph capture it is required.
+            stream: on a GPU, as for dispatch_send.
 
         Raises:
             ValueError: shapes, ids out of range or twice in a row, weights that are not finite, more than
-                shape.max_tokens tokens. TypeError: dtypes.
+                shape.max_tokens tokens. TypeError: dtypes. On a GPU what is wrong with values is raised by the next
+                call, nothing is sent, and the results are NaN.
         """
-        if num_tokens is not None:
+        so_far = None
+        if num_tokens is not None and not isinstance(num_tokens, int) and self.device != "cpu":
+            so_far = arrays.exportable(num_tokens)
+        elif num_tokens is not None:
             topk_ids, topk_weights = topk_ids[:num_tokens], topk_weights[:num_tokens]
         handle = self._on(stream)
         if out is not None and self.device == "cpu" and any(route is out for _, route in list(self._borrowed.values())):
             raise ValueError("out: this route is in flight; call combine_recv for its microbatch first")
         topk_ids, topk_weights = arrays.exportable(topk_ids), arrays.exportable(topk_weights)
         if self.device != "cpu":
-            native = self._native.make_route(topk_ids, topk_weights, [], *handle)
+            into = None if out is None else out._native
+            if into is not None and not isinstance(into, _C.DeviceRoute):
+                raise ValueError(f"out: it was made for another device than {self.device!r}")
+            native = self._native.make_route(topk_ids, topk_weights, [], so_far, into, *handle)
             if out is None:
                 return Route(native)
-            out._native, out._splits = native, None
+            out._splits = None
             return out
         placement = self.placement
         target = _C.Route(self.shape._native()) if out is None else out._native
@@ -154,7 +163,15 @@ class AttentionComm(Comm):
         target.build_from_topk(topk_ids, topk_weights, *hosts, self.rank)
         return Route(target) if out is None else out
 
-    def dispatch_send(self, x: Any, route: Route, microbatch: int = 0, layer: int = 0, stream: Any = None) -> None:
+    def dispatch_send(
+        self,
+        x: Any,
+        route: Route,
+        microbatch: int = 0,
+        layer: int = 0,
+        stream: Any = None,
+        num_sms: int | None = None,
+    ) -> None:
         """Writes each token's row into the window of every expert rank it goes to.
 
         Args:
@@ -164,11 +181,14 @@ class AttentionComm(Comm):
             microbatch: 0 to shape.microbatches - 1; the slot that is used.
             layer: goes with the message; expert ranks batch by (layer, microbatch).
             stream: on a GPU, a torch or cupy stream or a raw handle; default: the current one. Verbs of one microbatch
-                are ordered among each other on whatever streams; x and the results are ordered by this stream alone.
+                are ordered among each other on whatever streams, but for those of captured graphs; x and the results
+                are ordered by this stream alone.
+            num_sms: on a GPU, at most so many thread blocks; default: config.num_sms.
 
         Raises:
             SlotBusy: this microbatch is in flight. PeerLost: an expert rank that gets rows is lost or has left.
             Timeout: an expert rank has not answered this slot's last, empty message. ValueError, TypeError.
+            On a device the next call raises what a launch has found.
         """
         handle = self._on(stream)
         if not isinstance(route, Route):
@@ -176,23 +196,28 @@ class AttentionComm(Comm):
         if self.device != "cpu" and route._splits is not None and not isinstance(route._native, _C.DeviceRoute):
             splits, topk_ids, topk_weights = route._splits
             tensors = arrays.exportable(topk_ids), arrays.exportable(topk_weights)
-            route._native = self._native.make_route(*tensors, splits, *handle)
+            route._native = self._native.make_route(*tensors, splits, None, None, *handle)
         if not isinstance(route._native, _C.Route if self.device == "cpu" else _C.DeviceRoute):
             raise ValueError(f"route: it was made for another device than {self.device!r}; use comm.route")
-        self._native.dispatch_send(
-            arrays.exportable(x), route._native, microbatch, layer, self.config.timeout_s, *handle
-        )
+        options = self._launch_options(num_sms, handle)
+        timeout_s = self._launch_timeout(None, handle)
+        self._native.dispatch_send(arrays.exportable(x), route._native, microbatch, layer, timeout_s, *options)
         self._borrowed[microbatch] = (x, route)
 
     def combine_recv(
-        self, microbatch: int = 0, out: Any = None, timeout: float | None = None, stream: Any = None
+        self,
+        microbatch: int = 0,
+        out: Any = None,
+        timeout: float | None = None,
+        stream: Any = None,
+        num_sms: int | None = None,
     ) -> Any:
         """Waits for the results of a microbatch and sums them.
 
         Args:
             out: [T, hidden] of shape.combine_dtype to be filled; default: a new tensor of the library x came from.
-            timeout: seconds; default: config.timeout_s.
-            stream: on a GPU, as for dispatch_send.
+            timeout: seconds; default: config.timeout_s, or what set_timeout() has set; not in a graph capture.
+            stream, num_sms: on a GPU, as for dispatch_send. One block waits, and then so many sum.
 
         Returns:
             [T, hidden]: for each token the weighted sum over its experts; 0 for a padded token.
@@ -207,7 +232,9 @@ class AttentionComm(Comm):
         if out is None:
             out = arrays.empty(num_tokens, self.shape.hidden, self.shape.combine_dtype, self._borrowed[microbatch][0])
         try:
-            self._native.combine_recv(arrays.exportable(out), microbatch, self._timeout(timeout), *handle)
+            timeout_s = self._launch_timeout(timeout, handle)
+            options = self._launch_options(num_sms, handle)
+            self._native.combine_recv(arrays.exportable(out), microbatch, timeout_s, *options)
         finally:
             # A launched combine may still have to run, or be called again: there the next dispatch ends the loan.
             if self.device == "cpu" and not self._native.is_closed and not self._native.is_busy(microbatch):
@@ -235,4 +262,4 @@ class AttentionComm(Comm):
 
         It sends on every free microbatch: not while other threads drive some of them.
         """
-        self._native.idle(self.config.timeout_s, *self._on(None))
+        self._native.idle(self._timeout_s, *self._on(None))

@@ -69,7 +69,10 @@ class Comm:
         self.shape = shape
         self.placement = placement
         self.config = config if config is not None else Config()
+        self._timeout_s = self.config.timeout_s
         self._counters: dict[str, float] = {"rows_gathered": 0}
+        if arrays.is_capturing(self.device):
+            raise _C.SetupError("a comm cannot be made while a CUDA graph is captured: make it before")
         # Ranks on a GPU write into each other's memory there; all others share memory of the host.
         transport = "cuda" if self.device.startswith("cuda") else "shm"
         if self.config.transport not in ("auto", transport):
@@ -103,6 +106,8 @@ class Comm:
                 )
             _open_ranks.add(key)
         self._native = native
+        if self.device != "cpu":
+            native.set_timeout(self._timeout_s)
         try:
             yield key
         except BaseException:
@@ -112,9 +117,25 @@ class Comm:
     def close(self) -> None:
         """Says goodbye to every peer, after any signals that are still held back by `Config.faults`.
 
-        Calls that wait elsewhere on this comm end with SetupError.
+        Calls that wait elsewhere on this comm end with SetupError. On a device, what was launched goes on to its end
+        first, its deadline at the latest; for graphs that are being replayed only the caller can wait.
         """
         self._finalizer()
+
+    def abort(self) -> None:
+        """Ends every wait of this comm at once, of verbs that were launched too (their missing rows are NaN), and
+        closes it. Other comms of the process go on."""
+        self._native.abort()
+        self._finalizer()
+
+    def set_timeout(self, timeout: float) -> None:
+        """Another deadline, in seconds, for verbs that are given none; on a device also for those of captured graphs,
+        from their next replay on."""
+        if not timeout > 0:
+            raise ValueError(f"timeout: expected seconds > 0, got {timeout!r}")
+        self._timeout_s = timeout
+        if self.device != "cpu":
+            self._native.set_timeout(timeout)
 
     def _keep_open(self, native: Any, listener: bootstrap.Listener | None, key: tuple[str, str, str, int]) -> None:
         # Runs at close(), when the comm is collected, or at the end of the program, whichever comes first.
@@ -130,7 +151,21 @@ class Comm:
         return f"<m2n {self._identity} of {self.config.job!r}/{self._identity.name!r}>"
 
     def _timeout(self, timeout: float | None) -> float:
-        return self.config.timeout_s if timeout is None else timeout
+        return self._timeout_s if timeout is None else timeout
+
+    def _launch_timeout(self, timeout: float | None, handle: tuple[int, ...]) -> float:
+        """Of a verb that may be launched; below 0 the launch itself reads what set_timeout() has set."""
+        if self.device == "cpu":
+            return self._timeout(timeout)
+        if timeout is not None and self._native.is_capturing(*handle):
+            raise ValueError("timeout: verbs of a captured graph have the comm's; use set_timeout, before any replay")
+        return -1.0 if timeout is None else timeout
+
+    def _launch_options(self, num_sms: int | None, handle: tuple[int, ...]) -> tuple[int, ...]:
+        """The last arguments of verbs that move rows on a device; none on the CPU."""
+        if self.device == "cpu":
+            return ()
+        return (self.config.num_sms if num_sms is None else require_int("num_sms", num_sms, 1), *handle)
 
     def check(self) -> None:
         """Raises PeerLost for the first lost peer that recover() was not called for."""

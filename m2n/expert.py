@@ -18,6 +18,10 @@ class Batch:
 
     P is the number of (row, expert) pairs, E_local that of the experts hosted here, R the rows of the whole window.
     Pairs lie expert by expert (ascending global id), within an expert by attention rank's joining and by row.
+
+    Received with sync=False, num_rows and num_pairs are what there is room for, and peers is empty: only the device
+    knows how many there are. Lists are that long, what lies behind expert_offsets[-1] are rows that may be read but
+    mean nothing, and `counts` says how many there are where the device can use it.
     """
 
     def __init__(
@@ -33,6 +37,7 @@ class Batch:
         self.num_rows: int = native.num_rows
         self.num_pairs: int = native.num_pairs
         self.peers: list[int] = native.ranks
+        self._is_counted = not isinstance(native, _C.DeviceBatch) or native.is_counted
 
     @property
     def x(self) -> Any:
@@ -61,6 +66,13 @@ class Batch:
         """float32 [P]: the router's weight of each pair; combine_send applies it."""
         return arrays.view(self._native.weights, self._library)
 
+    @property
+    def counts(self) -> Any:
+        """int32 [3], on a device, at a fixed address per microbatch: messages, rows, pairs of the batch."""
+        if not isinstance(self._native, _C.DeviceBatch):
+            raise ValueError("batch.counts: a batch on the CPU has num_rows and num_pairs")
+        return arrays.view(self._native.counts, self._library)
+
     def gather(self, layout: Literal["expert_major", "padded"] = "expert_major", out: Any = None) -> Any:
         """The one explicit packed copy, for matrix products that need contiguous rows.
 
@@ -71,6 +83,8 @@ class Batch:
         Raises:
             ValueError: an unknown layout.
         """
+        if layout == "padded" and not self._is_counted:
+            raise ValueError("layout: 'padded' needs counts on the host; receive with sync=True, or use 'expert_major'")
         x, index = self.x, self.row_index_by_expert
         self._counters["rows_gathered"] += self.num_pairs
         if layout == "expert_major":
@@ -147,6 +161,7 @@ class ExpertComm(Comm):
         attention_ranks: Sequence[int] | None = None,
         timeout: float | None = None,
         stream: Any = None,
+        sync: bool = True,
     ) -> Batch | None:
         """Waits for a batch: one layer of one microbatch, from all attention ranks that have it.
 
@@ -156,13 +171,18 @@ class ExpertComm(Comm):
                 None: strict lockstep, wait for every rank of `attention_ranks`.
             timeout: seconds; default: config.timeout_s.
             stream: on a GPU, where the rows are to be read: a torch or cupy stream or a raw handle; default: the
-                current one. This version waits for the device here. A batch's lists are valid until its combine_send.
+                current one. A batch's lists are valid until its combine_send. The receives of one comm run one after
+                another; capture those of a graph on one stream.
+            sync: on a GPU, wait on the host until the batch is there, so that its numbers are known. False: only
+                launch, for given layer and microbatch; lists have full capacity, and when nothing comes in time they
+                are left empty and the next call raises Timeout. Needed in a graph capture.
 
         Returns:
             The batch, or None when none was ready by the timeout: idle is not an error.
 
         Raises:
             PeerLost: an attention rank died and no batch is ready; recover(peer) goes on without it.
+            SlotBusy: sync=False, and the last batch of this microbatch is not answered.
             Timeout: strict, and some but not all have sent. ProtocolError: a peer broke the protocol and was dropped.
         """
         handle = self._on(stream)
@@ -172,13 +192,14 @@ class ExpertComm(Comm):
             raise ValueError(f"linger_us: expected microseconds from 0 to 1e9, got {linger_us!r}")
         if attention_ranks is not None and len(attention_ranks) == 0:
             raise ValueError("attention_ranks: expected at least one")
+        timeout_s = self._timeout(timeout) if sync else self._launch_timeout(timeout, handle)
         native = self._native.dispatch_recv(
             layer,
             microbatch,
             linger_us or 0.0,
             sorted(set(attention_ranks or ())),
-            self._timeout(timeout),
-            *handle,
+            timeout_s,
+            *(() if self.device == "cpu" else (sync, *handle)),
         )
         return None if native is None else Batch(native, self._window, self._library, self._counters)
 
@@ -187,7 +208,9 @@ class ExpertComm(Comm):
         work: tuple[int, int] | None = self._native.wait_work(self._timeout(timeout), *self._on(None))
         return work
 
-    def combine_send(self, batch: Batch, y: Any, reduced: bool = False, stream: Any = None) -> None:
+    def combine_send(
+        self, batch: Batch, y: Any, reduced: bool = False, stream: Any = None, num_sms: int | None = None
+    ) -> None:
         """Sends the results of a batch to the attention ranks they belong to.
 
         Args:
@@ -195,6 +218,7 @@ class ExpertComm(Comm):
             y: [P, hidden] expert-major, float32, bfloat16 or float16; unweighted. With `reduced` [num_rows, hidden]
                 in the order of arrival (batch.peers, then row): weighted and summed by the caller.
             stream: on a GPU, the one that computes y.
+            num_sms: on a GPU, at most so many thread blocks; default: config.num_sms.
 
         Raises:
             ValueError, TypeError: naming the argument.
@@ -202,7 +226,8 @@ class ExpertComm(Comm):
         handle = self._on(stream)
         if not isinstance(batch, Batch):
             raise TypeError(f"batch: expected m2n.Batch, got {type(batch).__name__}")
-        self._native.combine_send(batch._native, arrays.exportable(y), reduced, *handle)
+        options = self._launch_options(num_sms, handle)
+        self._native.combine_send(batch._native, arrays.exportable(y), reduced, *options)
         batch._window = None
 
     def wait_peer(self, rank: int, timeout: float | None = None) -> bool:

@@ -152,7 +152,7 @@ def _run_threads(
     if errors:
         first = errors[0]
         for comm in opened:  # what still waits ends with an error of its own
-            comm.close()
+            comm.abort()
         raise first
     for thread in threads:
         thread.join()

@@ -217,6 +217,8 @@ class Config:
         transport: "auto", "shm" or "cuda"; must fit the comm's device.
         arrays: what an expert rank gets its batches as: "torch", "numpy", "cupy", or "auto": torch if it was imported,
             else cupy on a GPU and numpy on the CPU.
+        num_sms: on a GPU, the most thread blocks of a verb that moves rows, of 512 or 1,024 threads each. More is
+            faster up to about half of the device's multiprocessors, and takes more from what computes beside it.
         faults: a slow network to imitate; default: M2N_FAULTS, as "delay_us=500,jitter_us=100,seed=1", or none.
     """
 
@@ -225,12 +227,14 @@ class Config:
     connect_timeout_s: float = 60.0
     transport: str = "auto"
     arrays: Literal["auto", "torch", "numpy", "cupy"] = "auto"
+    num_sms: int = 64
     faults: Faults | None = dataclasses.field(default_factory=Faults._from_environment)
 
     def __post_init__(self) -> None:
         for field in ("timeout_s", "connect_timeout_s"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"{field}: expected seconds > 0, got {getattr(self, field)!r}")
+        require_int("num_sms", self.num_sms, 1)
         for field, known in (("transport", ("auto", "shm", "cuda")), ("arrays", ("auto", "torch", "numpy", "cupy"))):
             if getattr(self, field) not in known:
                 raise ValueError(f"{field}: expected one of {', '.join(known)}, got {getattr(self, field)!r}")

@@ -230,6 +230,19 @@ def _one_torch_thread() -> Iterator[None]:
     yield
 
 
+@pytest.fixture(autouse=True)
+def _warm_gpu(request: pytest.FixtureRequest) -> None:
+    """Before the first test on a GPU everything has run there once, with nothing that waits beside it."""
+    if request.node.get_closest_marker("cuda") and not _is_warm:
+        import virtual_ranks
+
+        _is_warm.append(True)
+        virtual_ranks.main("cuda:0", 1)
+
+
+_is_warm: list[bool] = []
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if leftovers is not None and leftovers.look():

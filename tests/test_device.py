@@ -60,6 +60,11 @@ class Pair:
             assert batch is not None
             comm.combine_send(batch, expert_outputs(batch, comm.placement.experts_of(comm.rank)))
 
+    def sync(self) -> None:
+        """Until everything that was launched has run."""
+        if self.where != "cpu":
+            torch.cuda.synchronize()
+
     def expected(self) -> torch.Tensor:
         workload = testing.Workload(torch.from_numpy(X), torch.from_numpy(IDS), torch.from_numpy(WEIGHTS))
         return testing.oracle_combine(workload, SHAPE, self.options["placement"])
@@ -125,8 +130,11 @@ def test_a_lost_rank_leaves_nan_in_its_rows_and_the_others_go_on(device: str, tm
             pair.comm.dispatch_send(pair.tensor(X), route, layer % 2, layer)
             pair.answer()
             assert not any(is_nan(pair.comm.combine_recv(layer % 2).cpu()))
-        with pytest.raises(m2n.PeerLost, match="expert rank 1"):
-            pair.dispatch()
+        pair.dispatch()  # for both ranks, one of which is gone
+        pair.answer()
+        with pytest.raises(m2n.PeerLost, match=r"dispatch_send\(microbatch=0\).*expert rank 1 is lost"):
+            pair.comm.combine_recv()
+        assert is_nan(pair.comm.combine_recv().cpu()) == [False, True, True]
         gone.close()
 
 
@@ -157,6 +165,7 @@ def test_a_dispatch_that_gives_up_sends_nothing_and_its_combine_is_nan(device: s
         pair.comm.dispatch_send(torch.empty(0, SHAPE.hidden, device=pair.where), route)
         assert pair.comm.combine_recv().shape == (0, SHAPE.hidden)  # the reply to no rows is not awaited
         pair.dispatch()  # but by the next dispatch
+        pair.sync()
         with pytest.raises(m2n.Timeout, match="has not answered the last message on this slot; nothing was sent"):
             pair.comm.check()
         assert all(is_nan(pair.comm.combine_recv().cpu()))
@@ -175,6 +184,7 @@ def test_what_was_moved_is_counted(device: str, reduce_at: Any, num_replied: int
         pair.dispatch()
         pair.answer()
         pair.comm.combine_recv()
+        pair.sync()
         sent, replied = pair.comm.stats(), [comm.stats() for comm in pair.experts]
         assert (sent["messages_sent"], sent["rows_sent"]) == (2, 4)  # the last token goes to both ranks
         assert (sent["messages_received"], sent["rows_received"]) == (2, num_replied)
@@ -191,6 +201,7 @@ def test_an_expert_that_is_not_hosted_is_refused_by_name(device: str, tmp_path: 
         assert pair.experts[0].dispatch_recv() is not None
         assert pair.experts[1].dispatch_recv(timeout=0.2) is None
         pair.comm.combine_recv(timeout=0.2)
+        pair.sync()
         with pytest.raises(m2n.ProtocolError, match="expert rank 1 does not host expert 1"):
             for _ in range(2):  # that rank 0 is late may be told first
                 try:
@@ -231,7 +242,7 @@ def test_a_batch_keeps_its_slot_until_it_is_answered(device: str, tmp_path: Path
 
 
 @on_devices
-def test_closing_ends_a_launched_wait(device: str, tmp_path: Path) -> None:
+def test_aborting_ends_a_launched_wait(device: str, tmp_path: Path) -> None:
     with Pair(tmp_path, device) as pair:
         pair.dispatch()
         ended = threading.Event()
@@ -243,7 +254,7 @@ def test_closing_ends_a_launched_wait(device: str, tmp_path: Path) -> None:
         thread = threading.Thread(target=wait)
         thread.start()
         time.sleep(0.1)
-        pair.comm.close()
+        pair.comm.abort()
         thread.join(SOON_S)
         assert ended.is_set()
         with pytest.raises(m2n.SetupError, match="closed"):
@@ -276,8 +287,12 @@ def test_ready_made_splits(device: str, tmp_path: Path) -> None:
     ],
 )
 def test_bad_router_output_is_refused(device: str, ids: Any, weights: Any, words: str, tmp_path: Path) -> None:
-    with Pair(tmp_path, device) as pair, pytest.raises(ValueError, match=words):
-        pair.comm.route(torch.tensor(ids).to(pair.where), torch.tensor(weights).to(pair.where))
+    with Pair(tmp_path, device) as pair:
+        with pytest.raises(ValueError, match=words):
+            pair.comm.route(torch.tensor(ids).to(pair.where), torch.tensor(weights).to(pair.where))
+            pair.sync()
+            pair.comm.check()
+        pair.comm.check()  # told once
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

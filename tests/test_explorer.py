@@ -158,7 +158,7 @@ SEEN, READY = (
     "  if (ready()) return true;                           // it loads signals seq_cst\n",
 )
 LEAVE = "if (m2n::leave(exec, &shared.gate))"
-DECIDE = "store_release(&gate->verdict, verdict_of());"
+DECIDE = "store_release_to_blocks(&gate->verdict, verdict);"
 WRONG = [
     ("signal-before-rows", "link", "one_link", [Edit("link.cc", PUT_THEN_SIGNAL, SIGNAL_THEN_PUT)], RACE),
     ("relaxed-signal", "link", "one_link", [signal_store("relaxed")], RACE),
@@ -262,7 +262,7 @@ WRONG = [
         "relaxed-verdict",
         "blocks",
         "two_blocks",
-        [Edit("core/arrive.h", DECIDE, DECIDE.replace("release", "relaxed"))],
+        [Edit("core/arrive.h", DECIDE, DECIDE.replace("release_to_blocks", "relaxed"))],
         RACE,
     ),
 ]

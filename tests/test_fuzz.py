@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.fuzz, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "fuzz"
-SECONDS = int(os.environ.get("M2N_FUZZ_SECONDS", "8"))
+SECONDS = int(os.environ.get("M2N_FUZZ_SECONDS", "5"))
 INSTRUMENT = "address,undefined"
 FLAGS = [
     "-std=c++20", "-O1", "-g", "-fno-omit-frame-pointer", "-ffp-contract=off", "-pthread", "-DM2N_GUARD_PAGES",

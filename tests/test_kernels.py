@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "csrc/exchange/run_cuda.cu"
-VERBS = ("RouteVerb", "DispatchVerb", "CombineRecvVerb", "PollVerb", "ReceiveVerb", "CombineSendVerb")
+VERBS = ("RouteVerb", "DispatchVerb", "AwaitVerb", "CombineRecvAs", "PollVerb", "ReceiveVerb", "CombineSendAs")
 OPTIONS = ("-std=c++20", "-O3", "-fmad=false", f"-I{ROOT / 'csrc'}", "-DM2N_HAS_CUDA=1", "-Werror", "all-warnings")
 
 pytestmark = [pytest.mark.slow, pytest.mark.nvcc, pytest.mark.timeout(600)]
@@ -24,37 +24,48 @@ def nvcc(*arguments: str | Path) -> None:
 
 @pytest.fixture(scope="module")
 def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The code of each kernel, by the name of its verb."""
+    """The code of each verb's kernels, by its name: those for rows of one type each together."""
     path = tmp_path_factory.mktemp("ptx") / "run_cuda.ptx"
     nvcc("-arch=compute_80", "-ptx", SOURCE, "-o", path)
     kernels = re.findall(r"\.entry (\w+)\((.*?)^\}", path.read_text(), re.DOTALL | re.MULTILINE)
-    found = {verb: body for verb in VERBS for name, body in kernels if verb in name}
-    assert set(found) == set(VERBS) and len(kernels) == len(VERBS)
-    return found
+    assert len(kernels) == 5 + 3 + 9
+    return {verb: "".join(body for name, body in kernels if verb in name) for verb in VERBS}
 
 
 def test_one_build_holds_machine_code_for_sm_80_90_and_100(tmp_path: Path) -> None:
     codes = [option for sm in (80, 90, 100) for option in ("-gencode", f"arch=compute_{sm},code=sm_{sm}")]
-    nvcc(*codes, "-Xcompiler=-Wall,-Wextra", "-c", SOURCE, "-o", tmp_path / "run_cuda.o")
+    nvcc(*codes, "--threads", "0", "-Xcompiler=-Wall,-Wextra", "-c", SOURCE, "-o", tmp_path / "run_cuda.o")
 
 
-@pytest.mark.parametrize("verb", ["DispatchVerb", "CombineSendVerb", "ReceiveVerb"])
+@pytest.mark.parametrize("verb", ["DispatchVerb", "CombineSendAs", "ReceiveVerb"])
 def test_a_signal_is_a_system_wide_release(ptx: dict[str, str], verb: str) -> None:
     assert re.search(r"\bst\.release\.sys(\.global)?\.[bu]64\b", ptx[verb])
 
 
-@pytest.mark.parametrize("verb", ["DispatchVerb", "CombineRecvVerb", "PollVerb", "ReceiveVerb"])
+@pytest.mark.parametrize("verb", ["DispatchVerb", "AwaitVerb", "PollVerb", "ReceiveVerb"])
 def test_a_wait_looks_with_a_system_wide_acquire(ptx: dict[str, str], verb: str) -> None:
     assert re.search(r"\bld\.acquire\.sys(\.global)?\.[bu]64\b", ptx[verb])
 
 
-@pytest.mark.parametrize("verb", ["DispatchVerb", "CombineSendVerb"])
+@pytest.mark.parametrize("verb", ["DispatchVerb", "CombineRecvAs", "CombineSendAs"])
 def test_the_last_block_to_arrive_sees_what_all_wrote(ptx: dict[str, str], verb: str) -> None:
-    assert re.search(r"\batom(\.global)?\.add\.acq_rel\.sys(\.global)?\.u32\b", ptx[verb])
+    assert re.search(r"\batom(\.global)?\.add\.acq_rel\.gpu(\.global)?\.u32\b", ptx[verb])
 
 
-def test_rows_are_put_by_16_bytes(ptx: dict[str, str]) -> None:
-    assert re.search(r"\bst(\.global)?\.v4\.[bfu]32\b", ptx["DispatchVerb"])
+@pytest.mark.parametrize("verb", ["DispatchVerb", "CombineRecvAs", "CombineSendAs"])
+def test_rows_are_read_and_written_by_16_bytes(ptx: dict[str, str], verb: str) -> None:
+    assert re.search(r"\bst(\.global)?\.v4\.[bfu]32\b", ptx[verb])
+    assert re.search(r"\bld(\.global)?\.v4\.[bfu]32\b", ptx[verb])
+
+
+def test_deadlines_are_wall_clock_time(ptx: dict[str, str]) -> None:
+    for verb in ("DispatchVerb", "AwaitVerb", "PollVerb", "ReceiveVerb"):
+        assert "%globaltimer" in ptx[verb]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_nothing_traps(ptx: dict[str, str], verb: str) -> None:
+    assert not re.search(r"\btrap\b|\bbrkpt\b", ptx[verb])
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -84,8 +84,11 @@ class TestWheel:
         assert {name for name in names if name.endswith(".py")} == sources
         assert {name.split("/")[0] for name in names} == {"m2n"}, "top-level modules other than m2n"
         compiled_there = ("contender.h", "count_copies.c", "mpi.cc", "ucx.cc")
-        sources = sorted(name for name in names if name.endswith((".cc", ".h", ".c", ".cu")))
-        assert sources == [f"m2n/benchmarks/native/{name}" for name in compiled_there]
+        sources = {name for name in names if name.endswith((".cc", ".h", ".c", ".cu"))}
+        folders = [ROOT / "csrc" / name for name in ("core", "transport", "exchange")]
+        headers = {f"m2n/include/m2n/{path.relative_to(ROOT / 'csrc')}" for f in folders for path in f.glob("*.h")}
+        assert sources == {f"m2n/benchmarks/native/{name}" for name in compiled_there} | headers
+        assert "m2n/share/cmake/m2n/m2nConfig.cmake" in names
         assert not [name for name in names if name.endswith((".pyc", ".a"))]
 
     def test_it_works_without_torch_and_says_what_generating_needs(self, wheel: Path, tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def build(sanitizer: Sanitizer) -> Path:
             "-DCMAKE_BUILD_TYPE=RelWithDebInfo", f"-Dpybind11_DIR={pybind11}", f"-DPython_EXECUTABLE={sys.executable}",
         ]
     )  # fmt: skip
-    must(["cmake", "--build", directory, "--parallel", "2"])
+    must(["cmake", "--build", directory, "--parallel", "2", "--target", "_C"])
     stage = directory / "stage"
     shutil.rmtree(stage, ignore_errors=True)
     (stage / "m2n").mkdir(parents=True)

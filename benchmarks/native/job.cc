@@ -201,22 +201,24 @@ void sum_replies(const Job& job, Contender& contender, unsigned char* y) {
   const uint64_t row_bytes = job.traffic.reply_row_bytes;
   with_dtype(shape.combine_dtype, [&](auto element) {
     using T = decltype(element);
-    for_each_span(HostExec(nullptr), route.num_tokens, shape.hidden, [&](uint32_t token, uint32_t begin, uint32_t end) {
-      const uint64_t from = uint64_t{token} * shape.top_k;
-      const auto row_at = [&](uint32_t i) -> const T* {
-        const int32_t rank = route.source_rank[from + i];
-        if (rank == kNone) return nullptr;
-        return row_of<T>(replies[static_cast<size_t>(rank)], row_bytes,
-                         static_cast<uint64_t>(route.source_row[from + i]));
-      };
-      T* out = reinterpret_cast<T*>(y + token * row_bytes);
-      if (shape.reduce_at == ReduceAt::kExpert) {
-        sum_span<false, T>(out, begin, end, shape.top_k, row_at, [](uint32_t) { return 1.0f; });
-      } else {
-        sum_span<true, T>(out, begin, end, shape.top_k, row_at,
-                          [&](uint32_t i) { return route.source_weight[from + i]; });
-      }
-    });
+    Deal deal(0, 1);
+    for_each_span(HostExec(nullptr), deal, route.num_tokens, shape.hidden, false,
+                  [&](uint32_t token, const Spans& spans) {
+                    const uint64_t from = uint64_t{token} * shape.top_k;
+                    const auto row_at = [&](uint32_t i) -> const T* {
+                      const int32_t rank = route.source_rank[from + i];
+                      if (rank == kNone) return nullptr;
+                      return row_of<T>(replies[static_cast<size_t>(rank)], row_bytes,
+                                       static_cast<uint64_t>(route.source_row[from + i]));
+                    };
+                    T* out = reinterpret_cast<T*>(y + token * row_bytes);
+                    if (shape.reduce_at == ReduceAt::kExpert) {
+                      sum_spans<false, T>(out, spans, shape.top_k, row_at, [](uint32_t) { return 1.0f; });
+                    } else {
+                      sum_spans<true, T>(out, spans, shape.top_k, row_at,
+                                         [&](uint32_t i) { return route.source_weight[from + i]; });
+                    }
+                  });
   });
 }
 

@@ -3,7 +3,9 @@
 // for all.
 //
 // An Exec runs a body: `thread()` of `num_threads()` in `block()` of `num_blocks()`, `sync()` among the threads of a
-// block, `pause()` between two looks, `wake(WakeWord*)` after a signal. A host thread is one block of one thread.
+// block, `any(bool)` which is a sync() that tells each whether it was true for one of them, `lane()` of `num_lanes()`
+// threads that copy together (a warp), `shared()` and `counts()` for words that a block shares, `pause()` between two
+// looks, `now_ns()`, `wake(WakeWord*)` after a signal. A host thread is one block of one thread.
 #pragma once
 
 #include "core/atomic.h"
@@ -35,18 +37,19 @@ M2N_HD bool arrive(Exec& exec, uint32_t* arrivals) {
   return true;
 }
 
-// Block 0 runs verdict_of() (not 0) in one thread; every thread of every block returns its verdict.
+// The threads of block 0 run verdict_of() (not 0, and the same for all of them); every thread of every block returns
+// that verdict, and sees what block 0 wrote before.
 template <class Exec, class VerdictOf>
 M2N_HD uint32_t decide(Exec& exec, Gate* gate, VerdictOf&& verdict_of) {
-  if (is_leader(exec)) {
-    if (exec.block() == 0) {
-      store_release(&gate->verdict, verdict_of());  // SYNC: verdict
-    } else {
-      while (load_acquire(&gate->verdict) == 0) exec.pause();  // SYNC: verdict
-    }
+  if (exec.block() == 0) {
+    const uint32_t verdict = verdict_of();
+    exec.sync();
+    if (is_leader(exec)) store_release_to_blocks(&gate->verdict, verdict);  // SYNC: verdict
+  } else if (is_leader(exec)) {
+    while (load_acquire_of_blocks(&gate->verdict) == 0) exec.pause();  // SYNC: verdict
   }
   exec.sync();
-  return load_acquire(&gate->verdict);  // SYNC: verdict
+  return load_acquire_of_blocks(&gate->verdict);  // SYNC: verdict
 }
 
 // The end of a launch that began with decide(): true for the one thread that may finish it for all.
@@ -55,6 +58,40 @@ M2N_HD bool leave(Exec& exec, Gate* gate) {
   if (!arrive(exec, &gate->arrivals)) return false;
   store_relaxed(&gate->verdict, 0u);  // relaxed: all blocks have read it
   return true;
+}
+
+// Where the share of one of `num_parts` begins.
+M2N_HD constexpr uint32_t share(uint32_t num_items, uint32_t part, uint32_t num_parts) {
+  return static_cast<uint32_t>(uint64_t{num_items} * part / num_parts);
+}
+
+// Pieces of work dealt out in turn, over several calls: worker i of n takes i, i + n, i + 2n, ...
+class Deal {
+ public:
+  M2N_HD Deal(uint32_t worker, uint32_t num_workers) : next_(worker), num_workers_(num_workers) {}
+
+  // Calls body(i) for this worker's share of 0 .. num_pieces; the next call goes on with whose turn it is.
+  template <class Body>
+  M2N_HD void operator()(uint32_t num_pieces, Body&& body) {
+    uint32_t i = next_;
+    for (; i < num_pieces; i += num_workers_) body(i);
+    next_ = i - num_pieces;
+  }
+
+ private:
+  uint32_t next_, num_workers_;
+};
+
+// Among the groups of lanes of all blocks.
+template <class Exec>
+M2N_HD Deal deal_to_groups(const Exec& exec) {
+#if defined(__CUDA_ARCH__)
+  const uint32_t num_lanes = exec.num_lanes();
+#else
+  const uint32_t num_lanes = 1;  // a thread of the host copies alone
+#endif
+  const uint32_t groups = exec.num_threads() / num_lanes;
+  return {exec.block() * groups + exec.thread() / num_lanes, exec.num_blocks() * groups};
 }
 
 }  // namespace m2n

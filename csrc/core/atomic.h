@@ -2,10 +2,10 @@
 // The only file that names memory orders. Everything above speaks of the operations below; each use carries
 // a `SYNC: label` comment that its partner repeats.
 //
-// Back ends: host (std::atomic_ref), device (cuda::atomic_ref, system scope), and in tests, with M2N_EXPLORER, a model
-// of a memory that tests/explorer declares before this file. A signal is stored seq_cst on the host because a waiter
-// may sleep: see wake.h for the four operations that must be totally ordered. A device never sleeps, so release and
-// acquire suffice there.
+// Back ends: host (std::atomic_ref), device (cuda::atomic_ref; system scope, and device scope for what only the blocks
+// of one launch share), and in tests, with M2N_EXPLORER, a model of a memory that tests/explorer declares before this
+// file. A signal is stored seq_cst on the host because a waiter may sleep: see wake.h for the four operations that must
+// be totally ordered. A device never sleeps, so release and acquire suffice there.
 #pragma once
 
 #include "core/platform.h"
@@ -22,14 +22,20 @@ namespace m2n {
 namespace order = cuda::std;
 template <class T>
 using AtomicRef = cuda::atomic_ref<T, cuda::thread_scope_system>;
+template <class T>
+using BlocksRef = cuda::atomic_ref<T, cuda::thread_scope_device>;
 #elif defined(M2N_EXPLORER)
 namespace order = explorer;
 template <class T>
 using AtomicRef = explorer::AtomicRef<T>;
+template <class T>
+using BlocksRef = AtomicRef<T>;
 #else
 namespace order = std;
 template <class T>
 using AtomicRef = std::atomic_ref<T>;
+template <class T>
+using BlocksRef = AtomicRef<T>;
 #endif
 
 // std::atomic_ref<const T> arrives only with C++26; a load does not write, so the cast is harmless.
@@ -66,9 +72,18 @@ template <class T>
 M2N_HD T add_seq_cst(T* word, T value) {
   return atomic_ref(word).fetch_add(value, order::memory_order_seq_cst);
 }
+// Among the blocks of one launch, which is less far on a device than to a peer.
 template <class T>
 M2N_HD T add_acq_rel(T* word, T value) {
-  return atomic_ref(word).fetch_add(value, order::memory_order_acq_rel);
+  return BlocksRef<T>(*word).fetch_add(value, order::memory_order_acq_rel);
+}
+template <class T>
+M2N_HD T load_acquire_of_blocks(T* word) {
+  return BlocksRef<T>(*word).load(order::memory_order_acquire);
+}
+template <class T>
+M2N_HD void store_release_to_blocks(T* word, T value) {
+  BlocksRef<T>(*word).store(value, order::memory_order_release);
 }
 template <class T>
 M2N_HD T add_relaxed(T* word, T value) {

@@ -54,29 +54,44 @@ struct PeerTable {
   }
 };
 
+inline constexpr uint32_t kAhead = 4;  // loads of a lane that are under way at once, where nobody says otherwise
+
 #if defined(__CUDA_ARCH__)
-// Pieces of one size, shared among the threads of the block.
-template <class Piece, class Exec>
-__device__ void put_pieces(Exec& exec, void* peer_bytes, const void* own_bytes, uint64_t num_bytes) {
-  auto* to = static_cast<Piece*>(peer_bytes);
-  const auto* from = static_cast<const Piece*>(own_bytes);
-  for (uint64_t i = exec.thread(); i < num_bytes / sizeof(Piece); i += exec.num_threads()) to[i] = from[i];
+// Pieces of one size, shared among the lanes.
+template <uint32_t kLoads, class Piece, class Exec>
+__device__ void put_pieces(const Exec& exec, void* peer_bytes, const void* own_bytes, uint64_t num_bytes) {
+  auto* to = static_cast<Piece*>(peer_bytes) + exec.lane();
+  const auto* from = static_cast<const Piece*>(own_bytes) + exec.lane();
+  const uint32_t num_lanes = exec.num_lanes();
+  for (int64_t left = static_cast<int64_t>(num_bytes / sizeof(Piece)) - exec.lane(); left > 0;) {
+    Piece pieces[kLoads];
+#pragma unroll
+    for (uint32_t j = 0; j < kLoads; ++j) {
+      if (j * num_lanes < left) pieces[j] = from[j * num_lanes];
+    }
+#pragma unroll
+    for (uint32_t j = 0; j < kLoads; ++j) {
+      if (j * num_lanes < left) to[j * num_lanes] = pieces[j];
+    }
+    to += kLoads * num_lanes;
+    from += kLoads * num_lanes;
+    left -= kLoads * num_lanes;
+  }
 }
 #endif
 
-// The threads of one block copy bytes into a peer's memory. 16-byte stores on the device, on the host memcpy, or with
-// `is_streamed` stores that pass the caches by; same contract: the bytes are visible to whoever sees a signal stored
-// after drain().
-template <class Exec>
-M2N_HD void put(Exec& exec, void* peer_bytes, const void* own_bytes, uint64_t num_bytes,
+// The lanes of a group copy bytes into a peer's memory: one warp on a device, in pieces of 16 bytes where the addresses
+// allow it; one thread on the host, with `is_streamed` by stores that pass the caches by. Same contract: the bytes are
+// visible to whoever sees a signal stored after drain().
+template <uint32_t kLoads = kAhead, class Exec>
+M2N_HD void put([[maybe_unused]] const Exec& exec, void* peer_bytes, const void* own_bytes, uint64_t num_bytes,
                 [[maybe_unused]] bool is_streamed = false) {
 #if defined(__CUDA_ARCH__)
   const uint64_t bits = reinterpret_cast<uint64_t>(peer_bytes) | reinterpret_cast<uint64_t>(own_bytes) | num_bytes;
-  if (bits % sizeof(uint4) == 0) return put_pieces<uint4>(exec, peer_bytes, own_bytes, num_bytes);
-  if (bits % sizeof(uint32_t) == 0) return put_pieces<uint32_t>(exec, peer_bytes, own_bytes, num_bytes);
-  put_pieces<unsigned char>(exec, peer_bytes, own_bytes, num_bytes);
+  if (bits % sizeof(uint4) == 0) return put_pieces<kLoads, uint4>(exec, peer_bytes, own_bytes, num_bytes);
+  if (bits % sizeof(uint32_t) == 0) return put_pieces<1, uint32_t>(exec, peer_bytes, own_bytes, num_bytes);
+  put_pieces<1, unsigned char>(exec, peer_bytes, own_bytes, num_bytes);
 #else
-  if (!is_leader(exec)) return;
   if (is_streamed) {
     copy_streamed(static_cast<unsigned char*>(peer_bytes), static_cast<const unsigned char*>(own_bytes), num_bytes);
   } else {
@@ -90,7 +105,7 @@ M2N_HD void put(Exec& exec, void* peer_bytes, const void* own_bytes, uint64_t nu
 template <class Exec>
 M2N_HD bool drain(Exec& exec, uint32_t* arrivals, [[maybe_unused]] bool is_streamed = false) {
 #if !defined(__CUDA_ARCH__)
-  if (is_streamed && is_leader(exec)) drain_streams();
+  if (is_streamed) drain_streams();
 #endif
   return arrive(exec, arrivals);
 }

@@ -3,6 +3,8 @@
 // answers it; the reply is the credit for the next message. Nothing here knows what the rows mean.
 #pragma once
 
+#include <cstring>
+
 #include "core/atomic.h"
 #include "core/platform.h"
 
@@ -49,7 +51,7 @@ struct RecvSeq {
 };
 
 // Precedes the rows of a message, in the small object beside the signal.
-struct Header {
+struct alignas(16) Header {
   uint32_t layer;
   uint32_t microbatch;
   uint32_t placement_version;
@@ -59,6 +61,24 @@ struct Header {
   uint32_t reserved[10];
 };
 static_assert(sizeof(Header) == 64, "the header is part of the wire format");
+
+// In a window. On a device by pieces of 16 bytes, which memcpy cannot know to be allowed.
+M2N_HD inline Header read_header(const unsigned char* at) {
+#if defined(__CUDA_ARCH__)
+  return *reinterpret_cast<const Header*>(at);
+#else
+  Header header;
+  std::memcpy(&header, at, sizeof header);
+  return header;
+#endif
+}
+M2N_HD inline void write_header(unsigned char* at, const Header& header) {
+#if defined(__CUDA_ARCH__)
+  *reinterpret_cast<Header*>(at) = header;
+#else
+  std::memcpy(at, &header, sizeof header);
+#endif
+}
 
 inline constexpr uint32_t kFlagIdleNext = 1u << 0;  // do not wait for my next message on this microbatch
 inline constexpr uint32_t kFlagRetry = 1u << 1;     // this message repeats rows that a lost peer held

@@ -241,7 +241,8 @@ void AttentionComm::combine_recv(unsigned char* y, uint64_t y_stride_bytes, uint
   recv.peer_of_rank = slot.peer_of_rank.data();
   recv.y = y;
   recv.y_stride_bytes = y_stride_bytes;
-  m2n::combine_recv(exec_, layout_, shape_, recv);
+  with_dtype(shape_.combine_dtype,
+             [&](auto element) { combine_recv_as<decltype(element)>(exec_, layout_, shape_, recv); });
   slot.is_busy = false;
   slot.route.reset();
 }

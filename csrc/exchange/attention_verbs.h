@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The verbs of an attention rank as a device runs them: one launch each, by several blocks, with all state in memory
-// that the launches share. A launch carries one of the structs below.
+// The verbs of an attention rank as a device runs them: one launch each, or two, by several blocks, with all state in
+// memory that the launches share. A launch carries one of the structs below.
 #pragma once
 
 #include <cstdint>
@@ -17,22 +17,23 @@ namespace m2n {
 struct SlotState {
   Gate gate;
   uint32_t is_failed;  // its dispatch_send gave up: nothing was sent, so nothing is owed
+  uint32_t is_late;    // the last combine_recv did not see every reply: nothing was consumed
 };
 
 struct AttentionView {
   Layout layout;
   Shape shape;
   uint32_t max_peers;
-  PeerTable peers;
+  Peers peers;
   const unsigned char* rows;   // our own window of reply rows
   const unsigned char* small;  // and of their signals and headers, by peer index
   SendSeq* seqs;               // [peer][slot]
   SlotState* slots;            // [slot]
   int32_t* peers_of_ranks;     // [slot][max_peers]: to whom dispatch_send sent; -1: nobody
   int32_t* sources_of_ranks;   // [slot][max_peers]: whose reply combine_recv may read; -1: there is none
-  uint32_t* arrivals;          // [slot][max_peers]: blocks that have written their part of a message
   const Control* control;
-  uint64_t* status;  // [peer]
+  uint64_t* status;  // [peer], host memory
+  Counters* counters;
 
   M2N_HD SendSeq& seq(uint32_t peer_idx, uint32_t slot) const { return seqs[peer_idx * layout.num_slots + slot]; }
   M2N_HD int32_t* peer_of_rank(uint32_t slot) const { return peers_of_ranks + uint64_t{slot} * max_peers; }
@@ -47,8 +48,12 @@ struct AttentionView {
 
 // One look for the reply to the last message. The peer's state is read only where `is_long`.
 M2N_HD inline Look look_for_reply(const AttentionView& view, uint32_t peer_idx, uint32_t slot, bool is_long) {
-  const auto is_live = [&] { return !is_long || view.peers.is_live(peer_idx); };
+  const auto is_live = [&] { return !is_long || view.peers.on_host.is_live(peer_idx); };
   return look_for(view.signal_of(peer_idx, slot), view.seq(peer_idx, slot).sent - 1, is_live);
+}
+
+M2N_HD inline uint32_t rows_for(const RouteView& route, uint32_t rank) {
+  return route.row_offsets[rank + 1] - route.row_offsets[rank];
 }
 
 struct DispatchVerb {
@@ -74,105 +79,173 @@ M2N_HD inline bool owes_reply(const AttentionView& view, uint32_t peer_idx, uint
   return look == Look::kPending || seq.reply_rows != 0;
 }
 
-// Waits until the slot is free; then notes whom this dispatch goes to.
+// One thread waits until a peer has answered the last message on the slot. False: it has not.
+template <class Exec>
+M2N_HD bool free_slot_of_peer(Exec& exec, const DispatchVerb& verb, uint32_t peer_idx) {
+  const AttentionView& view = verb.view;
+  SendSeq& seq = view.seq(peer_idx, verb.slot);
+  if (!seq.awaits_reply()) return true;
+  const auto is_free = [&](bool is_long) { return !owes_reply(view, peer_idx, verb.slot, is_long); };
+  const bool is_answered =
+      wait_for(exec, &view.control->abort, [&] { return read_timeout(view.control, verb.timeout_ns); }, is_free);
+  if (look_for_reply(view, peer_idx, verb.slot, false) == Look::kViolation) {
+    const uint32_t seen = signal_seq(poll_signal(view.signal_of(peer_idx, verb.slot)));
+    report(view.status + peer_idx, Status{Trouble::kViolation, Verb::kDispatchSend, verb.slot, seen});
+  }
+  if (is_answered) {
+    seq.consumed = seq.sent;
+  } else {
+    report(view.status + peer_idx, Status{Trouble::kTimeout, Verb::kDispatchSend, verb.slot, 0});
+  }
+  return is_answered;
+}
+
+// Whom the rows for a rank go to: -1 where it is gone, which is told if there are any.
+M2N_HD inline int32_t choose_peer(const DispatchVerb& verb, uint32_t rank) {
+  const AttentionView& view = verb.view;
+  // Relaxed: the peer's state is written behind its view, and read with acquire.
+  const int32_t peer_idx = load_relaxed(&view.peers.newest[rank]);  // SYNC: peer-mirror
+  if (peer_idx == kNone || view.peers.table.is_live(static_cast<uint32_t>(peer_idx))) return peer_idx;
+  if (rows_for(verb.route, rank) != 0) {
+    report(view.status + peer_idx, Status{Trouble::kGone, Verb::kDispatchSend, verb.slot, 0});
+  }
+  return kNone;
+}
+
+// By the threads of one block: waits until the slot is free; then notes whom this dispatch goes to.
 template <class Exec>
 M2N_HD uint32_t begin_dispatch(Exec& exec, const DispatchVerb& verb) {
   const AttentionView& view = verb.view;
-  const uint32_t num_peers = view.peers.size();
-  const auto is_free = [&](bool is_long) {
-    for (uint32_t i = 0; i < num_peers; ++i) {
-      if (owes_reply(view, i, verb.slot, is_long)) return false;
-    }
-    return true;
-  };
-  SlotState& slot = view.slots[verb.slot];
-  slot.is_failed = !wait_for(exec, view.control, verb.timeout_ns, is_free);
-  for (uint32_t i = 0; i < num_peers; ++i) {
-    if (view.seq(i, verb.slot).awaits_reply() && look_for_reply(view, i, verb.slot, false) == Look::kViolation) {
-      const uint32_t seen = signal_seq(poll_signal(view.signal_of(i, verb.slot)));
-      report(view.status + i, {Trouble::kViolation, Verb::kDispatchSend, verb.slot, seen});
-    }
-    if (!owes_reply(view, i, verb.slot, true)) {
-      view.seq(i, verb.slot).consumed = view.seq(i, verb.slot).sent;
-    } else {
-      report(view.status + i, {Trouble::kTimeout, Verb::kDispatchSend, verb.slot, 0});
-    }
+  const uint32_t num_peers = view.peers.table.size();
+  bool is_late = false;
+  for (uint32_t i = exec.thread(); i < num_peers; i += exec.num_threads()) {
+    is_late |= !free_slot_of_peer(exec, verb, i);
   }
-  for (uint32_t rank = 0; rank < verb.route.num_ranks; ++rank) {
-    view.peer_of_rank(verb.slot)[rank] = slot.is_failed ? kNone : view.peers.find(rank);
+  const bool is_failed = exec.any(is_late);
+  if (is_leader(exec)) view.slots[verb.slot].is_failed = is_failed;
+  for (uint32_t rank = exec.thread(); rank < verb.route.num_ranks; rank += exec.num_threads()) {
+    view.peer_of_rank(verb.slot)[rank] = is_failed ? kNone : choose_peer(verb, rank);
   }
-  return slot.is_failed ? kGiveUp : kGo;
+  return is_failed ? kGiveUp : kGo;
 }
 
-M2N_HD inline uint32_t rows_for(const RouteView& route, uint32_t rank) {
-  return route.row_offsets[rank + 1] - route.row_offsets[rank];
-}
+// What one rank gets, read once per block.
+struct Target {
+  PeerView peer;
+  int32_t peer_idx;  // -1: it gets nothing
+  uint32_t first_row;
+  uint32_t num_rows;
+};
+static_assert(sizeof(Target) <= shared_words(1) * sizeof(uint32_t) - shared_words(0) * sizeof(uint32_t));
 
-template <class Exec>
-M2N_HD void send_to_rank(Exec& exec, const DispatchVerb& verb, uint32_t rank) {
-  const AttentionView& view = verb.view;
-  const int32_t peer_idx = view.peer_of_rank(verb.slot)[rank];
-  if (peer_idx == kNone) return;
-  const uint64_t first = verb.route.row_offsets[rank];
+// Rows of `target`, in the messages' order.
+M2N_HD inline DispatchSend rows_of(const DispatchVerb& verb, const Target& target) {
+  const uint64_t first = target.first_row;
   DispatchSend send{};
-  send.peer = view.peers.entries[peer_idx].view;
+  send.peer = target.peer;
   send.slot = verb.slot;
-  send.seq = view.seq(peer_idx, verb.slot).sent + 1;
-  send.header.layer = verb.layer;
-  send.header.microbatch = verb.slot;
-  send.header.flags = verb.flags;
-  send.header.num_rows = rows_for(verb.route, rank);
+  send.header.num_rows = target.num_rows;
   send.x = verb.x;
   send.x_stride_bytes = verb.x_stride_bytes;
   send.token_of_row = verb.route.token_of_row + first;
-  send.ids = verb.route.ids + first * view.shape.top_k;
-  send.weights = verb.route.weights + first * view.shape.top_k;
-  send.arrivals = view.arrivals + uint64_t{verb.slot} * view.max_peers + peer_idx;
-  dispatch_send(exec, view.layout, send);
+  send.ids = verb.route.ids + first * verb.view.shape.top_k;
+  send.weights = verb.route.weights + first * verb.view.shape.top_k;
+  return send;
 }
 
+// By the threads of a block, a rank each. What does not depend on the verdict is read while block 0 waits.
+template <class Exec>
+M2N_HD void find_rows(const Exec& exec, const RouteView& route, Target* targets) {
+  for (uint32_t rank = exec.thread(); rank < route.num_ranks; rank += exec.num_threads()) {
+    targets[rank].first_row = route.row_offsets[rank];
+    targets[rank].num_rows = rows_for(route, rank);
+  }
+}
+template <class Exec>
+M2N_HD void find_peers(Exec& exec, const DispatchVerb& verb, Target* targets) {
+  for (uint32_t rank = exec.thread(); rank < verb.route.num_ranks; rank += exec.num_threads()) {
+    const int32_t peer_idx = verb.view.peer_of_rank(verb.slot)[rank];
+    targets[rank].peer_idx = peer_idx;
+    if (peer_idx != kNone) targets[rank].peer = verb.view.peers.table.entries[peer_idx].view;
+  }
+  exec.sync();
+}
+
+// By all threads, their share of all rows.
+template <class Exec>
+M2N_HD void put_to_ranks(Exec& exec, const DispatchVerb& verb, const Target* targets) {
+  const uint32_t num_ranks = verb.route.num_ranks;
+  const Target& last = targets[num_ranks - 1];
+  const uint64_t num_rows = last.first_row + last.num_rows;
+  PutDeal deal = deal_put(exec, num_rows * verb.view.layout.dispatch_rows.row_bytes);
+  for (uint32_t i = 0; i < num_ranks; ++i) {
+    const Target& target = targets[(verb.first_rank + i) % num_ranks];
+    if (target.num_rows == 0 || target.peer_idx == kNone) continue;
+    put_dispatch(exec, verb.view.layout, rows_of(verb, target), deal);
+  }
+}
+
+// By one thread, once all rows are written: tells a peer, and notes what it owes.
+template <class Exec>
+M2N_HD void finish_message(Exec& exec, const DispatchVerb& verb, uint32_t rank, const Target& target) {
+  const AttentionView& view = verb.view;
+  SendSeq& seq = view.seq(static_cast<uint32_t>(target.peer_idx), verb.slot);
+  Header header{};
+  header.layer = verb.layer;
+  header.microbatch = verb.slot;
+  header.flags = verb.flags;
+  header.num_rows = target.num_rows;
+  ++seq.sent;
+  seq.reply_rows = view.shape.reduce_at == ReduceAt::kExpert ? header.num_rows : verb.route.pair_counts[rank];
+  ring(exec, target.peer, view.layout.dispatch_small, verb.slot, seq.sent, header);
+  add_relaxed(&view.counters->messages_sent, uint64_t{1});
+  add_relaxed(&view.counters->rows_sent, uint64_t{header.num_rows});
+}
+
+// All blocks write rows; the last one to arrive rings every peer, a thread each.
 template <class Exec>
 M2N_HD void run(Exec& exec, const DispatchVerb& verb) {
-  const AttentionView& view = verb.view;
-  Gate* gate = &view.slots[verb.slot].gate;
+  Gate* gate = &verb.view.slots[verb.slot].gate;
+  auto* targets = reinterpret_cast<Target*>(exec.shared());
+  find_rows(exec, verb.route, targets);
   const uint32_t verdict = decide(exec, gate, [&] { return begin_dispatch(exec, verb); });
-  for (uint32_t i = 0; verdict == kGo && i < verb.route.num_ranks; ++i) {
-    send_to_rank(exec, verb, (verb.first_rank + i) % verb.route.num_ranks);
+  if (verdict == kGo) {
+    find_peers(exec, verb, targets);
+    put_to_ranks(exec, verb, targets);
   }
-  if (!leave(exec, gate)) return;
-  for (uint32_t rank = 0; rank < verb.route.num_ranks; ++rank) {
-    const int32_t peer_idx = view.peer_of_rank(verb.slot)[rank];
-    if (peer_idx == kNone) continue;
-    SendSeq& seq = view.seq(peer_idx, verb.slot);
-    ++seq.sent;
-    seq.reply_rows =
-        view.shape.reduce_at == ReduceAt::kExpert ? rows_for(verb.route, rank) : verb.route.pair_counts[rank];
+  if (!exec.any(leave(exec, gate)) || verdict != kGo) return;
+  for (uint32_t rank = exec.thread(); rank < verb.route.num_ranks; rank += exec.num_threads()) {
+    if (targets[rank].peer_idx != kNone) finish_message(exec, verb, rank, targets[rank]);
   }
 }
 
+// combine_recv is two launches, so that only one block spins: this one waits for every reply with rows, and notes which
+// of them may be read.
+struct AwaitVerb {
+  AttentionView view;
+  RouteView route;
+  uint32_t slot;
+  int64_t timeout_ns;
+};
+
+// The second one sums.
 struct CombineRecvVerb {
   AttentionView view;
   RouteView route;
   unsigned char* y;
   uint64_t y_stride_bytes;
   uint32_t slot;
-  int64_t timeout_ns;
 };
 
-// Is a reply with rows still to come?
-M2N_HD inline bool is_any_pending(const AttentionView& view, const RouteView& route, uint32_t slot, bool is_long) {
-  for (uint32_t rank = 0; rank < route.num_ranks; ++rank) {
-    const int32_t peer_idx = view.peer_of_rank(slot)[rank];
-    if (peer_idx == kNone || rows_for(route, rank) == 0) continue;
-    if (look_for_reply(view, peer_idx, slot, is_long) == Look::kPending) return true;
-  }
-  return false;
+// Has a rank a reply with rows to give?
+M2N_HD inline bool owes_rows(const AttentionView& view, const RouteView& route, uint32_t slot, uint32_t rank) {
+  return view.peer_of_rank(slot)[rank] != kNone && rows_for(route, rank) != 0;
 }
 
 // What became of the reply that one peer owes; kNone: it may be read.
-M2N_HD inline Status judge_reply(const AttentionView& view, uint32_t peer_idx, uint32_t slot) {
+M2N_HD inline Status judge_reply(const AttentionView& view, uint32_t peer_idx, uint32_t slot, Look look) {
   const auto trouble = [&](Trouble kind, uint32_t detail) { return Status{kind, Verb::kCombineRecv, slot, detail}; };
-  switch (look_for_reply(view, peer_idx, slot, true)) {
+  switch (look) {
     case Look::kPending:
       return trouble(Trouble::kTimeout, 0);
     case Look::kGone:
@@ -183,44 +256,55 @@ M2N_HD inline Status judge_reply(const AttentionView& view, uint32_t peer_idx, u
       break;
   }
   const uint32_t num_rows = signal_rows(poll_signal(view.signal_of(peer_idx, slot)));
-  Header header;
-  memcpy(&header, view.small_of(peer_idx) + view.layout.combine_small.header(slot), sizeof header);
+  const Header header = read_header(view.small_of(peer_idx) + view.layout.combine_small.header(slot));
   if (num_rows == kRefusedRows) return trouble(Trouble::kRefused, header.detail);
   const bool is_right = num_rows == view.seq(peer_idx, slot).reply_rows && header.num_rows == num_rows;
+  if (is_right) add_relaxed(&view.counters->rows_received, uint64_t{num_rows});
   return trouble(is_right ? Trouble::kNone : Trouble::kViolation, num_rows);
 }
 
-// Waits for every reply with rows, and notes which of them may be read. What is late stays owed.
+// One thread waits for the reply of one rank. True: it is late, and stays owed.
 template <class Exec>
-M2N_HD uint32_t begin_combine(Exec& exec, const CombineRecvVerb& verb) {
+M2N_HD bool await_reply(Exec& exec, const AwaitVerb& verb, uint32_t rank) {
   const AttentionView& view = verb.view;
-  const bool is_failed = view.slots[verb.slot].is_failed;
-  if (!is_failed) {
-    wait_for(exec, view.control, verb.timeout_ns,
-             [&](bool is_long) { return !is_any_pending(view, verb.route, verb.slot, is_long); });
+  const auto peer_idx = static_cast<uint32_t>(view.peer_of_rank(verb.slot)[rank]);
+  Look look = Look::kPending;
+  const auto is_told = [&](bool is_long) {
+    look = look_for_reply(view, peer_idx, verb.slot, is_long);
+    return look != Look::kPending;
+  };
+  wait_for(exec, &view.control->abort, [&] { return read_timeout(view.control, verb.timeout_ns); }, is_told);
+  const Status status = judge_reply(view, peer_idx, verb.slot, look);
+  if (status.trouble == Trouble::kNone) {
+    view.source_of_rank(verb.slot)[rank] = static_cast<int32_t>(peer_idx);
+    add_relaxed(&view.counters->messages_received, uint64_t{1});
+  } else if (load_relaxed(&view.peers.on_host.entries[peer_idx].is_given_up) ==
+             0) {  // relaxed: else told twice at most
+    report(view.status + peer_idx, status);
   }
-  bool is_late = is_failed;
-  for (uint32_t rank = 0; rank < verb.route.num_ranks; ++rank) {
-    const int32_t peer_idx = view.peer_of_rank(verb.slot)[rank];
-    int32_t& source = view.source_of_rank(verb.slot)[rank];
-    source = kNone;
-    if (peer_idx == kNone || rows_for(verb.route, rank) == 0) continue;
-    const Status status = judge_reply(view, peer_idx, verb.slot);
-    is_late |= status.trouble == Trouble::kTimeout;
-    if (status.trouble == Trouble::kNone) {
-      source = peer_idx;
-    } else if (load_relaxed(&view.peers.entries[peer_idx].is_given_up) == 0) {  // relaxed: else told twice at most
-      report(view.status + peer_idx, status);
-    }
-  }
-  return is_late ? kGiveUp : kGo;
+  if (look == Look::kGone) view.peers.refresh(peer_idx);
+  return status.trouble == Trouble::kTimeout;
 }
 
+// For one block.
 template <class Exec>
-M2N_HD void run(Exec& exec, const CombineRecvVerb& verb) {
+M2N_HD void run(Exec& exec, const AwaitVerb& verb) {
   const AttentionView& view = verb.view;
-  Gate* gate = &view.slots[verb.slot].gate;
-  const uint32_t verdict = decide(exec, gate, [&] { return begin_combine(exec, verb); });
+  SlotState& slot = view.slots[verb.slot];
+  bool is_late = slot.is_failed != 0;
+  for (uint32_t rank = exec.thread(); rank < verb.route.num_ranks; rank += exec.num_threads()) {
+    view.source_of_rank(verb.slot)[rank] = kNone;
+    if (slot.is_failed == 0 && owes_rows(view, verb.route, verb.slot, rank)) is_late |= await_reply(exec, verb, rank);
+  }
+  const bool is_any_late = exec.any(is_late);
+  if (is_leader(exec)) slot.is_late = is_any_late;
+}
+
+// Rows of T: a kernel holds the code of one type.
+template <class T, class Exec>
+M2N_HD void run_as(Exec& exec, const CombineRecvVerb& verb) {
+  const AttentionView& view = verb.view;
+  SlotState& slot = view.slots[verb.slot];
   CombineRecv recv{};
   recv.slot = verb.slot;
   recv.route = verb.route;
@@ -228,13 +312,23 @@ M2N_HD void run(Exec& exec, const CombineRecvVerb& verb) {
   recv.peer_of_rank = view.source_of_rank(verb.slot);
   recv.y = verb.y;
   recv.y_stride_bytes = verb.y_stride_bytes;
-  combine_recv(exec, view.layout, view.shape, recv);
-  if (!leave(exec, gate) || verdict != kGo) return;
-  for (uint32_t rank = 0; rank < verb.route.num_ranks; ++rank) {
-    const int32_t peer_idx = view.peer_of_rank(verb.slot)[rank];
-    if (peer_idx == kNone || rows_for(verb.route, rank) == 0) continue;
-    view.seq(peer_idx, verb.slot).consumed = view.seq(peer_idx, verb.slot).sent;
+  combine_recv_as<T>(exec, view.layout, view.shape, recv);
+  if (!exec.any(arrive(exec, &slot.gate.arrivals)) || slot.is_late != 0) return;
+  for (uint32_t rank = exec.thread(); rank < verb.route.num_ranks; rank += exec.num_threads()) {
+    if (!owes_rows(view, verb.route, verb.slot, rank)) continue;
+    SendSeq& seq = view.seq(static_cast<uint32_t>(view.peer_of_rank(verb.slot)[rank]), verb.slot);
+    seq.consumed = seq.sent;
   }
+}
+
+// Is a reply with rows still to come?
+M2N_HD inline bool is_any_pending(const AttentionView& view, const RouteView& route, uint32_t slot, bool is_long) {
+  for (uint32_t rank = 0; rank < route.num_ranks; ++rank) {
+    if (!owes_rows(view, route, slot, rank)) continue;
+    const auto peer_idx = static_cast<uint32_t>(view.peer_of_rank(slot)[rank]);
+    if (look_for_reply(view, peer_idx, slot, is_long) == Look::kPending) return true;
+  }
+  return false;
 }
 
 // The host asks which microbatch can be combined without waiting. For one thread.
@@ -251,7 +345,7 @@ template <class Exec>
 M2N_HD void run(Exec& exec, const PollVerb& verb) {
   if (exec.block() != 0 || !is_leader(exec)) return;
   *verb.found = kNone;
-  wait_for(exec, verb.view.control, verb.timeout_ns, [&](bool is_long) {
+  const auto is_any_ready = [&](bool is_long) {
     for (uint32_t i = 0; i < verb.count && *verb.found == kNone; ++i) {
       const uint32_t slot = verb.microbatches[i];
       const bool is_ready =
@@ -259,7 +353,8 @@ M2N_HD void run(Exec& exec, const PollVerb& verb) {
       if (is_ready) *verb.found = static_cast<int32_t>(i);
     }
     return *verb.found != kNone;
-  });
+  };
+  wait_for(exec, &verb.view.control->abort, [&] { return verb.timeout_ns; }, is_any_ready);
 }
 
 }  // namespace m2n

@@ -127,6 +127,7 @@ void Comm::watch(uint32_t peer_idx, int connection_fd, int pidfd) {
   for (uint32_t i = 0; i < peer_idx; ++i) {
     if (rank_of(i) == rank_of(peer_idx)) drop_locked(i, LossCause::kReplaced);
   }
+  peers_changed();
   exec_.wake(own_wake_);
 }
 
@@ -186,12 +187,14 @@ bool Comm::is_lost(uint32_t peer_idx) const {
 
 uint32_t Comm::give_up(uint32_t peer_rank) {
   require_usable();
+  std::lock_guard lock(membership_mutex_);
   const int32_t peer_idx = peers_.find(peer_rank);
   if (peer_idx < 0 || peers_.is_live(static_cast<uint32_t>(peer_idx))) {
     throw Error(Failure::kArgument, "recover: " + peer_name(peer_rank) +
                                         " is not lost; only a peer that is lost or has left can be given up");
   }
   store_relaxed(&peers_.entries[peer_idx].is_given_up, 1u);  // relaxed: the state is what others act by
+  peers_changed();
   return static_cast<uint32_t>(peer_idx);
 }
 

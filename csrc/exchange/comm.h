@@ -69,6 +69,8 @@ class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
   // Says goodbye to every peer, once what a relay still holds is delivered; waiting calls end with Error(kSetup).
   // Windows live as long as views of them.
   virtual void close();
+  // Ends every wait at once, of launched verbs too, and closes.
+  virtual void abort() { close(); }
   bool is_closed() const { return load_seq_cst(&is_closed_) != 0; }  // SYNC: comm-closed
 
   // Raises for the first peer that is LOST and was not given up by recover().
@@ -77,7 +79,7 @@ class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
   bool wait_peer(uint32_t peer_rank, int64_t deadline_ns);
 
   std::vector<PeerInfo> peer_infos() const;
-  Stats stats() const;
+  virtual Stats stats() const;
   const Shape& shape() const { return shape_; }
   const Layout& layout() const { return layout_; }
   uint32_t rank() const { return rank_; }
@@ -93,6 +95,9 @@ class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
     uint64_t ticket = 0;
     std::vector<std::shared_ptr<Mapping>> mappings;
   };
+
+  // A peer has joined or was given up; one at a time.
+  virtual void peers_changed() {}
 
   uint32_t rank_of(uint32_t peer_idx) const { return peers_.entries[peer_idx].rank; }
   // LOST, not given up, and no newer life of the rank has joined: the caller must know.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The attention rank's half of the exchange on a device: each verb is one launch, and only route() and the polls wait
-// for the device. What goes wrong in a launch is raised by the next call.
+// The attention rank's half of the exchange on a device: each verb is a launch or two, and only polls wait for the
+// device. What goes wrong in a launch is raised by the next call. In a graph capture a verb is recorded; what it needs
+// was allocated before.
 #pragma once
 
 #include <cstdint>
@@ -23,11 +24,13 @@ struct TopKView {
   const void* weights;
   WeightType weight_type;
   int64_t weights_stride, weights_step;
+  const void* num_so_far = nullptr;  // where given, one number where the verbs run: tokens from there on are padding
+  IdType num_type = IdType::kInt32;
 };
 
 class RoutePool;
 
-// A route in device memory. Its memory goes back to the comm that made it.
+// A route in device memory, at addresses that stay as long as it lives. Its memory goes back to the comm that made it.
 class DeviceRoute {
  public:
   struct Memory {
@@ -36,21 +39,29 @@ class DeviceRoute {
     std::shared_ptr<void> last_use;
   };
 
-  DeviceRoute(std::shared_ptr<RoutePool> pool, Memory memory) : pool_(std::move(pool)), memory_(std::move(memory)) {}
+  DeviceRoute(std::shared_ptr<RoutePool> pool, Machine& machine, Memory memory)
+      : pool_(std::move(pool)), machine_(&machine), memory_(std::move(memory)) {}
   ~DeviceRoute();
   DeviceRoute(const DeviceRoute&) = delete;
   DeviceRoute& operator=(const DeviceRoute&) = delete;
 
   RouteView view{};
-  std::vector<uint32_t> rows_per_rank;
-  uint32_t num_rows = 0;
-  uint32_t num_pairs = 0;
   const void* owner = nullptr;  // the comm that made it; only compared
+  const RouteOutcome* outcome = nullptr;
+  const uint32_t* rows_per_rank = nullptr;
+  bool is_captured = false;  // built by graphs: only the caller knows when
+
+  // These wait until it is built, but for what a graph builds.
+  uint32_t num_rows() const;
+  std::vector<uint32_t> read_rows_per_rank() const;
 
   const Memory& memory() const { return memory_; }
 
  private:
+  void wait_built() const;
+
   std::shared_ptr<RoutePool> pool_;
+  Machine* machine_;
   Memory memory_;
 };
 
@@ -72,11 +83,23 @@ class DeviceAttentionComm final : public AttentionSide {
                       const std::string& device, const std::vector<int32_t>& rank_offsets,
                       const std::vector<int32_t>& ranks, uint32_t num_ranks);
 
-  // `splits`: where not empty, rows are sorted by destination, splits[r] of them for rank r.
-  std::shared_ptr<DeviceRoute> make_route(const TopKView& topk, const std::vector<uint32_t>& splits, Stream stream);
+  // `splits`: where not empty, rows are sorted by destination, splits[r] of them for rank r. `into`: a route of this
+  // comm whose memory is used again; a capture needs one. Bad ids are raised by the next call.
+  std::shared_ptr<DeviceRoute> make_route(const TopKView& topk, const std::vector<uint32_t>& splits,
+                                          std::shared_ptr<DeviceRoute> into, Stream stream);
   void dispatch_send(const unsigned char* x, uint64_t x_stride_bytes, std::shared_ptr<const DeviceRoute> route,
-                     uint32_t microbatch, uint32_t layer, int64_t timeout_ns, Stream stream);
-  void combine_recv(unsigned char* y, uint64_t y_stride_bytes, uint32_t microbatch, int64_t timeout_ns, Stream stream);
+                     uint32_t microbatch, uint32_t layer, int64_t timeout_ns, uint32_t num_sms, Stream stream);
+  void combine_recv(unsigned char* y, uint64_t y_stride_bytes, uint32_t microbatch, int64_t timeout_ns,
+                    uint32_t num_sms, Stream stream);
+
+  // For a kernel of the caller's that routes and dispatches by itself (csrc/examples/gate_dispatch.h): a route that it
+  // fills, and what dispatch_send would have launched. The caller launches it on `stream` next; combine_recv follows as
+  // always. Throws what dispatch_send throws. What the host may ask a route (num_rows) is not known of such a one.
+  std::shared_ptr<DeviceRoute> make_empty_route(uint32_t num_tokens, Stream stream);
+  DispatchVerb prepare_dispatch(std::shared_ptr<const DeviceRoute> route, uint32_t microbatch, uint32_t layer,
+                                int64_t timeout_ns, Stream stream);
+  // To be called once it is launched: verbs of this microbatch on other streams, and close(), wait for it.
+  void note_dispatch(uint32_t microbatch, Stream stream);
   bool is_busy(uint32_t microbatch) const;
   // Of what is in flight; throws when nothing is.
   uint32_t num_tokens(uint32_t microbatch);
@@ -85,11 +108,19 @@ class DeviceAttentionComm final : public AttentionSide {
   int wait_ready(const std::vector<uint32_t>& microbatches, int64_t deadline_ns, Stream stream);
   void idle(int64_t timeout_ns, Stream stream);
   void recover(uint32_t expert_rank) { give_up(expert_rank); }
+  // Of launches that were given kTimeoutOfComm, those of graphs among them.
+  void set_timeout(int64_t timeout_ns) { memory_.set_timeout(timeout_ns); }
+  bool is_capturing(Stream stream) { return memory_.machine().is_capturing(stream); }
 
   const std::string& device() const { return memory_.device(); }
 
   void check() override;
+  void abort() override;
   void close() override;
+  Stats stats() const override;
+
+ protected:
+  void peers_changed() override { memory_.update_mirror(); }
 
  private:
   struct Slot {
@@ -101,16 +132,20 @@ class DeviceAttentionComm final : public AttentionSide {
   };
 
   DispatchVerb dispatch_verb(uint32_t microbatch, uint32_t layer, int64_t timeout_ns) const;
-  // Launches a verb on a slot behind everything launched on it before, on whatever stream.
-  template <class V>
-  void launch_on_slot(Slot& slot, const V& verb, Stream stream);
+  RouteVerb route_verb(DeviceRoute& route, const TopKView& topk) const;
+  // What is launched on a slot goes behind everything launched on it before, on whatever stream.
+  void wait_slot(Slot& slot, Stream stream);
+  void note_launch(Slot& slot, Stream stream);
   DeviceRoute::Memory make_route_memory();
   // Raises the first trouble that a launch has reported, once.
   void raise_trouble();
   void raise_trouble(uint32_t peer_idx, const Status& status);
+  // Nothing was consumed where a combine was late: it can be called again, whichever of them the trouble was told of.
+  void mark_late_slots();
 
   const uint32_t num_ranks_;
-  DeviceMemory memory_;
+  mutable DeviceMemory memory_;
+  uint64_t* route_trouble_;
   AttentionView view_{};
   RouteView no_rows_{};
   const int32_t* rank_offsets_;
@@ -122,6 +157,7 @@ class DeviceAttentionComm final : public AttentionSide {
   std::mutex poll_mutex_;
   std::shared_ptr<RoutePool> pool_ = std::make_shared<RoutePool>();
   std::vector<Slot> slots_;
+  bool was_captured_ = false;
 };
 
 }  // namespace m2n

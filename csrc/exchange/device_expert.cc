@@ -12,7 +12,8 @@ DeviceExpertComm::DeviceExpertComm(const Shape& shape, uint32_t rank, uint32_t m
       memory_(device, *transport_),
       received_(memory_.on_host<Received>(1)),
       ranks_(memory_.on_host<uint32_t>(max_peers)),
-      wanted_ranks_(memory_.on_host<uint32_t>(max_peers)),
+      launched_(memory_.on_host<Received>(layout_.num_slots)),
+      is_unread_(memory_.on_host<uint64_t>(layout_.num_slots)),
       received_event_(memory_.machine().make_event()) {
   const uint64_t per_slot = uint64_t{layout_.num_slots} * max_peers;
   const uint64_t max_pairs = uint64_t{max_peers} * shape_.max_tokens * shape_.top_k;
@@ -20,7 +21,8 @@ DeviceExpertComm::DeviceExpertComm(const Shape& shape, uint32_t rank, uint32_t m
   inbox.seq = {first_seq_, first_seq_};
   view_.inbox.layout = layout_;
   view_.inbox.max_tokens = shape_.max_tokens;
-  view_.inbox.peers = peers_;
+  view_.peers = memory_.mirror(peers_, max_peers);
+  view_.inbox.peers = view_.peers.table;
   view_.inbox.small = small_window()->data();
   view_.inbox.inboxes = memory_.uploaded(std::vector<Inbox>(per_slot, inbox));
   view_.shape = shape_;
@@ -29,15 +31,15 @@ DeviceExpertComm::DeviceExpertComm(const Shape& shape, uint32_t rank, uint32_t m
   view_.num_local_experts = num_local_experts_;
   for (uint32_t slot = 0; slot < layout_.num_slots; ++slot) {
     slots_.push_back(make_lists());
-    sent_.push_back(memory_.machine().make_event());
+    last_launch_.push_back(memory_.machine().make_event());
   }
+  batches_.resize(layout_.num_slots);
   view_.slots = memory_.uploaded(slots_);
   view_.idxs = memory_.on_device<int32_t>(max_pairs);
   view_.row_weights = memory_.on_device<float>(max_pairs);
-  view_.arrived = memory_.on_device<ArrivedMessage>(max_peers);
-  view_.next = memory_.on_device<int32_t>(num_local_experts_);
-  view_.arrivals = memory_.on_device<uint32_t>(per_slot);
+  view_.counts = memory_.on_device<uint32_t>(tally_words(num_local_experts_ + 1));
   view_.control = memory_.control();
+  view_.counters = memory_.counters();
 }
 
 SlotLists DeviceExpertComm::make_lists() {
@@ -52,7 +54,35 @@ SlotLists DeviceExpertComm::make_lists() {
   slot.lists.expert_offsets = slot.lists.row_index_by_expert + max_pairs;
   slot.lists.weights = reinterpret_cast<float*>(slot.lists.expert_offsets + num_local_experts_ + 1);
   slot.messages = memory_.on_device<BatchMessage>(max_peers_);
+  slot.state = memory_.on_device<BatchState>(1);
   return slot;
+}
+
+const uint32_t* DeviceExpertComm::keep_ranks(const Wanted& wanted) {
+  if (!wanted.is_strict()) return nullptr;
+  const std::vector<uint32_t> ranks(wanted.attention_ranks, wanted.attention_ranks + wanted.num_attention_ranks);
+  const auto [entry, is_new] = kept_ranks_.try_emplace(ranks, nullptr);
+  if (is_new) entry->second = memory_.uploaded(ranks);
+  return entry->second;
+}
+
+void DeviceExpertComm::require_few_ranks(const Wanted& wanted) const {
+  if (wanted.num_attention_ranks <= max_peers_) return;
+  throw Error(Failure::kArgument, "attention_ranks: " + std::to_string(wanted.num_attention_ranks) +
+                                      " ranks, but max_peers is " + std::to_string(max_peers_));
+}
+
+std::shared_ptr<DeviceBatch> DeviceExpertComm::make_batch(uint32_t layer, uint32_t microbatch) {
+  const auto batch = std::make_shared<DeviceBatch>();
+  batch->owner = this;
+  batch->layer = layer;
+  batch->microbatch = microbatch;
+  batch->num_local_experts = num_local_experts_;
+  batch->device = memory_.device();
+  batch->slot = slots_[microbatch];
+  batch->memory = list_memory_[microbatch];
+  batches_[microbatch] = batch;
+  return batch;
 }
 
 Received DeviceExpertComm::receive(const Wanted& wanted, bool is_peek, int64_t deadline_ns, Stream stream,
@@ -60,40 +90,31 @@ Received DeviceExpertComm::receive(const Wanted& wanted, bool is_peek, int64_t d
   std::lock_guard receive_lock(receive_mutex_);
   require_usable();
   Machine& machine = memory_.machine();
-  ReceiveVerb verb{view_, wanted, is_peek, 0, received_, ranks_};
-  std::copy_n(wanted.attention_ranks, wanted.num_attention_ranks, wanted_ranks_);
-  verb.wanted.attention_ranks = wanted_ranks_;
-  {
-    std::lock_guard lock(open_mutex_);
-    verb.wanted.open_slots = open_slots_;
+  if (machine.is_capturing(stream)) {
+    throw Error(
+        Failure::kSetup,
+        "dispatch_recv: a graph cannot be captured while the host waits for rows; name layer and microbatch, and "
+        "give sync=False");
   }
+  raise_trouble();
+  ReceiveVerb verb{view_, wanted, is_peek, 0, received_, ranks_, nullptr};
+  verb.wanted.attention_ranks = keep_ranks(wanted);
   verb.timeout_ns = std::clamp<int64_t>(deadline_ns - now_ns(), 0, kSliceNs);
-  for (uint32_t slot = 0; slot < layout_.num_slots; ++slot) {
-    if ((verb.wanted.open_slots >> slot & 1) == 0) machine.wait(stream, sent_[slot].get());
-  }
+  machine.wait(stream, received_event_.get());
   machine.launch(verb, stream);
   machine.record(received_event_.get(), stream);
   machine.synchronize(received_event_.get());
   const Received received = *received_;
-  if (received.is_batch && batch != nullptr) {
-    std::lock_guard lock(open_mutex_);
-    open_slots_ |= uint64_t{1} << received.microbatch;
-    batch->ranks.assign(ranks_, ranks_ + received.num_messages);
-  }
+  if (received.is_batch && batch != nullptr) batch->ranks.assign(ranks_, ranks_ + received.num_messages);
   return received;
 }
 
 Received DeviceExpertComm::receive_until(const Wanted& wanted, bool is_peek, int64_t deadline_ns, Stream stream,
                                          const std::shared_ptr<DeviceBatch>& batch) {
   require_usable();
-  if (wanted.num_attention_ranks > max_peers_) {
-    throw Error(Failure::kArgument, "attention_ranks: " + std::to_string(wanted.num_attention_ranks) +
-                                        " ranks, but max_peers is " + std::to_string(max_peers_));
-  }
+  require_few_ranks(wanted);
   while (true) {
     const Received received = receive(wanted, is_peek, deadline_ns, stream, batch);
-    add_relaxed(&stats_.messages_received, uint64_t{received.num_arrived});
-    add_relaxed(&stats_.messages_sent, uint64_t{received.num_answered});
     if (received.violation.breach != Breach::kNone) {
       raise_violation(received.violation.peer_idx, describe(received.violation, received.violation_layer));
     }
@@ -105,23 +126,54 @@ Received DeviceExpertComm::receive_until(const Wanted& wanted, bool is_peek, int
 }
 
 std::shared_ptr<DeviceBatch> DeviceExpertComm::dispatch_recv(const Wanted& wanted, int64_t deadline_ns, Stream stream) {
-  const auto batch = std::make_shared<DeviceBatch>();
-  const Received received = receive_until(wanted, /*is_peek=*/false, deadline_ns, stream, batch);
+  const auto found = std::make_shared<DeviceBatch>();
+  const Received received = receive_until(wanted, /*is_peek=*/false, deadline_ns, stream, found);
   if (!received.is_batch) {
     if (received.is_started && wanted.is_strict()) raise_timeout(received.missing_rank);
     return nullptr;  // what has arrived stays, and goes on lingering from when it came
   }
-  batch->owner = this;
-  batch->layer = received.layer;
-  batch->microbatch = received.microbatch;
-  batch->num_messages = received.num_messages;
+  const auto batch = make_batch(received.layer, received.microbatch);
+  batch->is_counted = true;
+  batch->ranks = std::move(found->ranks);
   batch->num_rows = received.num_rows;
   batch->num_pairs = received.num_pairs;
-  batch->num_local_experts = num_local_experts_;
-  batch->device = memory_.device();
-  batch->lists = slots_[received.microbatch].lists;
-  batch->memory = list_memory_[received.microbatch];
-  count_batch(received.num_messages, received.num_rows);
+  return batch;
+}
+
+std::shared_ptr<DeviceBatch> DeviceExpertComm::launch_recv(const Wanted& wanted, int64_t timeout_ns, Stream stream) {
+  std::lock_guard receive_lock(receive_mutex_);
+  require_usable();
+  require_few_ranks(wanted);
+  if (wanted.microbatch >= shape_.microbatches) {
+    throw Error(Failure::kArgument, "microbatch: expected 0 to " + std::to_string(shape_.microbatches - 1) + ", got " +
+                                        std::to_string(wanted.microbatch));
+  }
+  raise_trouble();
+  Machine& machine = memory_.machine();
+  const uint32_t slot = wanted.microbatch;
+  if (const auto open = batches_[slot].lock(); open != nullptr && !open->is_answered) {
+    throw Error(Failure::kSlotBusy, "dispatch_recv: the last batch of microbatch " + std::to_string(slot) +
+                                        " is not answered, and its lists are in use; call combine_send first");
+  }
+  const bool is_captured = machine.is_capturing(stream);
+  if (is_captured && wanted.is_strict() &&
+      !kept_ranks_.contains({wanted.attention_ranks, wanted.attention_ranks + wanted.num_attention_ranks})) {
+    throw Error(Failure::kSetup,
+                "dispatch_recv: memory cannot be allocated while a graph is captured; receive once with these "
+                "attention_ranks before");
+  }
+  ReceiveVerb verb{view_, wanted, /*is_peek=*/false, timeout_ns, &launched_[slot], nullptr, &is_unread_[slot]};
+  verb.wanted.attention_ranks = keep_ranks(wanted);
+  if (!is_captured) machine.wait(stream, received_event_.get());
+  machine.launch(verb, stream);
+  if (!is_captured) {
+    machine.record(received_event_.get(), stream);
+    machine.record(last_launch_[slot].get(), stream);
+  }
+  was_captured_ |= is_captured;
+  const auto batch = make_batch(wanted.layer, slot);
+  batch->num_rows = max_peers_ * shape_.max_tokens;
+  batch->num_pairs = batch->num_rows * std::min(shape_.top_k, num_local_experts_);
   return batch;
 }
 
@@ -132,26 +184,61 @@ std::optional<Work> DeviceExpertComm::wait_work(int64_t deadline_ns, Stream stre
 }
 
 void DeviceExpertComm::combine_send(DeviceBatch& batch, const unsigned char* y, uint64_t y_stride_bytes, DType y_dtype,
-                                    bool is_reduced, Stream stream) {
+                                    bool is_reduced, uint32_t num_sms, Stream stream) {
   require_unanswered(batch.owner, batch.is_answered);
   batch.is_answered = true;
-  const CombineSendVerb verb{view_, batch.microbatch, batch.layer, batch.num_messages,
-                             y,     y_stride_bytes,   y_dtype,     is_reduced};
-  memory_.machine().launch(verb, stream);
-  memory_.machine().record(sent_[batch.microbatch].get(), stream);
-  {
-    std::lock_guard lock(open_mutex_);
-    open_slots_ &= ~(uint64_t{1} << batch.microbatch);
+  Machine& machine = memory_.machine();
+  const CombineSendVerb verb{view_, batch.slot, batch.microbatch, y, y_stride_bytes, y_dtype, is_reduced};
+  const uint64_t num_bytes = (is_reduced ? batch.num_rows : batch.num_pairs) * layout_.combine_rows.row_bytes;
+  machine.launch(verb, num_sms, num_bytes, stream);
+  if (!machine.is_capturing(stream)) machine.record(last_launch_[batch.microbatch].get(), stream);
+}
+
+void DeviceExpertComm::raise_trouble() {
+  for (uint32_t slot = 0; slot < layout_.num_slots; ++slot) {
+    if (load_acquire(&is_unread_[slot]) == 0) continue;  // SYNC: receive-status
+    const Received received = launched_[slot];
+    store_release(&is_unread_[slot], uint64_t{0});  // SYNC: receive-status
+    if (received.violation.breach != Breach::kNone) {
+      raise_violation(received.violation.peer_idx, describe(received.violation, received.violation_layer));
+    }
+    if (received.is_started) raise_timeout(received.missing_rank);
+    throw Error(Failure::kTimeout, "dispatch_recv(microbatch=" + std::to_string(slot) +
+                                       "): no attention rank has dispatched in time; its lists were left empty");
   }
-  count_sent(batch.num_messages, shape_.reduce_at == ReduceAt::kExpert ? batch.num_rows : batch.num_pairs);
+}
+
+void DeviceExpertComm::check() {
+  require_usable();
+  raise_trouble();
+  Comm::check();
+}
+
+void DeviceExpertComm::abort() {
+  if (is_own_process()) memory_.abort();
+  close();
 }
 
 void DeviceExpertComm::close() {
   if (is_own_process() && !is_closed()) {
-    store_release(&memory_.control()->abort, 1u);  // SYNC: verb-abort
-    for (const auto& sent : sent_) memory_.machine().synchronize(sent.get());
+    // What was launched has its deadlines, and ends by itself; only then what waits in a call is ended.
+    for (const auto& event : last_launch_) memory_.machine().synchronize(event.get());
+    memory_.abort();
+    if (was_captured_) memory_.machine().synchronize_all();
   }
   Comm::close();
+}
+
+Stats DeviceExpertComm::stats() const {
+  const Counters moved = memory_.read_counters();
+  Stats stats = Comm::stats();
+  stats.messages_sent = moved.messages_sent;
+  stats.rows_sent = moved.rows_sent;
+  stats.bytes_sent = bytes_sent(moved.messages_sent, moved.rows_sent);
+  stats.messages_received = moved.messages_received;
+  stats.rows_received = moved.rows_received;
+  stats.bytes_received = bytes_received(moved.messages_received, moved.rows_received);
+  return stats;
 }
 
 }  // namespace m2n

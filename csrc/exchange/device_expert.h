@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The expert rank's half of the exchange on a device. Receiving waits on the host for one launch after another, since
-// Python is told how many rows there are; combine_send is one launch and waits for nothing.
+// The expert rank's half of the exchange on a device: each verb is one launch. dispatch_recv either waits on the host
+// until it can say how many rows there are, or returns at once with lists at full capacity; combine_send waits for
+// nothing.
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -21,13 +23,13 @@ struct DeviceBatch {
   const void* owner = nullptr;  // the comm that received it; only compared
   uint32_t layer = 0;
   uint32_t microbatch = 0;
-  uint32_t num_messages = 0;
+  bool is_counted = false;  // else the numbers are capacities, and only the device knows how much of them is in use
   uint32_t num_rows = 0;
   uint32_t num_pairs = 0;
   std::vector<uint32_t> ranks;  // of the attention ranks, message by message
   uint32_t num_local_experts = 0;
   std::string device;
-  BatchView lists{};
+  SlotLists slot{};
   std::shared_ptr<void> memory;  // of the lists
   bool is_answered = false;
 };
@@ -40,16 +42,34 @@ class DeviceExpertComm final : public ExpertSide {
 
   // nullptr when no batch was ready by the deadline.
   std::shared_ptr<DeviceBatch> dispatch_recv(const Wanted& wanted, int64_t deadline_ns, Stream stream);
+  // Only launched. `wanted` names layer and microbatch; without a batch in time its lists are empty, and the next call
+  // raises why.
+  std::shared_ptr<DeviceBatch> launch_recv(const Wanted& wanted, int64_t timeout_ns, Stream stream);
   // The (layer, microbatch) of the first message that waits to be received.
   std::optional<Work> wait_work(int64_t deadline_ns, Stream stream);
   void combine_send(DeviceBatch& batch, const unsigned char* y, uint64_t y_stride_bytes, DType y_dtype, bool is_reduced,
-                    Stream stream);
+                    uint32_t num_sms, Stream stream);
   void recover(uint32_t attention_rank) { give_up(attention_rank); }
+  // Of launches that were given kTimeoutOfComm, those of graphs among them.
+  void set_timeout(int64_t timeout_ns) { memory_.set_timeout(timeout_ns); }
+  bool is_capturing(Stream stream) { return memory_.machine().is_capturing(stream); }
+  void check() override;
+  void abort() override;
   void close() override;
+  Stats stats() const override;
   const std::string& device() const { return memory_.device(); }
+
+ protected:
+  void peers_changed() override { memory_.update_mirror(); }
 
  private:
   SlotLists make_lists();
+  std::shared_ptr<DeviceBatch> make_batch(uint32_t layer, uint32_t microbatch);
+  // The ranks of a strict receive, in memory that launches and graphs may read as long as this lives.
+  const uint32_t* keep_ranks(const Wanted& wanted);
+  void require_few_ranks(const Wanted& wanted) const;
+  // Raises what a launched receive has reported, once.
+  void raise_trouble();
   // One launch that waits for a slice; throws for a violation.
   Received receive(const Wanted& wanted, bool is_peek, int64_t deadline_ns, Stream stream,
                    const std::shared_ptr<DeviceBatch>& batch);
@@ -57,18 +77,20 @@ class DeviceExpertComm final : public ExpertSide {
   Received receive_until(const Wanted& wanted, bool is_peek, int64_t deadline_ns, Stream stream,
                          const std::shared_ptr<DeviceBatch>& batch);
 
-  DeviceMemory memory_;
+  mutable DeviceMemory memory_;
   ExpertView view_{};
   std::vector<SlotLists> slots_;
   std::vector<std::shared_ptr<void>> list_memory_;  // by slot
   Received* received_;
   uint32_t* ranks_;
-  uint32_t* wanted_ranks_;
+  Received* launched_;   // [slot]: of launched receives
+  uint64_t* is_unread_;  // [slot]
+  std::map<std::vector<uint32_t>, uint32_t*> kept_ranks_;
   std::shared_ptr<void> received_event_;
-  std::vector<std::shared_ptr<void>> sent_;  // [slot]: its last combine_send; its lists are written again after that
-  std::mutex receive_mutex_;                 // one launch that receives at a time
-  std::mutex open_mutex_;                    // for open_slots_; never held while waiting
-  uint64_t open_slots_ = 0;                  // bits: a batch of the slot is being served
+  std::vector<std::weak_ptr<DeviceBatch>> batches_;  // [slot]: the last one that was received
+  std::vector<std::shared_ptr<void>> last_launch_;   // [slot]
+  std::mutex receive_mutex_;                         // one launch that receives at a time
+  bool was_captured_ = false;
 };
 
 }  // namespace m2n

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "exchange/device_wait.h"
 #include "exchange/machine.h"
 #include "transport/transport.h"
 
@@ -17,11 +18,24 @@ inline constexpr int64_t kSliceNs = 20'000'000;
 class DeviceMemory {
  public:
   DeviceMemory(const std::string& device, Transport& transport)
-      : device_(device), transport_(&transport), machine_(make_machine(device)), control_(on_host<Control>(1)) {}
+      : device_(device),
+        transport_(&transport),
+        machine_(make_machine(device)),
+        control_(on_host<Control>(1)),
+        counters_(on_device<Counters>(1)) {}
 
   const std::string& device() const { return device_; }
   Machine& machine() { return *machine_; }
   Control* control() { return control_; }
+  Counters* counters() { return counters_; }
+  Counters read_counters() {
+    Counters copy{};
+    machine_->copy(&copy, counters_, sizeof copy);
+    return copy;
+  }
+  void set_timeout(int64_t timeout_ns) { store_relaxed(&control_->timeout_ns, timeout_ns); }
+  // Every wait of a verb ends.
+  void abort() { store_release(&control_->abort, 1u); }  // SYNC: verb-abort
 
   // Zeroed arrays, kept as long as this lives.
   template <class T>
@@ -37,8 +51,39 @@ class DeviceMemory {
   template <class T>
   T* uploaded(const std::vector<T>& values) {
     T* array = on_device<T>(values.size());
-    machine_->upload(array, values.data(), values.size() * sizeof(T));
+    machine_->copy(array, values.data(), values.size() * sizeof(T));
     return array;
+  }
+
+  // The table of peers for verbs; `on_host` is the one that the watcher writes.
+  Peers mirror(const PeerTable& on_host, uint32_t max_peers) {
+    peers_ = {{on_device<PeerEntry>(max_peers), on_device<uint32_t>(1)},
+              on_host,
+              uploaded(std::vector<int32_t>(max_peers, -1))};
+    max_peers_ = max_peers;
+    return peers_;
+  }
+  // Brings peers that have joined to the verbs: rank, view, state, in the order in which a verb may read them.
+  void update_mirror() {
+    const PeerTable& on_host = peers_.on_host;
+    PeerEntry* entries = peers_.table.entries;
+    const uint32_t count = on_host.size();
+    for (uint32_t i = 0; i < count; ++i) {
+      const uint32_t rank = on_host.entries[i].rank;
+      if (i == is_mirrored_.size()) {
+        machine_->copy(&entries[i].rank, &rank, sizeof rank);
+        is_mirrored_.push_back(false);
+        const uint32_t num_known = i + 1;
+        machine_->copy(peers_.table.count, &num_known, sizeof num_known);
+      }
+      const uint32_t state = static_cast<uint32_t>(on_host.state(i));
+      if (is_mirrored_[i] || state == static_cast<uint32_t>(PeerState::kUnused)) continue;
+      machine_->copy(&entries[i].view, &on_host.entries[i].view, sizeof(PeerView));
+      machine_->copy(&entries[i].state, &state, sizeof state);
+      is_mirrored_[i] = true;
+      const auto newest = static_cast<uint32_t>(on_host.find(rank));
+      if (rank < max_peers_) machine_->copy(&peers_.newest[rank], &newest, sizeof newest);
+    }
   }
 
  private:
@@ -47,6 +92,10 @@ class DeviceMemory {
   std::unique_ptr<Machine> machine_;
   std::vector<std::shared_ptr<void>> kept_;
   Control* control_;
+  Counters* counters_;
+  Peers peers_{};
+  uint32_t max_peers_ = 0;
+  std::vector<bool> is_mirrored_;  // by peer index
 };
 
 }  // namespace m2n

@@ -1,17 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
-// Waiting inside a running verb, and what it reports: a kernel cannot raise.
+// What running verbs and the host tell each other: a kernel cannot raise, and its deadline may be another one at each
+// replay of a graph.
 #pragma once
 
 #include <cstdint>
 
 #include "core/peer.h"
+#include "core/wait.h"
 
 namespace m2n {
 
 // Host memory that running verbs read.
 struct Control {
-  uint32_t abort;  // not 0: the comm is being closed, every wait ends
+  uint32_t abort;      // not 0: the comm is being closed, every wait ends
+  int64_t timeout_ns;  // of verbs that were launched without one
 };
+
+// As a verb's timeout_ns: the comm's, as it is when the verb runs.
+inline constexpr int64_t kTimeoutOfComm = -1;
+
+M2N_HD inline int64_t read_timeout(const Control* control, int64_t timeout_ns) {
+  return timeout_ns == kTimeoutOfComm ? load_relaxed(&control->timeout_ns) : timeout_ns;  // relaxed: a plain number
+}
 
 enum class Trouble : uint32_t { kNone, kTimeout, kGone, kRefused, kViolation };
 enum class Verb : uint32_t { kDispatchSend, kCombineRecv };
@@ -33,25 +43,29 @@ M2N_HD constexpr Status unpack(uint64_t word) {
           static_cast<uint32_t>(word >> 16 & 0xFFFF), static_cast<uint32_t>(word >> 32)};
 }
 
-M2N_HD inline void report(uint64_t* status_word, const Status& status) {
+M2N_HD inline void report(uint64_t* status_word, uint64_t packed) {
   if (load_acquire(status_word) != 0) return;  // SYNC: verb-status
-  store_release(status_word, pack(status));    // SYNC: verb-status
+  store_release(status_word, packed);          // SYNC: verb-status
 }
+M2N_HD inline void report(uint64_t* status_word, const Status& status) { report(status_word, pack(status)); }
 
-// Looks at ready(is_long) until it is true, the time is over, or the comm is being closed; the last look comes after
-// that. `is_long` is true now and then: look also at what is expensive to read.
-template <class Exec, class Ready>
-M2N_HD bool wait_for(Exec& exec, const Control* control, int64_t timeout_ns, Ready&& ready) {
-  constexpr uint32_t kLong = 1024;
-  if (ready(true)) return true;
-  const int64_t began_ns = exec.now_ns();
-  for (uint32_t i = 1;; ++i) {
-    const bool is_long = i % kLong == 0;
-    if (ready(is_long)) return true;
-    const bool is_over = exec.now_ns() - began_ns >= timeout_ns;
-    if (is_over || (is_long && load_acquire(&control->abort) != 0)) return ready(true);  // SYNC: verb-abort
-    exec.pause();
+// What verbs have moved, in their own memory.
+struct Counters {
+  uint64_t messages_sent, messages_received, rows_sent, rows_received;
+};
+
+// The table of peers, in the memory of the verbs and, as the watcher writes it, in that of the host. Verbs look at
+// their own, and now and then bring a state over.
+struct Peers {
+  PeerTable table;
+  PeerTable on_host;
+  int32_t* newest;  // [max_peers]: of a rank, the peer of its newest life, or -1
+
+  M2N_HD void refresh(uint32_t peer_idx) const {
+    const uint32_t state = static_cast<uint32_t>(on_host.state(peer_idx));
+    // Relaxed: whoever acts on a loss looks for the message once more.
+    store_relaxed(&table.entries[peer_idx].state, state);  // SYNC: peer-mirror
   }
-}
+};
 
 }  // namespace m2n

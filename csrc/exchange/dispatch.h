@@ -24,33 +24,35 @@ struct DispatchSend {
   const int32_t* token_of_row;  // [R]
   const int32_t* ids;           // [R][top_k]
   const float* weights;         // [R][top_k]
-  uint32_t* arrivals;           // of the blocks that run this; nullptr for one
   bool is_streamed;             // on the host: its rows go past the caches
 };
 
-// Writes the rows straight from x into the peer's window, then rings its signal. The slot must be free.
+// Writes the rows straight from x into the peer's window. The slot must be free.
 template <class Exec>
-M2N_HD void dispatch_send(Exec& exec, const Layout& layout, const DispatchSend& send) {
+M2N_HD void put_dispatch(Exec& exec, const Layout& layout, const DispatchSend& send, PutDeal& deal) {
   const uint64_t row_bytes = layout.dispatch_rows.row_bytes;
   unsigned char* rows = send.peer.rows + layout.dispatch_rows.row_in_object(send.slot, 0) * row_bytes;
-  put_rows(exec, rows, send.header.num_rows, row_bytes, send.is_streamed,
-           [&](uint32_t row) { return send.x + static_cast<uint64_t>(send.token_of_row[row]) * send.x_stride_bytes; });
-  const uint32_t begin = share(send.header.num_rows, exec.block(), exec.num_blocks());
-  const uint32_t end = share(send.header.num_rows, exec.block() + 1, exec.num_blocks());
-  if (begin != end) {
+  const auto row_at = [&](uint32_t row) {
+    return send.x + static_cast<uint64_t>(send.token_of_row[row]) * send.x_stride_bytes;
+  };
+  const auto put_ids = [&](uint32_t begin, uint32_t end) {
     const uint64_t first = uint64_t{begin} * layout.top_k;
-    const uint64_t ids_bytes = uint64_t{end - begin} * layout.top_k * sizeof(int32_t);
-    const uint64_t ids_offset = first * sizeof(int32_t);
-    unsigned char* small = send.peer.small + ids_offset;
-    put(exec, small + layout.dispatch_small.ids(send.slot), send.ids + first, ids_bytes);
-    put(exec, small + layout.dispatch_small.weights(send.slot), send.weights + first, ids_bytes);
+    const uint64_t num_bytes = uint64_t{end - begin} * layout.top_k * sizeof(int32_t);
+    unsigned char* small = send.peer.small + first * sizeof(int32_t);
+    put(exec, small + layout.dispatch_small.ids(send.slot), send.ids + first, num_bytes);
+    put(exec, small + layout.dispatch_small.weights(send.slot), send.weights + first, num_bytes);
+  };
+  put_rows(exec, deal, rows, send.header.num_rows, row_bytes, send.is_streamed, row_at, put_ids);
+}
+
+// One message by one thread of the host: the rows, then the signal.
+template <class Exec>
+void dispatch_send(Exec& exec, const Layout& layout, const DispatchSend& send) {
+  PutDeal deal{{0, 1}, false};
+  put_dispatch(exec, layout, send, deal);
+  if (drain(exec, nullptr, send.is_streamed)) {
+    ring(exec, send.peer, layout.dispatch_small, send.slot, send.seq, send.header);
   }
-  if (exec.block() == 0) {
-    put(exec, send.peer.small + layout.dispatch_small.header(send.slot), &send.header, sizeof(Header));
-  }
-  if (!drain(exec, send.arrivals, send.is_streamed)) return;
-  auto* word = reinterpret_cast<Signal*>(send.peer.small + layout.dispatch_small.signal(send.slot));
-  signal(exec, send.peer, word, make_signal(send.header.num_rows, send.seq));
 }
 
 // One arrived message, as read once from its signal and header and checked (num_rows <= max_tokens).
@@ -70,8 +72,24 @@ struct RecvResult {
   int32_t value = 0;
 };
 
+// Checks the private copy of one row's ids and weights. In it an id becomes the index of the local expert
+// (`expert_idx`, by global id). A row ends at the first -1.
+M2N_HD inline RecvResult check_row(int32_t* idxs, const float* weights, uint32_t top_k, uint32_t num_experts,
+                                   const int32_t* expert_idx, uint32_t row) {
+  for (uint32_t k = 0; k < top_k; ++k) {
+    const int32_t id = idxs[k];
+    if (id == kNone && k > 0) break;
+    // A row is sent for at least one expert, so that -1 in front is out of range too.
+    if (id < 0 || static_cast<uint32_t>(id) >= num_experts) return {RecvError::kIdRange, row, id};
+    if (!(weights[k] - weights[k] == 0.0f)) return {RecvError::kWeight, row, id};
+    idxs[k] = expert_idx[id];
+    if (idxs[k] == kNone) return {RecvError::kNotHosted, row, id};
+  }
+  return {};
+}
+
 // Copies a message's ids and weights once into private memory, and checks the private copy, which alone is used from
-// then on. In it an id becomes the index of the local expert (`expert_idx`, by global id). A row ends at the first -1.
+// then on.
 M2N_HD inline RecvResult take_ids(const ArrivedMessage& message, uint32_t top_k, uint32_t num_experts,
                                   const int32_t* expert_idx, int32_t* idxs, float* weights) {
   const uint64_t num_pairs = uint64_t{message.num_rows} * top_k;
@@ -79,17 +97,9 @@ M2N_HD inline RecvResult take_ids(const ArrivedMessage& message, uint32_t top_k,
   memcpy(idxs, message.window_ids, num_pairs * sizeof(int32_t));
   memcpy(weights, message.window_weights, num_pairs * sizeof(float));
   for (uint32_t row = 0; row < message.num_rows; ++row) {
-    int32_t* row_idxs = idxs + uint64_t{row} * top_k;
-    for (uint32_t k = 0; k < top_k; ++k) {
-      const int32_t id = row_idxs[k];
-      if (id == kNone && k > 0) break;
-      // A row is sent for at least one expert, so that -1 in front is out of range too.
-      if (id < 0 || static_cast<uint32_t>(id) >= num_experts) return {RecvError::kIdRange, row, id};
-      const float weight = weights[uint64_t{row} * top_k + k];
-      if (!(weight - weight == 0.0f)) return {RecvError::kWeight, row, id};
-      row_idxs[k] = expert_idx[id];
-      if (row_idxs[k] == kNone) return {RecvError::kNotHosted, row, id};
-    }
+    const uint64_t from = uint64_t{row} * top_k;
+    const RecvResult result = check_row(idxs + from, weights + from, top_k, num_experts, expert_idx, row);
+    if (result.error != RecvError::kNone) return result;
   }
   return {};
 }

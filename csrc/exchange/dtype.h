@@ -89,7 +89,7 @@ M2N_HD inline Float16 plus_zero(Float16 value) {
 
 // Calls `body` with a value of the element type.
 template <class Body>
-M2N_HD void with_dtype(DType dtype, Body&& body) {
+void with_dtype(DType dtype, Body&& body) {
   switch (dtype) {
     case DType::kFloat32:
       return body(float{});
@@ -98,6 +98,11 @@ M2N_HD void with_dtype(DType dtype, Body&& body) {
     case DType::kFloat16:
       return body(Float16{});
   }
+}
+
+template <class Body>
+void with_dtypes(DType first, DType second, Body&& body) {
+  with_dtype(first, [&](auto in) { with_dtype(second, [&](auto out) { body(in, out); }); });
 }
 
 }  // namespace m2n

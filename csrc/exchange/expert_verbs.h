@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "exchange/collect.h"
 #include "exchange/combine.h"
 #include "exchange/device_wait.h"
 #include "exchange/dispatch.h"
@@ -12,34 +13,6 @@
 #include "exchange/layout.h"
 
 namespace m2n {
-
-// One message of a batch.
-struct BatchMessage {
-  ArrivedMessage arrived;
-  uint32_t seq;
-  uint32_t first_row;  // of the batch, in wire order
-};
-
-// Arrays of one slot, at full capacity.
-struct SlotLists {
-  BatchView lists;
-  BatchMessage* messages;  // [max_peers]
-};
-
-struct ExpertView {
-  InboxView inbox;
-  Shape shape;
-  uint32_t max_peers;
-  const int32_t* expert_idx;  // [num_experts]: global id -> local index, -1: not hosted
-  uint32_t num_local_experts;
-  SlotLists* slots;         // [slot]
-  int32_t* idxs;            // scratch of one receive: of the local experts, message after message
-  float* row_weights;       // likewise
-  ArrivedMessage* arrived;  // likewise, [max_peers]
-  int32_t* next;            // [num_local_experts]
-  uint32_t* arrivals;       // [slot][max_peers]: blocks that have written their part of a reply
-  const Control* control;
-};
 
 // What a receive found, in host memory.
 struct Received {
@@ -50,9 +23,7 @@ struct Received {
   uint32_t num_messages;
   uint32_t num_rows;
   uint32_t num_pairs;
-  uint32_t num_arrived;   // messages noted
-  uint32_t num_answered;  // replies without rows
-  int32_t missing_rank;   // strict: the first listed rank that has not sent, or -1
+  int32_t missing_rank;  // strict: the first listed rank that has not sent, or -1
   Violation violation;
   uint32_t violation_layer;
 };
@@ -63,155 +34,210 @@ struct ReceiveVerb {
   bool is_peek;  // only says what is ready
   int64_t timeout_ns;
   Received* received;
-  uint32_t* ranks;  // host memory [max_peers]: of the attention ranks, message by message
+  uint32_t* ranks;      // host memory [max_peers]: of the attention ranks, message by message
+  uint64_t* is_unread;  // host memory: set where nothing was received; nullptr: the host reads `received` anyway
 };
 
-// Takes one message: its ids and weights into the private copies. False: refused, which its sender learns, or broken.
+// All threads look for new messages, a message each. False: one of them breaks the protocol, which a second, serial
+// look names.
 template <class Exec>
-M2N_HD bool take_message(Exec& exec, const ReceiveVerb& verb, uint32_t peer_idx, uint32_t slot) {
-  const ExpertView& view = verb.view;
-  const Layout& layout = view.inbox.layout;
-  Received& received = *verb.received;
-  Inbox& box = view.inbox.at(peer_idx, slot);
-  BatchMessage message{};
-  message.arrived.peer_idx = peer_idx;
-  message.arrived.slot = slot;
-  message.arrived.num_rows = box.header.num_rows;
-  const unsigned char* small = view.inbox.small_of(peer_idx);
-  message.arrived.window_ids = reinterpret_cast<const int32_t*>(small + layout.dispatch_small.ids(slot));
-  message.arrived.window_weights = reinterpret_cast<const float*>(small + layout.dispatch_small.weights(slot));
-  message.seq = box.seq.accepted;
-  message.first_row = received.num_rows;
-  const uint64_t from = uint64_t{received.num_rows} * layout.top_k;
-  const RecvResult result = take_ids(message.arrived, layout.top_k, view.shape.num_experts, view.expert_idx,
-                                     view.idxs + from, view.row_weights + from);
-  box.is_pending = false;
-  if (result.error == RecvError::kNotHosted) {
-    answer_empty(exec, view.inbox, peer_idx, slot, kRefusedRows, static_cast<uint32_t>(result.value));
-    ++received.num_answered;
-    return false;
+M2N_HD bool scan_together(Exec& exec, const ExpertView& view, bool is_long) {
+  const InboxView& inbox = view.inbox;
+  Scanned scanned;
+  bool is_broken = false;
+  const uint32_t num_signals = inbox.peers.size() * inbox.layout.num_slots;
+  for (uint32_t i = exec.thread(); i < num_signals; i += exec.num_threads()) {
+    const uint32_t peer_idx = i / inbox.layout.num_slots;
+    const uint32_t slot = i - peer_idx * inbox.layout.num_slots;
+    if (is_long && slot == 0) view.peers.refresh(peer_idx);
+    const Signal signal = poll_signal(inbox.signal_of(peer_idx, slot));
+    if (signal_seq(signal) == inbox.at(peer_idx, slot).seq.accepted || !inbox.peers.is_live(peer_idx)) continue;
+    is_broken |= accept(exec, inbox, peer_idx, slot, signal, &scanned).breach != Breach::kNone;
+    inbox.at(peer_idx, slot).seen_ns = exec.now_ns();
   }
-  if (result.error != RecvError::kNone) {
-    const Breach breach = result.error == RecvError::kWeight ? Breach::kWeight : Breach::kIdRange;
-    received.violation = {breach, peer_idx, slot, result.row, result.value};
-    received.violation_layer = box.header.layer;
-    return false;
+  if (scanned.num_arrived != 0) {
+    add_relaxed(&view.counters->messages_received, uint64_t{scanned.num_arrived});
+    add_relaxed(&view.counters->messages_sent, uint64_t{scanned.num_answered});
   }
-  received.num_pairs +=
-      count_pairs(view.idxs + from, message.arrived.num_rows, layout.top_k, view.slots[slot].lists.expert_offsets);
-  view.slots[slot].messages[received.num_messages] = message;
-  view.arrived[received.num_messages] = message.arrived;
-  verb.ranks[received.num_messages] = view.inbox.peers.entries[peer_idx].rank;
-  ++received.num_messages;
-  received.num_rows += message.arrived.num_rows;
-  return true;
+  return !exec.any(is_broken);
 }
 
-// Takes all messages of (layer, microbatch) and builds the index lists. A message that breaks the protocol ends it:
-// those taken before stay pending.
-template <class Exec>
-M2N_HD void collect(Exec& exec, const ReceiveVerb& verb, uint32_t layer, uint32_t microbatch) {
-  const ExpertView& view = verb.view;
-  Received& received = *verb.received;
-  const SlotLists& slot = view.slots[microbatch];
-  for (uint32_t e = 0; e <= view.num_local_experts; ++e) slot.lists.expert_offsets[e] = 0;
-  received.num_messages = received.num_rows = received.num_pairs = 0;
-  for (uint32_t peer_idx = 0; peer_idx < view.inbox.peers.size(); ++peer_idx) {
-    if (belongs(view.inbox, verb.wanted, layer, microbatch, peer_idx)) take_message(exec, verb, peer_idx, microbatch);
-    if (received.violation.breach == Breach::kNone) continue;
-    for (uint32_t i = 0; i < received.num_messages; ++i) {
-      view.inbox.at(slot.messages[i].arrived.peer_idx, microbatch).is_pending = true;
-    }
-    return;
+// What the leader decides after a look, for all threads.
+enum class Next : uint32_t { kLookAgain, kCollect, kTell };
+
+// Slots whose batch is still being served are not looked at: its lists are in use.
+M2N_HD inline uint64_t find_open_slots(const ReceiveVerb& verb) {
+  uint64_t open_slots = 0;
+  for (uint32_t slot = 0; slot < verb.view.inbox.layout.num_slots; ++slot) {
+    if (!verb.wanted.is_any_microbatch && slot != verb.wanted.microbatch) continue;
+    if (load_acquire(&verb.view.slots[slot].state->is_open) != 0) open_slots |= uint64_t{1} << slot;  // SYNC: slot-open
   }
-  if (received.num_messages == 0) return;  // all of them were refused
-  received.is_batch = true;
-  received.layer = layer;
-  received.microbatch = microbatch;
-  dispatch_recv(view.inbox.layout, view.arrived, received.num_messages, view.idxs, view.row_weights,
-                view.num_local_experts, view.next, slot.lists);
+  return open_slots;
 }
 
-// One look; true when there is something to tell.
 template <class Exec>
-M2N_HD bool look_around(Exec& exec, const ReceiveVerb& verb) {
-  Received& received = *verb.received;
-  const Scanned scanned = scan(exec, verb.view.inbox);
-  received.num_arrived += scanned.num_arrived;
-  received.num_answered += scanned.num_answered;
-  if (scanned.violation.breach != Breach::kNone) {
-    received.violation = scanned.violation;
+M2N_HD Next choose_next(Exec& exec, const ReceiveVerb& verb, Received& received) {
+  const InboxView& inbox = verb.view.inbox;
+  const auto clock = [&] { return exec.now_ns(); };
+  Wanted wanted = verb.wanted;
+  wanted.open_slots = find_open_slots(verb);
+  const Found found = find_complete(inbox, wanted, clock);
+  received.is_started = found.is_started;
+  received.layer = found.layer;
+  received.microbatch = found.microbatch;
+  if (!found.is_complete) return Next::kLookAgain;
+  received.is_batch = verb.is_peek;
+  return verb.is_peek ? Next::kTell : Next::kCollect;
+}
+
+// One look by all threads; true when there is something to tell. `received` is the leader's.
+template <class Exec>
+M2N_HD bool look_around(Exec& exec, const ReceiveVerb& verb, bool is_long, Received& received) {
+  const ExpertView& view = verb.view;
+  uint32_t* shared = exec.shared();
+  if (!scan_together(exec, view, is_long)) {
+    if (is_leader(exec)) received.violation = scan(exec, view.inbox).violation;
     return true;
   }
-  const auto clock = [&] { return exec.now_ns(); };
-  if (scanned.num_arrived != 0) stamp(verb.view.inbox, clock());
   while (true) {
-    const Found found = find_complete(verb.view.inbox, verb.wanted, clock);
-    received.is_started = found.is_started;
-    if (!found.is_complete) return false;
-    if (verb.is_peek) {
-      received.is_batch = true;
-      received.layer = found.layer;
-      received.microbatch = found.microbatch;
-      return true;
+    if (is_leader(exec)) {
+      shared[0] = static_cast<uint32_t>(choose_next(exec, verb, received));
+      shared[1] = received.layer;
+      shared[2] = received.microbatch;
     }
-    collect(exec, verb, found.layer, found.microbatch);
-    if (received.is_batch || received.violation.breach != Breach::kNone) return true;
-    // All its messages were refused: the next one.
+    exec.sync();
+    const Next next = static_cast<Next>(shared[0]);
+    const uint32_t layer = shared[1], microbatch = shared[2];
+    exec.sync();
+    if (next != Next::kCollect) return next == Next::kTell;
+    const Collected collected = collect(exec, view, verb.wanted, layer, microbatch, verb.ranks);
+    if (collected.violation.breach == Breach::kNone && collected.num_messages == 0) continue;  // all were refused
+    if (is_leader(exec)) {
+      received.is_batch = collected.violation.breach == Breach::kNone;
+      received.num_messages = collected.num_messages;
+      received.num_rows = collected.num_rows;
+      received.num_pairs = collected.num_pairs;
+      received.violation = collected.violation;
+      received.violation_layer = layer;
+    }
+    return true;
   }
 }
 
-// Receiving is serial: one thread of one block.
+// No batch: lists without a row, so that what follows in the stream does nothing.
+template <class Exec>
+M2N_HD void leave_empty(Exec& exec, const ExpertView& view, uint32_t microbatch) {
+  const SlotLists& slot = view.slots[microbatch];
+  for (uint32_t e = exec.thread(); e <= view.num_local_experts; e += exec.num_threads())
+    slot.lists.expert_offsets[e] = 0;
+  if (!is_leader(exec)) return;
+  slot.state->num_messages = slot.state->num_rows = slot.state->num_pairs = 0;
+  slot.lists.pair_begin[0] = 0;
+}
+
+// For one block. All its threads look together, and its leader says when to stop.
 template <class Exec>
 M2N_HD void run(Exec& exec, const ReceiveVerb& verb) {
-  if (exec.block() != 0 || !is_leader(exec)) return;
-  *verb.received = Received{};
-  wait_for(exec, verb.view.control, verb.timeout_ns, [&](bool) { return look_around(exec, verb); });
-  verb.received->missing_rank = missing_rank(verb.view.inbox, verb.wanted);
+  const Control* control = verb.view.control;
+  Received received{};
+  // At first too: the host may have dropped a peer whose signal is still there.
+  bool is_told = look_around(exec, verb, /*is_long=*/true, received);
+  const int64_t began_ns = exec.now_ns();
+  const int64_t wait_ns = is_told ? 0 : read_timeout(control, verb.timeout_ns);
+  bool is_over = false;
+  for (uint32_t i = 1; !is_told && !is_over; ++i) {
+    exec.pause();
+    const bool is_long = i % kLooksPerLong == 0;
+    // Before the look: the last one comes after the end.
+    const bool is_late = is_leader(exec) && exec.now_ns() - began_ns >= wait_ns;
+    is_over = exec.any(is_late || (is_long && load_acquire(&control->abort) != 0));  // SYNC: verb-abort
+    is_told = look_around(exec, verb, is_long || is_over, received);
+  }
+  if (verb.is_unread != nullptr && !is_told) leave_empty(exec, verb.view, verb.wanted.microbatch);
+  if (!is_leader(exec) || (verb.is_unread != nullptr && received.is_batch)) return;
+  received.missing_rank = missing_rank(verb.view.inbox, verb.wanted);
+  *verb.received = received;
+  if (verb.is_unread != nullptr) store_release(verb.is_unread, uint64_t{1});  // SYNC: receive-status
 }
 
 struct CombineSendVerb {
   ExpertView view;
+  SlotLists lists;  // of the slot
   uint32_t slot;
-  uint32_t layer;
-  uint32_t num_messages;
   const unsigned char* y;
   uint64_t y_stride_bytes;
   DType y_dtype;
   bool is_reduced;
 };
 
+// The reply to one message, read once per block.
+struct Reply {
+  PeerView peer;
+  uint32_t first_row;
+  uint32_t num_rows;
+};
+static_assert(sizeof(Reply) <= shared_words(1) * sizeof(uint32_t) - shared_words(0) * sizeof(uint32_t));
+
+M2N_HD inline CombineSend rows_of(const CombineSendVerb& verb, const Reply& reply) {
+  const BatchView& lists = verb.lists.lists;
+  const int32_t* pair_begin = lists.pair_begin + reply.first_row;
+  CombineSend send{};
+  send.peer = reply.peer;
+  send.slot = verb.slot;
+  send.first_row = reply.first_row;
+  send.num_rows = reply.num_rows;
+  send.header.num_rows = verb.view.shape.reduce_at == ReduceAt::kExpert
+                             ? send.num_rows
+                             : static_cast<uint32_t>(pair_begin[send.num_rows] - pair_begin[0]);
+  send.y = verb.y;
+  send.y_stride_bytes = verb.y_stride_bytes;
+  send.y_dtype = verb.y_dtype;
+  send.is_reduced = verb.is_reduced;
+  send.pair_begin = lists.pair_begin;
+  send.pair_position = lists.pair_position;
+  send.weights = lists.weights;
+  return send;
+}
+
+// By one thread, once all rows are written.
 template <class Exec>
-M2N_HD void run(Exec& exec, const CombineSendVerb& verb) {
+M2N_HD void finish_reply(Exec& exec, const CombineSendVerb& verb, const BatchMessage& message, const Reply& reply) {
   const ExpertView& view = verb.view;
-  const SlotLists& slot = view.slots[verb.slot];
-  for (uint32_t i = 0; i < verb.num_messages; ++i) {
-    const BatchMessage& message = slot.messages[i];
-    const uint32_t peer_idx = message.arrived.peer_idx;
-    // Before the signal, which this block helps to ring: the answer may bring the next message at once.
-    if (exec.block() == 0 && is_leader(exec)) view.inbox.at(peer_idx, verb.slot).seq.replied = message.seq;
-    CombineSend send{};
-    send.peer = view.inbox.peers.entries[peer_idx].view;
-    send.slot = verb.slot;
-    send.seq = message.seq;
-    send.header.layer = verb.layer;
-    send.header.microbatch = verb.slot;
-    send.first_row = message.first_row;
-    send.num_rows = message.arrived.num_rows;
-    const int32_t* pair_begin = slot.lists.pair_begin + message.first_row;
-    send.header.num_rows = view.shape.reduce_at == ReduceAt::kExpert
-                               ? send.num_rows
-                               : static_cast<uint32_t>(pair_begin[send.num_rows] - pair_begin[0]);
-    send.y = verb.y;
-    send.y_stride_bytes = verb.y_stride_bytes;
-    send.y_dtype = verb.y_dtype;
-    send.is_reduced = verb.is_reduced;
-    send.pair_begin = slot.lists.pair_begin;
-    send.pair_position = slot.lists.pair_position;
-    send.weights = slot.lists.weights;
-    send.arrivals = view.arrivals + uint64_t{verb.slot} * view.max_peers + peer_idx;
-    combine_send(exec, view.inbox.layout, view.shape, send);
+  Header header{};
+  header.layer = verb.lists.state->layer;
+  header.microbatch = verb.slot;
+  header.num_rows = rows_of(verb, reply).header.num_rows;
+  // Before the signal, which may bring the next message at once.
+  view.inbox.at(message.arrived.peer_idx, verb.slot).seq.replied = message.seq;
+  ring(exec, reply.peer, view.inbox.layout.combine_small, verb.slot, message.seq, header);
+  add_relaxed(&view.counters->messages_sent, uint64_t{1});
+  add_relaxed(&view.counters->rows_sent, uint64_t{header.num_rows});
+}
+
+// All blocks write rows; the last one to arrive rings every peer, a thread each, and gives the slot's lists back.
+template <class In, class Out, class Exec>
+M2N_HD void run_as(Exec& exec, const CombineSendVerb& verb) {
+  const ExpertView& view = verb.view;
+  BatchState& state = *verb.lists.state;
+  const uint32_t num_messages = state.num_messages;
+  auto* replies = reinterpret_cast<Reply*>(exec.shared());
+  for (uint32_t i = exec.thread(); i < num_messages; i += exec.num_threads()) {
+    const BatchMessage& message = verb.lists.messages[i];
+    replies[i] = {view.inbox.peers.entries[message.arrived.peer_idx].view, message.first_row, message.arrived.num_rows};
   }
+  exec.sync();
+  PutDeal deal = deal_put(exec, state.num_pairs * view.inbox.layout.combine_rows.row_bytes);
+  for (uint32_t i = 0; i < num_messages; ++i) {
+    put_combine_as<In, Out>(exec, view.inbox.layout, view.shape, rows_of(verb, replies[i]), deal);
+  }
+  if (!exec.any(arrive(exec, &state.arrivals))) return;
+  for (uint32_t i = exec.thread(); i < num_messages; i += exec.num_threads()) {
+    finish_reply(exec, verb, verb.lists.messages[i], replies[i]);
+  }
+  exec.sync();
+  if (!is_leader(exec)) return;
+  state.num_messages = 0;
+  store_release(&state.is_open, 0u);  // SYNC: slot-open
 }
 
 }  // namespace m2n

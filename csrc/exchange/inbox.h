@@ -81,7 +81,7 @@ M2N_HD void answer_empty(Exec& exec, const InboxView& view, uint32_t peer_idx, u
   header.num_rows = num_rows;
   header.detail = detail;
   box.seq.replied = box.seq.accepted;
-  send_empty_reply(exec, view.layout, view.peers.entries[peer_idx].view, slot, box.seq.replied, header);
+  ring(exec, view.peers.entries[peer_idx].view, view.layout.combine_small, slot, box.seq.replied, header);
 }
 
 // Notes the message behind a new signal. The header is read once into private memory and checked there.
@@ -96,8 +96,7 @@ M2N_HD Violation accept(Exec& exec, const InboxView& view, uint32_t peer_idx, ui
   // What is read next comes from the same core.
   prefetch(small + view.layout.dispatch_small.ids(slot));
   prefetch(small + view.layout.dispatch_small.weights(slot));
-  Header header;
-  memcpy(&header, small + view.layout.dispatch_small.header(slot), sizeof header);
+  const Header header = read_header(small + view.layout.dispatch_small.header(slot));
   const Violation violation = check_header(view.layout, view.max_tokens, peer_idx, slot, signal, header);
   if (violation.breach != Breach::kNone) return violation;
   ++scanned->num_arrived;
@@ -203,7 +202,9 @@ M2N_HD Found find_complete(const InboxView& view, const Wanted& wanted, Clock&& 
   int64_t found_seen_ns = kNever;
   for (uint32_t peer_idx = 0; peer_idx < view.peers.size(); ++peer_idx) {
     if (!view.peers.is_live(peer_idx)) continue;
-    for (uint32_t microbatch = 0; microbatch + 1 < view.layout.num_slots; ++microbatch) {
+    const uint32_t first = wanted.is_any_microbatch ? 0 : wanted.microbatch;
+    const uint32_t end = wanted.is_any_microbatch ? view.layout.num_slots - 1 : wanted.microbatch + 1;
+    for (uint32_t microbatch = first; microbatch < end; ++microbatch) {
       const Inbox& box = view.at(peer_idx, microbatch);
       if (!wanted.matches(box)) continue;
       found.is_started = true;

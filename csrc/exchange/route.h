@@ -11,6 +11,7 @@
 namespace m2n {
 
 inline constexpr int32_t kNone = -1;
+inline constexpr int32_t kUnknown = -2;  // as a source: the route could not be built, and nobody has the row
 
 // T tokens, N expert ranks, R rows in all (R <= T * min(top_k, N)). Plain pointers into fixed-capacity
 // arrays.
@@ -18,7 +19,7 @@ struct RouteView {
   uint32_t num_tokens;
   uint32_t num_ranks;
   uint32_t* row_offsets;  // [N + 1]: rows of rank r are row_offsets[r] .. row_offsets[r + 1]
-  uint32_t* next_row;     // [N]: used while building
+  uint32_t* next_row;     // [N]: used while building in one thread
   uint32_t* pair_counts;  // [N]: (row, expert) pairs sent to rank r
   int32_t* token_of_row;  // [R]
   int32_t* ids;           // [R][top_k]: the experts rank r applies to the row, -1 behind the last one

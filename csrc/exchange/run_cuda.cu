@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The verbs as kernels: one launch each, on the caller's stream.
+#include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "core/error.h"
 #include "exchange/machine.h"
@@ -9,44 +11,88 @@
 namespace m2n {
 namespace {
 
-// Few blocks: they spin while they wait, and leave the rest of the device to whoever computes.
-constexpr uint32_t kBlocks = 8;
-constexpr uint32_t kThreads = 256;
+constexpr uint32_t kThreads = 512;
+static_assert(kThreads <= kMaxParts);
+// What a block is launched for, at least: each of its warps copies 1 KB or more at a time.
+constexpr uint64_t kBlockBytes = 4096;
 
 class CudaExec {
  public:
+  // `shared`: the words of shared_words(max_peers), then, for a block that works alone, those to count in.
+  __device__ CudaExec(uint32_t* shared, uint32_t max_peers) : shared_(shared), max_peers_(max_peers) {}
   __device__ uint32_t thread() const { return threadIdx.x; }
   __device__ uint32_t num_threads() const { return blockDim.x; }
   __device__ uint32_t block() const { return blockIdx.x; }
   __device__ uint32_t num_blocks() const { return gridDim.x; }
+  __device__ uint32_t lane() const { return threadIdx.x % warpSize; }
+  __device__ uint32_t num_lanes() const { return warpSize; }
+  __device__ uint32_t* shared() const { return shared_; }
+  __device__ uint32_t* counts() const { return shared_ + shared_words(max_peers_); }
   __device__ void sync() const { __syncthreads(); }
-  __device__ void pause() const { __nanosleep(32); }
+  __device__ bool any(bool is_true) const { return __syncthreads_or(is_true) != 0; }
+  __device__ void pause() const {}  // a look takes 0.2 us by itself
   __device__ int64_t now_ns() const {
     int64_t now;
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
     return now;
   }
   __device__ void wake(WakeWord*) const {}  // whoever waits for a device's signal polls
+
+ private:
+  uint32_t* shared_;
+  uint32_t max_peers_;
 };
 
+__host__ __device__ uint32_t max_peers_of(const RouteVerb&) { return 0; }
 template <class V>
-__global__ void __launch_bounds__(kThreads) verb_kernel(const __grid_constant__ V verb) {
-  CudaExec exec;
+__host__ __device__ uint32_t max_peers_of(const V& verb) {
+  if constexpr (requires { verb.verb; }) {
+    return verb.verb.view.max_peers;
+  } else {
+    return verb.view.max_peers;
+  }
+}
+
+template <class V>
+__global__ void __launch_bounds__(kThreads) verb_kernel(const __grid_constant__ V verb, bool is_rehearsal) {
+  if (is_rehearsal) return;
+  extern __shared__ __align__(16) uint32_t shared[];
+  CudaExec exec(shared, max_peers_of(verb));
   run(exec, verb);
 }
 
-// Loading a kernel at its first launch can wait for kernels that spin: all are loaded beforehand.
+// A kernel's first launch can wait for kernels that spin: it is loaded then, and the device gets the local memory it
+// needs. So each is launched once when a machine is made, and does nothing.
+template <class V>
+void rehearse_kernel(const V& verb) {
+  const uint32_t most_bytes = (shared_words(kMaxPeers) + kCountWords) * sizeof(uint32_t);
+  check_cuda(cudaFuncSetAttribute(verb_kernel<V>, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes),
+             "the kernels do not run on this device");
+  verb_kernel<V><<<1, 32, 0, cudaStreamPerThread>>>(verb, /*is_rehearsal=*/true);
+  check_cuda(cudaGetLastError(), "the kernels do not run on this device");
+}
 template <class... V>
-void load_kernels() {
-  cudaFuncAttributes attributes;
-  (check_cuda(cudaFuncGetAttributes(&attributes, verb_kernel<V>), "the kernels do not run on this device"), ...);
+void rehearse_kernels() {
+  (rehearse_kernel(V{}), ...);
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    CombineRecvVerb recv{};
+    recv.view.shape.combine_dtype = dtype;
+    with_types(recv, [](const auto& typed) { rehearse_kernel(typed); });
+    for (const DType y_dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+      CombineSendVerb send{};
+      send.view.shape.combine_dtype = dtype;
+      send.y_dtype = y_dtype;
+      with_types(send, [](const auto& typed) { rehearse_kernel(typed); });
+    }
+  }
+  check_cuda(cudaStreamSynchronize(cudaStreamPerThread), "the kernels do not run on this device");
 }
 
 class CudaMachine final : public Machine {
  public:
   explicit CudaMachine(const std::string& device) : ordinal_(cuda_ordinal(device)) {
     const OnDevice on_device(ordinal_);
-    load_kernels<RouteVerb, DispatchVerb, CombineRecvVerb, PollVerb, ReceiveVerb, CombineSendVerb>();
+    rehearse_kernels<RouteVerb, DispatchVerb, AwaitVerb, PollVerb, ReceiveVerb>();
   }
 
   std::shared_ptr<void> allocate(uint64_t bytes) override {
@@ -57,9 +103,18 @@ class CudaMachine final : public Machine {
     zero_now(memory, bytes);
     return owned;
   }
-  void upload(void* to, const void* from, uint64_t bytes) override {
+  void copy(void* to, const void* from, uint64_t bytes) override {
     const OnDevice on_device(ordinal_);
     copy_now(to, from, bytes);
+  }
+  bool is_capturing(Stream stream) override {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    check_cuda(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status), "cudaStreamIsCapturing");
+    return status != cudaStreamCaptureStatusNone;
+  }
+  void synchronize_all() override {
+    const OnDevice on_device(ordinal_);
+    check_cuda(cudaDeviceSynchronize(), "a kernel failed");
   }
 
   std::shared_ptr<void> make_event() override {
@@ -82,21 +137,35 @@ class CudaMachine final : public Machine {
     check_cuda(cudaEventSynchronize(static_cast<cudaEvent_t>(event)), "a kernel failed");
   }
 
-  void launch(const RouteVerb& verb, Stream stream) override { launch(verb, 1, 1, stream); }
-  void launch(const DispatchVerb& verb, Stream stream) override { launch(verb, kBlocks, kThreads, stream); }
-  void launch(const CombineRecvVerb& verb, Stream stream) override { launch(verb, kBlocks, kThreads, stream); }
-  void launch(const PollVerb& verb, Stream stream) override { launch(verb, 1, 1, stream); }
-  void launch(const ReceiveVerb& verb, Stream stream) override { launch(verb, 1, 1, stream); }
-  void launch(const CombineSendVerb& verb, Stream stream) override { launch(verb, kBlocks, kThreads, stream); }
-
- private:
-  template <class V>
-  void launch(const V& verb, uint32_t num_blocks, uint32_t num_threads, Stream stream) {
-    const OnDevice on_device(ordinal_);
-    verb_kernel<<<num_blocks, num_threads, 0, static_cast<cudaStream_t>(stream)>>>(verb);
-    check_cuda(cudaGetLastError(), "a kernel could not be launched");
+  void launch(const RouteVerb& verb, Stream stream) override { start(verb, 1, kThreads, stream); }
+  void launch(const AwaitVerb& verb, Stream stream) override { start(verb, 1, kThreads, stream); }
+  void launch(const PollVerb& verb, Stream stream) override { start(verb, 1, 1, stream); }
+  void launch(const ReceiveVerb& verb, Stream stream) override { start(verb, 1, kThreads, stream); }
+  void launch(const DispatchVerb& verb, uint32_t num_sms, uint64_t num_bytes, Stream stream) override {
+    start(verb, num_blocks(num_sms, num_bytes), kThreads, stream);
+  }
+  void launch(const CombineRecvVerb& verb, uint32_t num_sms, uint64_t num_bytes, Stream stream) override {
+    with_types(verb, [&](const auto& typed) { start(typed, num_blocks(num_sms, num_bytes), kThreads, stream); });
+  }
+  void launch(const CombineSendVerb& verb, uint32_t num_sms, uint64_t num_bytes, Stream stream) override {
+    with_types(verb, [&](const auto& typed) { start(typed, num_blocks(num_sms, num_bytes), kThreads, stream); });
   }
 
+ private:
+  static uint32_t num_blocks(uint32_t num_sms, uint64_t num_bytes) {
+    return static_cast<uint32_t>(std::clamp<uint64_t>(num_bytes / kBlockBytes, 1, std::max(num_sms, 1u)));
+  }
+
+  template <class V>
+  void start(const V& verb, uint32_t num_blocks, uint32_t num_threads, Stream stream) {
+    const OnDevice on_device(ordinal_);
+    constexpr bool kCounts = std::is_same_v<V, RouteVerb> || std::is_same_v<V, ReceiveVerb>;
+    const uint32_t num_words = shared_words(max_peers_of(verb)) + (kCounts ? kCountWords : 0);
+    verb_kernel<<<num_blocks, num_threads, num_words * sizeof(uint32_t), static_cast<cudaStream_t>(stream)>>>(
+        verb,
+        /*is_rehearsal=*/false);
+    check_cuda(cudaGetLastError(), "a kernel could not be launched");
+  }
   int ordinal_;
 };
 

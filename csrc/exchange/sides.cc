@@ -42,18 +42,25 @@ void AttentionSide::raise_refused(uint32_t expert_rank, uint32_t expert, uint32_
               static_cast<int>(expert_rank));
 }
 
-void AttentionSide::count_sent(uint64_t num_messages, uint64_t num_rows) {
+uint64_t AttentionSide::bytes_sent(uint64_t num_messages, uint64_t num_rows) const {
   const uint64_t ids_bytes = 2 * sizeof(int32_t) * uint64_t{shape_.top_k};
+  return num_messages * sizeof(Header) + num_rows * (layout_.dispatch_rows.row_bytes + ids_bytes);
+}
+
+uint64_t AttentionSide::bytes_received(uint64_t num_messages, uint64_t num_rows) const {
+  return num_messages * sizeof(Header) + num_rows * layout_.combine_rows.row_bytes;
+}
+
+void AttentionSide::count_sent(uint64_t num_messages, uint64_t num_rows) {
   add_relaxed(&stats_.messages_sent, num_messages);
   add_relaxed(&stats_.rows_sent, num_rows);
-  add_relaxed(&stats_.bytes_sent,
-              num_messages * sizeof(Header) + num_rows * (layout_.dispatch_rows.row_bytes + ids_bytes));
+  add_relaxed(&stats_.bytes_sent, bytes_sent(num_messages, num_rows));
 }
 
 void AttentionSide::count_received(uint64_t num_messages, uint64_t num_rows) {
   add_relaxed(&stats_.messages_received, num_messages);
   add_relaxed(&stats_.rows_received, num_rows);
-  add_relaxed(&stats_.bytes_received, num_messages * sizeof(Header) + num_rows * layout_.combine_rows.row_bytes);
+  add_relaxed(&stats_.bytes_received, bytes_received(num_messages, num_rows));
 }
 
 ExpertSide::ExpertSide(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport,
@@ -92,16 +99,24 @@ void ExpertSide::require_unanswered(const void* owner, bool is_answered) const {
   if (is_answered) throw Error(Failure::kArgument, "batch: combine_send was already called for it");
 }
 
-void ExpertSide::count_batch(uint64_t num_messages, uint64_t num_rows) {
+uint64_t ExpertSide::bytes_received(uint64_t num_messages, uint64_t num_rows) const {
   const uint64_t row_bytes = layout_.dispatch_rows.row_bytes + 2 * sizeof(int32_t) * uint64_t{shape_.top_k};
+  return num_messages * sizeof(Header) + num_rows * row_bytes;
+}
+
+uint64_t ExpertSide::bytes_sent(uint64_t num_messages, uint64_t num_rows) const {
+  return num_messages * sizeof(Header) + num_rows * layout_.combine_rows.row_bytes;
+}
+
+void ExpertSide::count_batch(uint64_t num_messages, uint64_t num_rows) {
   add_relaxed(&stats_.rows_received, num_rows);
-  add_relaxed(&stats_.bytes_received, num_messages * sizeof(Header) + num_rows * row_bytes);
+  add_relaxed(&stats_.bytes_received, bytes_received(num_messages, num_rows));
 }
 
 void ExpertSide::count_sent(uint64_t num_messages, uint64_t num_rows) {
   add_relaxed(&stats_.messages_sent, num_messages);
   add_relaxed(&stats_.rows_sent, num_rows);
-  add_relaxed(&stats_.bytes_sent, num_messages * sizeof(Header) + num_rows * layout_.combine_rows.row_bytes);
+  add_relaxed(&stats_.bytes_sent, bytes_sent(num_messages, num_rows));
 }
 
 }  // namespace m2n

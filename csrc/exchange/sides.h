@@ -23,6 +23,8 @@ class AttentionSide : public Comm {
   [[noreturn]] void raise_slot_busy(uint32_t microbatch, uint32_t layer) const;
   // An expert rank does not host an expert that it was asked for.
   [[noreturn]] void raise_refused(uint32_t expert_rank, uint32_t expert, uint32_t layer, uint32_t microbatch) const;
+  uint64_t bytes_sent(uint64_t num_messages, uint64_t num_rows) const;
+  uint64_t bytes_received(uint64_t num_messages, uint64_t num_rows) const;
   void count_sent(uint64_t num_messages, uint64_t num_rows);
   void count_received(uint64_t num_messages, uint64_t num_rows);
 };
@@ -38,6 +40,8 @@ class ExpertSide : public Comm {
   // Strict: `missing_rank` has not sent, or (-1) all have, but of different batches.
   [[noreturn]] void raise_timeout(int32_t missing_rank) const;
   void require_unanswered(const void* owner, bool is_answered) const;
+  uint64_t bytes_sent(uint64_t num_messages, uint64_t num_rows) const;
+  uint64_t bytes_received(uint64_t num_messages, uint64_t num_rows) const;
   void count_batch(uint64_t num_messages, uint64_t num_rows);
   void count_sent(uint64_t num_messages, uint64_t num_rows);
 

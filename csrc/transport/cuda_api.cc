@@ -82,9 +82,13 @@ int cuda_ordinal(const std::string& device) {
 OnDevice::OnDevice(int ordinal) {
   check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
   check_cuda(cudaSetDevice(ordinal), "cudaSetDevice");
+  check_cuda(cudaThreadExchangeStreamCaptureMode(&mode_), "cudaThreadExchangeStreamCaptureMode");
 }
 
-OnDevice::~OnDevice() { cudaSetDevice(before_); }
+OnDevice::~OnDevice() {
+  cudaThreadExchangeStreamCaptureMode(&mode_);
+  cudaSetDevice(before_);
+}
 
 void zero_now(void* memory, uint64_t bytes) {
   OwnStream stream;

@@ -16,7 +16,8 @@ void check_cuda(cudaError_t result, const char* what);
 // "cuda" or "cuda:1" -> the device's number. Throws Error(kSetup): not a device, or why there is none.
 int cuda_ordinal(const std::string& device);
 
-// Makes a device the current one of this thread while it lives.
+// Makes a device the current one of this thread while it lives. What is done meanwhile is no part of a graph that
+// another thread captures, and must not end its capture.
 class OnDevice {
  public:
   explicit OnDevice(int ordinal);
@@ -26,6 +27,7 @@ class OnDevice {
 
  private:
   int before_ = 0;
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
 // Fills device memory with zeros, or copies into it, and returns when that is done. On a stream of its own: nothing
