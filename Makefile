@@ -36,8 +36,9 @@ demo: $(DEMO_READY)  ## text from two attention and two expert processes
 	$(BIN)/m2n-generate --attention-ranks 2 --expert-ranks 2 --microbatches 2 --max-new-tokens 64 \
 	  --prompt "And it came to pass" --prompt "And the LORD said unto Moses"
 
-test: $(VENV)/.installed-test  ## all tests, the fast ones first (about 15 minutes on two cores)
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+# The slow ones mostly wait for a compiler or a model checker, so two of their files run at once.
+test: test-fast  ## all tests, the fast ones first (about 15 minutes on two cores)
+	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadfile $(PYTEST_FLAGS)
 
 test-fast: $(VENV)/.installed-test  ## tests without the marker `slow` (under two minutes)
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/error.h"
+#include "core/kernel_exec.h"
 #include "exchange/machine.h"
 #include "exchange/put_rows.h"
 #include "transport/cuda_api.h"
@@ -50,21 +51,17 @@ __global__ void empty_kernel() {}
 
 // Each of two kernels waits for the other's signal and answers it; gives up after a second.
 __global__ void bounce(Signal* own, Signal* peer, uint32_t rounds, bool is_first, int64_t* took_ns) {
-  const auto now = [] {
-    int64_t ns;
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(ns));
-    return ns;
-  };
-  int64_t began_ns = now();
+  const KernelExec exec;
+  int64_t began_ns = exec.now_ns();
   for (uint32_t seq = 1; seq <= rounds; ++seq) {
     if (is_first) store_signal(peer, make_signal(0, seq));  // SYNC: slot-signal
     while (signal_seq(poll_signal(own)) != seq) {
-      if (now() - began_ns > 1'000'000'000) return;
+      if (exec.now_ns() - began_ns > 1'000'000'000) return;
     }
     if (!is_first) store_signal(peer, make_signal(0, seq));  // SYNC: slot-signal
-    if (seq == rounds / 10) began_ns = now();                // the first tenth warms up
+    if (seq == rounds / 10) began_ns = exec.now_ns();        // the first tenth warms up
   }
-  *took_ns = now() - began_ns;
+  *took_ns = exec.now_ns() - began_ns;
 }
 
 struct Streams {
@@ -126,20 +123,10 @@ void time_copies(Machine& machine, const Streams& streams, uint32_t rounds) {
 // 692 rows of 14 KB, as 128 tokens in top-8 to 8 ranks are, or more of them.
 constexpr uint32_t kRowBytes = 14336;
 
-class PutExec {
- public:
-  __device__ uint32_t thread() const { return threadIdx.x; }
-  __device__ uint32_t num_threads() const { return blockDim.x; }
-  __device__ uint32_t block() const { return blockIdx.x; }
-  __device__ uint32_t num_blocks() const { return gridDim.x; }
-  __device__ uint32_t lane() const { return threadIdx.x % warpSize; }
-  __device__ uint32_t num_lanes() const { return warpSize; }
-};
-
 // Each row is read from one of `num_sources`, as tokens go to several ranks.
 __global__ void __launch_bounds__(512)
     put_kernel(unsigned char* to, const unsigned char* from, uint32_t num_rows, uint32_t num_sources) {
-  const PutExec exec;
+  const KernelExec exec;
   PutDeal deal = deal_put(exec, uint64_t{num_rows} * kRowBytes);
   const auto row_at = [&](uint32_t row) { return from + uint64_t{row % num_sources} * kRowBytes; };
   put_rows(exec, deal, to, num_rows, kRowBytes, false, row_at, [](uint32_t, uint32_t) {});

@@ -108,6 +108,16 @@ void combine_send(DeviceExpertComm& comm, const std::shared_ptr<DeviceBatch>& ba
   comm.combine_send(*batch, rows.data(), rows.row_stride_bytes(), dtype, reduced, num_sms, to_stream(stream));
 }
 
+template <class DeviceComm, class... Options>
+void bind_launches(py::class_<DeviceComm, Options...>& type) {
+  type.def(
+      "set_timeout", [](DeviceComm& comm, double timeout_s) { comm.set_timeout(timeout_ns(timeout_s)); },
+      py::arg("timeout_s"));
+  type.def(
+      "is_capturing", [](DeviceComm& comm, uint64_t stream) { return comm.is_capturing(to_stream(stream)); },
+      py::arg("stream"));
+}
+
 void bind_attention(py::module_& module) {
   py::class_<DeviceRoute, std::shared_ptr<DeviceRoute>>(module, "DeviceRoute")
       .def_property_readonly("num_tokens", [](const DeviceRoute& route) { return route.view.num_tokens; })
@@ -149,12 +159,7 @@ void bind_attention(py::module_& module) {
       },
       py::arg("timeout_s"), py::arg("stream"));
   type.def("recover", &DeviceAttentionComm::recover, py::arg("rank"));
-  type.def(
-      "set_timeout", [](DeviceAttentionComm& comm, double timeout_s) { comm.set_timeout(timeout_ns(timeout_s)); },
-      py::arg("timeout_s"));
-  type.def(
-      "is_capturing", [](DeviceAttentionComm& comm, uint64_t stream) { return comm.is_capturing(to_stream(stream)); },
-      py::arg("stream"));
+  bind_launches(type);
 }
 
 void bind_expert(py::module_& module) {
@@ -195,12 +200,7 @@ void bind_expert(py::module_& module) {
   type.def("combine_send", &combine_send, py::arg("batch"), py::arg("y"), py::arg("reduced"), py::arg("num_sms"),
            py::arg("stream"));
   type.def("recover", &DeviceExpertComm::recover, py::arg("rank"));
-  type.def(
-      "set_timeout", [](DeviceExpertComm& comm, double timeout_s) { comm.set_timeout(timeout_ns(timeout_s)); },
-      py::arg("timeout_s"));
-  type.def(
-      "is_capturing", [](DeviceExpertComm& comm, uint64_t stream) { return comm.is_capturing(to_stream(stream)); },
-      py::arg("stream"));
+  bind_launches(type);
   type.def("window", [](const DeviceExpertComm& comm) {
     return window_array(comm.rows_window(), comm.window_rows(), comm.shape(), tensors_of(comm.device()));
   });

@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -95,26 +95,20 @@ TIERS = (
 )
 
 
-def tiers_of(item: pytest.Item) -> list[str]:
-    tiers = [tier for tier, marker, _ in TIERS if marker and item.get_closest_marker(marker)]
+def tiers_of(keywords: Mapping[str, object]) -> list[str]:
+    tiers = [tier for tier, marker, _ in TIERS if marker and marker in keywords]
     return tiers if "slow" in tiers else ["fast", *tiers]
 
 
 class TierReport:
-    """Counts outcomes and seconds per tier, as tests run."""
+    """Counts outcomes and seconds per tier, as tests run, here or in the workers of pytest-xdist."""
 
     def __init__(self) -> None:
-        self.tiers: dict[str, list[str]] = {}
         self.outcomes: dict[str, Counter[str]] = {tier: Counter() for tier, _, _ in TIERS}
         self.seconds: Counter[str] = Counter()
-        self.known: Counter[str] = Counter()
-
-    def pytest_itemcollected(self, item: pytest.Item) -> None:
-        self.tiers[item.nodeid] = tiers_of(item)
-        self.known.update(self.tiers[item.nodeid])
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        tiers = self.tiers.get(report.nodeid, [])
+        tiers = tiers_of(report.keywords)
         self.seconds.update(dict.fromkeys(tiers, report.duration))
         is_error = report.failed and report.when != "call"
         if report.when == "call" or report.skipped or is_error:
@@ -129,9 +123,7 @@ class TierReport:
         if num_run:
             counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
             return f"{tier:14} ran {num_run} in {self.seconds[tier]:.0f} s: {counts}"
-        if reason is None:
-            reason = "not chosen" if self.known[tier] else "no test of it was collected"
-        return f"{tier:14} NOT RUN: {reason}"
+        return f"{tier:14} NOT RUN: {reason or 'not chosen'}"
 
 
 class Leftovers:

@@ -13,11 +13,11 @@ inline constexpr uint32_t kLooksPerLong = 1024;
 inline constexpr uint32_t kLooksPerClock = 16;
 
 // Looks at ready(is_long) until it is true, the time is over, or *abort is not 0; the last look comes after that.
-// `is_long` is true at first and now and then: look also at what is expensive to read. `timeout_ns()` is called once,
+// `is_long` is true now and then, and at last: look also at what is expensive to read. `timeout_ns()` is called once,
 // and only where the first look fails. One thread waits; others may wait beside it for something else.
 template <class Exec, class TimeoutNs, class Ready>
 M2N_HD bool wait_for(Exec& exec, const uint32_t* abort, TimeoutNs&& timeout_ns, Ready&& ready) {
-  if (ready(true)) return true;
+  if (ready(false)) return true;
   const int64_t wait_ns = timeout_ns();
   const int64_t began_ns = exec.now_ns();
   for (uint32_t i = 1;; ++i) {

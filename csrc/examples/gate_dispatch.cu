@@ -2,6 +2,7 @@
 // The body of gate_dispatch.h as a kernel, beside device comms of the device "cuda:0"; compared with the oracle.
 //
 // Usage: gate_dispatch_cuda. A line for each case; 1 where a bit differs, 77 where there is no GPU.
+#include <m2n/core/kernel_exec.h>
 #include <m2n/transport/cuda_api.h>
 
 #include <cstdint>
@@ -17,32 +18,10 @@ using namespace m2n;
 constexpr uint32_t kBlocks = 4;  // few enough that all run at once
 constexpr uint32_t kThreads = 128;
 
-// A group of lanes is a warp.
-class WarpExec {
- public:
-  __device__ uint32_t thread() const { return threadIdx.x; }
-  __device__ uint32_t num_threads() const { return blockDim.x; }
-  __device__ uint32_t block() const { return blockIdx.x; }
-  __device__ uint32_t num_blocks() const { return gridDim.x; }
-  __device__ uint32_t lane() const { return threadIdx.x % warpSize; }
-  __device__ uint32_t num_lanes() const { return warpSize; }
-  __device__ void sync_lanes() const { __syncwarp(); }
-  __device__ uint32_t from_first_lane(uint32_t value) const { return __shfl_sync(0xFFFFFFFFu, value, 0); }
-  __device__ void sync() const { __syncthreads(); }
-  __device__ bool any(bool is_true) const { return __syncthreads_or(is_true) != 0; }
-  __device__ void pause() const {}
-  __device__ int64_t now_ns() const {
-    int64_t now;
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-    return now;
-  }
-  __device__ void wake(WakeWord*) const {}  // whoever waits for a device's signal polls
-};
-
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     gate_dispatch_kernel(const __grid_constant__ gate_dispatch::GateDispatch<T> launch) {
-  WarpExec exec;
+  KernelExec exec;
   gate_dispatch::run(exec, launch);
 }
 

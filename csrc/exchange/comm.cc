@@ -135,6 +135,7 @@ void Comm::drop_peer(uint32_t peer_idx, LossCause cause) {
   require_usable();
   std::lock_guard lock(membership_mutex_);
   drop_locked(peer_idx, cause);
+  peers_changed();
 }
 
 void Comm::set_state(uint32_t peer_idx, PeerState state) {

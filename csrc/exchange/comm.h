@@ -96,7 +96,7 @@ class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
     std::vector<std::shared_ptr<Mapping>> mappings;
   };
 
-  // A peer has joined or was given up; one at a time.
+  // A peer has joined, was dropped or given up; one at a time. Not called where the watcher found a loss.
   virtual void peers_changed() {}
 
   uint32_t rank_of(uint32_t peer_idx) const { return peers_.entries[peer_idx].rank; }

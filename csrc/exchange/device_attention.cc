@@ -10,9 +10,8 @@ DeviceAttentionComm::DeviceAttentionComm(const Shape& shape, uint32_t rank, uint
                                          const std::string& transport, const std::string& device,
                                          const std::vector<int32_t>& rank_offsets, const std::vector<int32_t>& ranks,
                                          uint32_t num_ranks)
-    : AttentionSide(shape, rank, max_peers, transport),
+    : DeviceComm(device, shape, rank, max_peers, transport),
       num_ranks_(num_ranks),
-      memory_(device, *transport_),
       route_trouble_(memory_.on_host<uint64_t>(1)),
       rank_offsets_(memory_.uploaded(rank_offsets)),
       ranks_(memory_.uploaded(ranks)),
@@ -42,7 +41,6 @@ DeviceAttentionComm::DeviceAttentionComm(const Shape& shape, uint32_t rank, uint
   no_rows_.num_ranks = num_ranks;
   no_rows_.row_offsets = memory_.on_device<uint32_t>(num_ranks + 1);
   no_rows_.pair_counts = memory_.on_device<uint32_t>(num_ranks);
-  for (Slot& slot : slots_) slot.last_launch = memory_.machine().make_event();
 }
 
 bool DeviceAttentionComm::is_busy(uint32_t microbatch) const {
@@ -58,19 +56,11 @@ uint32_t DeviceAttentionComm::num_tokens(uint32_t microbatch) {
   return slots_[microbatch].route->view.num_tokens;
 }
 
-void DeviceAttentionComm::wait_slot(Slot& slot, Stream stream) {
+void DeviceAttentionComm::wait_slot(uint32_t microbatch, Stream stream) {
   Machine& machine = memory_.machine();
-  // In a capture the graph's own edges order it.
-  if (slot.stream != stream && !machine.is_capturing(stream)) machine.wait(stream, slot.last_launch.get());
-}
-
-void DeviceAttentionComm::note_launch(Slot& slot, Stream stream) {
-  Machine& machine = memory_.machine();
-  if (machine.is_capturing(stream)) {
-    was_captured_ = true;
-    return;
-  }
-  machine.record(slot.last_launch.get(), stream);
+  Slot& slot = slots_[microbatch];
+  if (slot.stream == stream || machine.is_capturing(stream)) return;  // in a capture the graph's own edges order it
+  machine.wait(stream, last_launch_[microbatch].get());
   slot.stream = stream;
 }
 
@@ -98,11 +88,11 @@ DispatchVerb DeviceAttentionComm::prepare_dispatch(std::shared_ptr<const DeviceR
   slot.route = std::move(route);
   slot.layer = layer;
   slot.is_busy = true;
-  wait_slot(slot, stream);
+  wait_slot(microbatch, stream);
   return verb;
 }
 
-void DeviceAttentionComm::note_dispatch(uint32_t microbatch, Stream stream) { note_launch(slots_[microbatch], stream); }
+void DeviceAttentionComm::note_dispatch(uint32_t microbatch, Stream stream) { note_launch(microbatch, stream); }
 
 void DeviceAttentionComm::dispatch_send(const unsigned char* x, uint64_t x_stride_bytes,
                                         std::shared_ptr<const DeviceRoute> route, uint32_t microbatch, uint32_t layer,
@@ -123,11 +113,11 @@ void DeviceAttentionComm::combine_recv(unsigned char* y, uint64_t y_stride_bytes
   Slot& slot = slots_[microbatch];
   const RouteView& route = slot.route->view;
   const uint64_t num_bytes = route.num_tokens * layout_.combine_rows.row_bytes * std::min(shape_.top_k, num_ranks_);
-  wait_slot(slot, stream);
+  wait_slot(microbatch, stream);
   machine.launch(AwaitVerb{view_, route, microbatch, timeout_ns}, stream);
   machine.launch(CombineRecvVerb{view_, route, y, y_stride_bytes, microbatch}, num_sms, num_bytes, stream);
   if (!machine.is_capturing(stream)) machine.record(slot.route->memory().last_use.get(), stream);
-  note_launch(slot, stream);
+  note_launch(microbatch, stream);
   slot.is_busy = false;
 }
 
@@ -165,9 +155,9 @@ void DeviceAttentionComm::idle(int64_t timeout_ns, Stream stream) {
     if (slots_[microbatch].is_busy) continue;
     DispatchVerb verb = dispatch_verb(microbatch, 0, timeout_ns);
     verb.flags = kFlagIdleNext;
-    wait_slot(slots_[microbatch], stream);
+    wait_slot(microbatch, stream);
     memory_.machine().launch(verb, 1, 0, stream);
-    note_launch(slots_[microbatch], stream);
+    note_launch(microbatch, stream);
   }
 }
 
@@ -222,39 +212,6 @@ void DeviceAttentionComm::mark_late_slots() {
   for (uint32_t slot = 0; slot < layout_.num_slots; ++slot) {
     slots_[slot].is_busy |= states[slot].is_late != 0 && states[slot].is_failed == 0;
   }
-}
-
-void DeviceAttentionComm::check() {
-  require_usable();
-  raise_trouble();
-  Comm::check();
-}
-
-void DeviceAttentionComm::abort() {
-  if (is_own_process()) memory_.abort();
-  close();
-}
-
-void DeviceAttentionComm::close() {
-  if (is_own_process() && !is_closed()) {
-    // What was launched has its deadlines, and ends by itself; only then what waits in a call is ended.
-    for (const Slot& slot : slots_) memory_.machine().synchronize(slot.last_launch.get());
-    memory_.abort();
-    if (was_captured_) memory_.machine().synchronize_all();
-  }
-  Comm::close();
-}
-
-Stats DeviceAttentionComm::stats() const {
-  const Counters moved = memory_.read_counters();
-  Stats stats = Comm::stats();
-  stats.messages_sent = moved.messages_sent;
-  stats.rows_sent = moved.rows_sent;
-  stats.bytes_sent = bytes_sent(moved.messages_sent, moved.rows_sent);
-  stats.messages_received = moved.messages_received;
-  stats.rows_received = moved.rows_received;
-  stats.bytes_received = bytes_received(moved.messages_received, moved.rows_received);
-  return stats;
 }
 
 }  // namespace m2n

@@ -10,8 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "exchange/device_memory.h"
-#include "exchange/sides.h"
+#include "exchange/device_comm.h"
 
 namespace m2n {
 
@@ -76,7 +75,7 @@ class RoutePool {
   std::vector<DeviceRoute::Memory> free_;
 };
 
-class DeviceAttentionComm final : public AttentionSide {
+class DeviceAttentionComm final : public DeviceComm<AttentionSide> {
  public:
   // Expert e is hosted by the expert ranks ranks[rank_offsets[e] .. rank_offsets[e + 1]), of num_ranks.
   DeviceAttentionComm(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport,
@@ -108,43 +107,28 @@ class DeviceAttentionComm final : public AttentionSide {
   int wait_ready(const std::vector<uint32_t>& microbatches, int64_t deadline_ns, Stream stream);
   void idle(int64_t timeout_ns, Stream stream);
   void recover(uint32_t expert_rank) { give_up(expert_rank); }
-  // Of launches that were given kTimeoutOfComm, those of graphs among them.
-  void set_timeout(int64_t timeout_ns) { memory_.set_timeout(timeout_ns); }
-  bool is_capturing(Stream stream) { return memory_.machine().is_capturing(stream); }
-
-  const std::string& device() const { return memory_.device(); }
-
-  void check() override;
-  void abort() override;
-  void close() override;
-  Stats stats() const override;
 
  protected:
-  void peers_changed() override { memory_.update_mirror(); }
+  void raise_trouble() override;
 
  private:
   struct Slot {
     bool is_busy = false;
     uint32_t layer = 0;
     std::shared_ptr<const DeviceRoute> route;  // kept after combine_recv, which may have to be called again
-    std::shared_ptr<void> last_launch;
-    Stream stream = nullptr;
+    Stream stream = nullptr;                   // of the last launch
   };
 
   DispatchVerb dispatch_verb(uint32_t microbatch, uint32_t layer, int64_t timeout_ns) const;
   RouteVerb route_verb(DeviceRoute& route, const TopKView& topk) const;
   // What is launched on a slot goes behind everything launched on it before, on whatever stream.
-  void wait_slot(Slot& slot, Stream stream);
-  void note_launch(Slot& slot, Stream stream);
+  void wait_slot(uint32_t microbatch, Stream stream);
   DeviceRoute::Memory make_route_memory();
-  // Raises the first trouble that a launch has reported, once.
-  void raise_trouble();
   void raise_trouble(uint32_t peer_idx, const Status& status);
   // Nothing was consumed where a combine was late: it can be called again, whichever of them the trouble was told of.
   void mark_late_slots();
 
   const uint32_t num_ranks_;
-  mutable DeviceMemory memory_;
   uint64_t* route_trouble_;
   AttentionView view_{};
   RouteView no_rows_{};
@@ -157,7 +141,6 @@ class DeviceAttentionComm final : public AttentionSide {
   std::mutex poll_mutex_;
   std::shared_ptr<RoutePool> pool_ = std::make_shared<RoutePool>();
   std::vector<Slot> slots_;
-  bool was_captured_ = false;
 };
 
 }  // namespace m2n

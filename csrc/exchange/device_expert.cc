@@ -8,8 +8,7 @@ namespace m2n {
 
 DeviceExpertComm::DeviceExpertComm(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport,
                                    const std::string& device, const std::vector<uint32_t>& local_experts)
-    : ExpertSide(shape, rank, max_peers, transport, local_experts),
-      memory_(device, *transport_),
+    : DeviceComm(device, shape, rank, max_peers, transport, local_experts),
       received_(memory_.on_host<Received>(1)),
       ranks_(memory_.on_host<uint32_t>(max_peers)),
       launched_(memory_.on_host<Received>(layout_.num_slots)),
@@ -29,10 +28,7 @@ DeviceExpertComm::DeviceExpertComm(const Shape& shape, uint32_t rank, uint32_t m
   view_.max_peers = max_peers;
   view_.expert_idx = memory_.uploaded(expert_idx_);
   view_.num_local_experts = num_local_experts_;
-  for (uint32_t slot = 0; slot < layout_.num_slots; ++slot) {
-    slots_.push_back(make_lists());
-    last_launch_.push_back(memory_.machine().make_event());
-  }
+  for (uint32_t slot = 0; slot < layout_.num_slots; ++slot) slots_.push_back(make_lists());
   batches_.resize(layout_.num_slots);
   view_.slots = memory_.uploaded(slots_);
   view_.idxs = memory_.on_device<int32_t>(max_pairs);
@@ -166,11 +162,8 @@ std::shared_ptr<DeviceBatch> DeviceExpertComm::launch_recv(const Wanted& wanted,
   verb.wanted.attention_ranks = keep_ranks(wanted);
   if (!is_captured) machine.wait(stream, received_event_.get());
   machine.launch(verb, stream);
-  if (!is_captured) {
-    machine.record(received_event_.get(), stream);
-    machine.record(last_launch_[slot].get(), stream);
-  }
-  was_captured_ |= is_captured;
+  if (!is_captured) machine.record(received_event_.get(), stream);
+  note_launch(slot, stream);
   const auto batch = make_batch(wanted.layer, slot);
   batch->num_rows = max_peers_ * shape_.max_tokens;
   batch->num_pairs = batch->num_rows * std::min(shape_.top_k, num_local_experts_);
@@ -187,11 +180,10 @@ void DeviceExpertComm::combine_send(DeviceBatch& batch, const unsigned char* y, 
                                     bool is_reduced, uint32_t num_sms, Stream stream) {
   require_unanswered(batch.owner, batch.is_answered);
   batch.is_answered = true;
-  Machine& machine = memory_.machine();
   const CombineSendVerb verb{view_, batch.slot, batch.microbatch, y, y_stride_bytes, y_dtype, is_reduced};
   const uint64_t num_bytes = (is_reduced ? batch.num_rows : batch.num_pairs) * layout_.combine_rows.row_bytes;
-  machine.launch(verb, num_sms, num_bytes, stream);
-  if (!machine.is_capturing(stream)) machine.record(last_launch_[batch.microbatch].get(), stream);
+  memory_.machine().launch(verb, num_sms, num_bytes, stream);
+  note_launch(batch.microbatch, stream);
 }
 
 void DeviceExpertComm::raise_trouble() {
@@ -206,39 +198,6 @@ void DeviceExpertComm::raise_trouble() {
     throw Error(Failure::kTimeout, "dispatch_recv(microbatch=" + std::to_string(slot) +
                                        "): no attention rank has dispatched in time; its lists were left empty");
   }
-}
-
-void DeviceExpertComm::check() {
-  require_usable();
-  raise_trouble();
-  Comm::check();
-}
-
-void DeviceExpertComm::abort() {
-  if (is_own_process()) memory_.abort();
-  close();
-}
-
-void DeviceExpertComm::close() {
-  if (is_own_process() && !is_closed()) {
-    // What was launched has its deadlines, and ends by itself; only then what waits in a call is ended.
-    for (const auto& event : last_launch_) memory_.machine().synchronize(event.get());
-    memory_.abort();
-    if (was_captured_) memory_.machine().synchronize_all();
-  }
-  Comm::close();
-}
-
-Stats DeviceExpertComm::stats() const {
-  const Counters moved = memory_.read_counters();
-  Stats stats = Comm::stats();
-  stats.messages_sent = moved.messages_sent;
-  stats.rows_sent = moved.rows_sent;
-  stats.bytes_sent = bytes_sent(moved.messages_sent, moved.rows_sent);
-  stats.messages_received = moved.messages_received;
-  stats.rows_received = moved.rows_received;
-  stats.bytes_received = bytes_received(moved.messages_received, moved.rows_received);
-  return stats;
 }
 
 }  // namespace m2n

@@ -12,9 +12,8 @@
 #include <string>
 #include <vector>
 
-#include "exchange/device_memory.h"
+#include "exchange/device_comm.h"
 #include "exchange/expert.h"
-#include "exchange/sides.h"
 
 namespace m2n {
 
@@ -34,7 +33,7 @@ struct DeviceBatch {
   bool is_answered = false;
 };
 
-class DeviceExpertComm final : public ExpertSide {
+class DeviceExpertComm final : public DeviceComm<ExpertSide> {
  public:
   // `local_experts`: the global ids hosted here, ascending.
   DeviceExpertComm(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport,
@@ -50,17 +49,9 @@ class DeviceExpertComm final : public ExpertSide {
   void combine_send(DeviceBatch& batch, const unsigned char* y, uint64_t y_stride_bytes, DType y_dtype, bool is_reduced,
                     uint32_t num_sms, Stream stream);
   void recover(uint32_t attention_rank) { give_up(attention_rank); }
-  // Of launches that were given kTimeoutOfComm, those of graphs among them.
-  void set_timeout(int64_t timeout_ns) { memory_.set_timeout(timeout_ns); }
-  bool is_capturing(Stream stream) { return memory_.machine().is_capturing(stream); }
-  void check() override;
-  void abort() override;
-  void close() override;
-  Stats stats() const override;
-  const std::string& device() const { return memory_.device(); }
 
  protected:
-  void peers_changed() override { memory_.update_mirror(); }
+  void raise_trouble() override;
 
  private:
   SlotLists make_lists();
@@ -68,8 +59,6 @@ class DeviceExpertComm final : public ExpertSide {
   // The ranks of a strict receive, in memory that launches and graphs may read as long as this lives.
   const uint32_t* keep_ranks(const Wanted& wanted);
   void require_few_ranks(const Wanted& wanted) const;
-  // Raises what a launched receive has reported, once.
-  void raise_trouble();
   // One launch that waits for a slice; throws for a violation.
   Received receive(const Wanted& wanted, bool is_peek, int64_t deadline_ns, Stream stream,
                    const std::shared_ptr<DeviceBatch>& batch);
@@ -77,7 +66,6 @@ class DeviceExpertComm final : public ExpertSide {
   Received receive_until(const Wanted& wanted, bool is_peek, int64_t deadline_ns, Stream stream,
                          const std::shared_ptr<DeviceBatch>& batch);
 
-  mutable DeviceMemory memory_;
   ExpertView view_{};
   std::vector<SlotLists> slots_;
   std::vector<std::shared_ptr<void>> list_memory_;  // by slot
@@ -88,9 +76,7 @@ class DeviceExpertComm final : public ExpertSide {
   std::map<std::vector<uint32_t>, uint32_t*> kept_ranks_;
   std::shared_ptr<void> received_event_;
   std::vector<std::weak_ptr<DeviceBatch>> batches_;  // [slot]: the last one that was received
-  std::vector<std::shared_ptr<void>> last_launch_;   // [slot]
   std::mutex receive_mutex_;                         // one launch that receives at a time
-  bool was_captured_ = false;
 };
 
 }  // namespace m2n

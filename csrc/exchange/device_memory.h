@@ -63,26 +63,28 @@ class DeviceMemory {
     max_peers_ = max_peers;
     return peers_;
   }
-  // Brings peers that have joined to the verbs: rank, view, state, in the order in which a verb may read them.
+  // Brings peers that have joined, and states that have changed, to the verbs: of a new peer rank, view, state, in the
+  // order in which a verb may read them.
   void update_mirror() {
     const PeerTable& on_host = peers_.on_host;
     PeerEntry* entries = peers_.table.entries;
     const uint32_t count = on_host.size();
     for (uint32_t i = 0; i < count; ++i) {
       const uint32_t rank = on_host.entries[i].rank;
-      if (i == is_mirrored_.size()) {
+      if (i == mirrored_.size()) {
         machine_->copy(&entries[i].rank, &rank, sizeof rank);
-        is_mirrored_.push_back(false);
+        mirrored_.push_back(PeerState::kUnused);
         const uint32_t num_known = i + 1;
         machine_->copy(peers_.table.count, &num_known, sizeof num_known);
       }
-      const uint32_t state = static_cast<uint32_t>(on_host.state(i));
-      if (is_mirrored_[i] || state == static_cast<uint32_t>(PeerState::kUnused)) continue;
-      machine_->copy(&entries[i].view, &on_host.entries[i].view, sizeof(PeerView));
+      const PeerState state = on_host.state(i);
+      if (mirrored_[i] == state) continue;
+      const bool is_new = mirrored_[i] == PeerState::kUnused;
+      if (is_new) machine_->copy(&entries[i].view, &on_host.entries[i].view, sizeof(PeerView));
       machine_->copy(&entries[i].state, &state, sizeof state);
-      is_mirrored_[i] = true;
+      mirrored_[i] = state;
       const auto newest = static_cast<uint32_t>(on_host.find(rank));
-      if (rank < max_peers_) machine_->copy(&peers_.newest[rank], &newest, sizeof newest);
+      if (is_new && rank < max_peers_) machine_->copy(&peers_.newest[rank], &newest, sizeof newest);
     }
   }
 
@@ -95,7 +97,7 @@ class DeviceMemory {
   Counters* counters_;
   Peers peers_{};
   uint32_t max_peers_ = 0;
-  std::vector<bool> is_mirrored_;  // by peer index
+  std::vector<PeerState> mirrored_;  // by peer index; verbs may have seen a later one
 };
 
 }  // namespace m2n

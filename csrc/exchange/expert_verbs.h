@@ -140,8 +140,7 @@ template <class Exec>
 M2N_HD void run(Exec& exec, const ReceiveVerb& verb) {
   const Control* control = verb.view.control;
   Received received{};
-  // At first too: the host may have dropped a peer whose signal is still there.
-  bool is_told = look_around(exec, verb, /*is_long=*/true, received);
+  bool is_told = look_around(exec, verb, /*is_long=*/false, received);
   const int64_t began_ns = exec.now_ns();
   const int64_t wait_ns = is_told ? 0 : read_timeout(control, verb.timeout_ns);
   bool is_over = false;

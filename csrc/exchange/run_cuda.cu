@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "core/error.h"
+#include "core/kernel_exec.h"
 #include "exchange/machine.h"
 #include "transport/cuda_api.h"
 
@@ -16,30 +17,13 @@ static_assert(kThreads <= kMaxParts);
 // What a block is launched for, at least: each of its warps copies 1 KB or more at a time.
 constexpr uint64_t kBlockBytes = 4096;
 
-class CudaExec {
+class VerbExec : public KernelExec {
  public:
   // `shared`: the words of shared_words(max_peers), then, for a block that works alone, those to count in.
-  __device__ CudaExec(uint32_t* shared, uint32_t max_peers) : shared_(shared), max_peers_(max_peers) {}
-  __device__ uint32_t thread() const { return threadIdx.x; }
-  __device__ uint32_t num_threads() const { return blockDim.x; }
-  __device__ uint32_t block() const { return blockIdx.x; }
-  __device__ uint32_t num_blocks() const { return gridDim.x; }
-  __device__ uint32_t lane() const { return threadIdx.x % warpSize; }
-  __device__ uint32_t num_lanes() const { return warpSize; }
-  __device__ uint32_t* shared() const { return shared_; }
-  __device__ uint32_t* counts() const { return shared_ + shared_words(max_peers_); }
-  __device__ void sync() const { __syncthreads(); }
-  __device__ bool any(bool is_true) const { return __syncthreads_or(is_true) != 0; }
-  __device__ void pause() const {}  // a look takes 0.2 us by itself
-  __device__ int64_t now_ns() const {
-    int64_t now;
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-    return now;
-  }
-  __device__ void wake(WakeWord*) const {}  // whoever waits for a device's signal polls
+  __device__ VerbExec(uint32_t* shared, uint32_t max_peers) : KernelExec(shared), max_peers_(max_peers) {}
+  __device__ uint32_t* counts() const { return shared() + shared_words(max_peers_); }
 
  private:
-  uint32_t* shared_;
   uint32_t max_peers_;
 };
 
@@ -57,7 +41,7 @@ template <class V>
 __global__ void __launch_bounds__(kThreads) verb_kernel(const __grid_constant__ V verb, bool is_rehearsal) {
   if (is_rehearsal) return;
   extern __shared__ __align__(16) uint32_t shared[];
-  CudaExec exec(shared, max_peers_of(verb));
+  VerbExec exec(shared, max_peers_of(verb));
   run(exec, verb);
 }
 

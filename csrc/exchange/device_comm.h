@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the comms of both roles share whose verbs run on a device. Side: AttentionSide or ExpertSide.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "exchange/device_memory.h"
+#include "exchange/sides.h"
+
+namespace m2n {
+
+template <class Side>
+class DeviceComm : public Side {
+ public:
+  const std::string& device() const { return memory_.device(); }
+  bool is_capturing(Stream stream) { return memory_.machine().is_capturing(stream); }
+  // Of launches that were given kTimeoutOfComm, those of graphs among them.
+  void set_timeout(int64_t timeout_ns) { memory_.set_timeout(timeout_ns); }
+
+  void check() override {
+    this->require_usable();
+    raise_trouble();
+    Comm::check();
+  }
+  void abort() override {
+    if (this->is_own_process()) memory_.abort();
+    close();
+  }
+  void close() override {
+    if (this->is_own_process() && !this->is_closed()) {
+      // What was launched has its deadlines, and ends by itself; only then what waits in a call is ended.
+      for (const auto& event : last_launch_) memory_.machine().synchronize(event.get());
+      memory_.abort();
+      if (was_captured_) memory_.machine().synchronize_all();
+    }
+    Comm::close();
+  }
+  Stats stats() const override {
+    const Counters moved = memory_.read_counters();
+    Stats stats = Comm::stats();
+    stats.messages_sent = moved.messages_sent;
+    stats.rows_sent = moved.rows_sent;
+    stats.bytes_sent = this->bytes_sent(moved.messages_sent, moved.rows_sent);
+    stats.messages_received = moved.messages_received;
+    stats.rows_received = moved.rows_received;
+    stats.bytes_received = this->bytes_received(moved.messages_received, moved.rows_received);
+    return stats;
+  }
+
+ protected:
+  template <class... Args>
+  explicit DeviceComm(const std::string& device, Args&&... args)
+      : Side(std::forward<Args>(args)...), memory_(device, *this->transport_) {
+    for (uint32_t slot = 0; slot < this->layout_.num_slots; ++slot) {
+      last_launch_.push_back(memory_.machine().make_event());
+    }
+  }
+
+  void peers_changed() override { memory_.update_mirror(); }
+
+  // Raises the first trouble that a launch has reported, once.
+  virtual void raise_trouble() = 0;
+
+  // To be called behind each launch on a slot.
+  void note_launch(uint32_t slot, Stream stream) {
+    if (memory_.machine().is_capturing(stream)) {
+      was_captured_ = true;
+    } else {
+      memory_.machine().record(last_launch_[slot].get(), stream);
+    }
+  }
+
+  mutable DeviceMemory memory_;
+  std::vector<std::shared_ptr<void>> last_launch_;  // events, by slot
+
+ private:
+  bool was_captured_ = false;
+};
+
+}  // namespace m2n
