@@ -4,7 +4,7 @@
 #   PYTHON=python3.12   another interpreter (3.10 or later)
 #   VENV=.venv          another place for the environment
 #   TORCH_INDEX=URL     package index for torch, where it has to be installed
-#   PIP_FLAGS="..."     more options for installing m2n itself, as: --no-deps --no-build-isolation
+#   PIP_FLAGS="..."     more options for installing m2n itself, as: --no-deps
 #   M2N_CUDA=OFF        ON, OFF or AUTO: compile for CUDA
 #   GPU_FLAGS="..."     for `make gpu`, as: --output DIR
 

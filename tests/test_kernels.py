@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels as the compiler leaves them: no warnings, and the instructions that the protocol stands on."""
+"""What is compiled for a GPU: no warnings, and the instructions that the protocol stands on."""
 
 from __future__ import annotations
 
@@ -35,6 +35,14 @@ def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_one_build_holds_machine_code_for_sm_80_90_and_100(tmp_path: Path) -> None:
     codes = [option for sm in (80, 90, 100) for option in ("-gencode", f"arch=compute_{sm},code=sm_{sm}")]
     nvcc(*codes, "--threads", "0", "-Xcompiler=-Wall,-Wextra", "-c", SOURCE, "-o", tmp_path / "run_cuda.o")
+
+
+def test_what_surrounds_the_kernels_compiles_without_a_warning(tmp_path: Path) -> None:
+    """On the side of the host, and what measures them."""
+    surroundings = [ROOT / "benchmarks/gpu_timing.cu", *(ROOT / "csrc/transport").glob("cuda*.cc")]
+    assert len(surroundings) == 3
+    for source in surroundings:
+        nvcc("-arch=sm_90", "-Xcompiler=-Wall,-Wextra,-Werror", "-c", source, "-o", tmp_path / "surroundings.o")
 
 
 @pytest.mark.parametrize("verb", ["DispatchVerb", "CombineSendAs", "ReceiveVerb"])
