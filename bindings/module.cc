@@ -115,7 +115,9 @@ py::dict offer_to_dict(Comm::Offer offer) {
   for (Handle& handle : offer.handles) objects.append(py::make_tuple(handle.fd.release(), handle.id));
   py::dict dict;
   dict["peer_idx"] = offer.peer_idx;
-  dict["process"] = offer.process;
+  dict["process"] = offer.origin.process;
+  dict["device"] = offer.origin.device;
+  dict["wakes"] = offer.wakes;
   dict["objects"] = objects;
   return dict;
 }
@@ -134,12 +136,12 @@ const char* state_name(PeerState state) {
   return "";
 }
 
-void attach_peer(Comm& comm, uint32_t peer_idx, const std::vector<std::pair<int, uint64_t>>& objects,
-                 uint64_t process) {
+void attach_peer(Comm& comm, uint32_t peer_idx, const std::vector<std::pair<int, uint64_t>>& objects, uint64_t process,
+                 const std::string& device, bool wakes) {
   std::vector<Handle> handles;
   for (const auto& [fd, id] : objects) handles.push_back({Fd(fd), 0, id});
   const py::gil_scoped_release release;
-  comm.attach(peer_idx, std::move(handles), process);
+  comm.attach(peer_idx, std::move(handles), {process, device}, wakes);
 }
 
 py::dict stats_dict(const Comm& comm) {
@@ -190,7 +192,8 @@ void bind_comm(py::module_& module) {
         return offer_to_dict(std::move(offer));
       },
       py::arg("rank"), py::arg("life"));
-  type.def("attach", &attach_peer, py::arg("peer_idx"), py::arg("objects"), py::arg("process"));
+  type.def("attach", &attach_peer, py::arg("peer_idx"), py::arg("objects"), py::arg("process"), py::arg("device"),
+           py::arg("wakes"));
   type.def("watch", &Comm::watch, py::arg("peer_idx"), py::arg("connection_fd"), py::arg("pidfd"),
            py::call_guard<py::gil_scoped_release>());
   type.def(  // for tests

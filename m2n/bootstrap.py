@@ -23,8 +23,9 @@ from ._C import SetupError
 from .shape import Shape
 from .store import Store, look_up
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 _MAX_MESSAGE_BYTES = 64 * 1024
+_MAX_DEVICE_CHARS = 64
 _NUM_OBJECTS = 3  # rows, small, wake
 _HANDSHAKE_TIMEOUT_S = 10.0
 _FIRST_NOTE_S = 2.0
@@ -35,7 +36,7 @@ class NativeComm(Protocol):
     """The native half of a comm, as far as the handshake needs it."""
 
     def offer(self, rank: int, life: int) -> dict[str, Any]: ...
-    def attach(self, peer_idx: int, objects: list[tuple[int, int]], process: int) -> None: ...
+    def attach(self, peer_idx: int, objects: list[tuple[int, int]], process: int, device: str, wakes: bool) -> None: ...
     def watch(self, peer_idx: int, connection_fd: int, pidfd: int) -> None: ...
 
 
@@ -117,6 +118,8 @@ def _introduction(identity: Identity, offer: dict[str, Any]) -> dict[str, Any]:
         "shape": dataclasses.asdict(identity.shape),
         "transport": identity.transport,
         "process": offer["process"],
+        "device": offer["device"],
+        "wakes": offer["wakes"],
         "objects": [object_id for _, object_id in offer["objects"]],
         "has_fd": [fd >= 0 for fd, _ in offer["objects"]],
     }
@@ -149,7 +152,7 @@ def _check_introduction(identity: Identity, message: dict[str, Any], num_fds: in
     if message.get("transport") != identity.transport:
         raise SetupError(
             f"handshake: {theirs} uses the transport {str(message.get('transport'))[:40]!r}, {identity} uses "
-            f"{identity.transport!r}; this version links ranks on one kind of device only: give both the same device="
+            f"{identity.transport!r}; a rank on a GPU links with ranks on CPUs when it has Config(transport='shm')"
         )
     objects, has_fd = message.get("objects"), message.get("has_fd")
     if not isinstance(objects, list) or len(objects) != _NUM_OBJECTS:
@@ -158,6 +161,9 @@ def _check_introduction(identity: Identity, message: dict[str, Any], num_fds: in
         raise SetupError(f"handshake: {theirs} does not say which memory objects have descriptors")
     if sum(has_fd) != num_fds:
         raise SetupError(f"handshake: expected {sum(has_fd)} file descriptors from {theirs}, got {num_fds}")
+    device, wakes = message.get("device"), message.get("wakes")
+    if not isinstance(device, str) or len(device) > _MAX_DEVICE_CHARS or not isinstance(wakes, bool):
+        raise SetupError(f"handshake: {theirs} does not say where its memory lies")
     numbers = [(message.get("rank"), 32)]
     numbers += [(number, 64) for number in (message.get("life"), message.get("process"), *objects)]
     for number, bits in numbers:
@@ -171,7 +177,8 @@ def _join(
     """Maps the peer's memory; the returned call makes the link live and hands the connection to the watcher."""
     remaining = iter(fds)
     each = [next(remaining) if sent else -1 for sent in message["has_fd"]]
-    native.attach(peer_idx, list(zip(each, message["objects"])), message["process"])
+    objects = list(zip(each, message["objects"]))
+    native.attach(peer_idx, objects, message["process"], message["device"], message["wakes"])
     pid = _credentials(connection)
     return lambda: native.watch(peer_idx, connection.detach(), _pidfd(pid))
 

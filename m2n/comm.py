@@ -73,13 +73,16 @@ class Comm:
         self._counters: dict[str, float] = {"rows_gathered": 0}
         if arrays.is_capturing(self.device):
             raise _C.SetupError("a comm cannot be made while a CUDA graph is captured: make it before")
-        # Ranks on a GPU write into each other's memory there; all others share memory of the host.
-        transport = "cuda" if self.device.startswith("cuda") else "shm"
-        if self.config.transport not in ("auto", transport):
-            raise ValueError(
-                f"config.transport: device {self.device!r} needs 'auto' or {transport!r}, got {self.config.transport!r}"
-            )
-        self._transport = self.device if transport == "cuda" else transport
+        # Ranks on GPUs write into each other's memory there; all others share memory of the host.
+        is_on_gpu = self.device.startswith("cuda")
+        transport: str = self.config.transport
+        if transport == "auto":
+            transport = "cuda" if is_on_gpu else "shm"
+        if transport == "cuda" and not is_on_gpu:
+            raise ValueError(f"config.transport: device {self.device!r} needs 'auto' or 'shm', got 'cuda'")
+        self._transport = transport
+        if is_on_gpu:
+            self._transport = self.device if transport == "cuda" else f"pinned:{self.device}"
         if self.config.faults is not None:
             if self.device != "cpu":
                 raise ValueError(

@@ -68,7 +68,8 @@ def _run_rank(
     """Opens the rank's comm and calls fn; what fails is reported before its peers can notice, and None returned."""
     try:
         comm_type = AttentionComm if role == "attention" else ExpertComm
-        with _own_stream(options["device"]), comm_type(rank, **options) as comm:
+        device = options["device"][role]
+        with _own_stream(device), comm_type(rank, **{**options, "device": device}) as comm:
             if opened is not None:
                 opened.append(comm)
             try:
@@ -102,7 +103,8 @@ def run_ranks(
         placement: default Placement.block(shape.num_experts, experts).
         processes: spawned processes instead of threads of this one.
         timeout: seconds for the whole run.
-        device: of all ranks. On "cuda:0" each rank is a thread with a stream of its own, the current one in fn.
+        device: of all ranks, or a pair (of attention ranks, of expert ranks). On a GPU each rank has a stream of its own,
+            the current one in fn. Where only one of the two is a GPU, `config` needs transport="shm".
 
     Returns:
         fn's results by (role, rank).
@@ -112,7 +114,8 @@ def run_ranks(
     """
     if attention < 1 or experts < 1:
         raise ValueError(f"attention, experts: expected at least 1 of each, got {attention} and {experts}")
-    of_role = dict(zip(("attention", "expert"), fn if isinstance(fn, tuple) else (fn, fn)))
+    roles = ("attention", "expert")
+    of_role = dict(zip(roles, fn if isinstance(fn, tuple) else (fn, fn)))
     ranks = [("expert", rank) for rank in range(experts)] + [("attention", rank) for rank in range(attention)]
     with tempfile.TemporaryDirectory(prefix="m2n-") as store:
         options = {
@@ -121,7 +124,7 @@ def run_ranks(
             "store": store,
             "name": name,
             "max_peers": max_peers,
-            "device": device,
+            "device": dict(zip(roles, device if isinstance(device, tuple) else (device, device))),
             # A job of its own: ranks of an earlier run that failed may still be ending.
             "config": dataclasses.replace(config or Config(), job=f"run_ranks-{secrets.token_hex(8)}"),
         }

@@ -214,7 +214,8 @@ class Config:
         job: separates jobs that use one store; default: M2N_JOB or "default".
         timeout_s: deadline of a verb that is given none, in seconds; no wait is endless.
         connect_timeout_s: deadline for finding and joining all peers, in seconds.
-        transport: "auto", "shm" or "cuda"; must fit the comm's device.
+        transport: where windows lie: "cuda" in the memory of GPUs, "shm" in that of the host, "auto" where the comm's
+            device is. All ranks of a comm need the same; with "shm" ranks on GPUs link with ranks on CPUs.
         arrays: what an expert rank gets its batches as: "torch", "numpy", "cupy", or "auto": torch if it was imported,
             else cupy on a GPU and numpy on the CPU.
         num_sms: on a GPU, the most thread blocks of a verb that moves rows, of 512 or 1,024 threads each. More is

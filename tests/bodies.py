@@ -49,6 +49,26 @@ def pair(workloads: list[list[Any]], **options: Any) -> tuple[Any, Any]:
     )
 
 
+def exchange_on_gpu(comm: m2n.AttentionComm, workloads: list[list[Any]]) -> list[Any]:
+    """Like exchange(), of workloads in numpy and with results in numpy."""
+    import torch
+
+    def on_gpu(workload: Any) -> Any:
+        return type(workload)(*(torch.from_numpy(array).to(comm.device) for array in vars(workload).values()))
+
+    placed = [[on_gpu(workload) for workload in layers] for layers in workloads]
+    results = exchange(comm, placed)
+    torch.cuda.synchronize(comm.device)
+    return [y.cpu().numpy() for y in results]
+
+
+def gpu_expert_that_dies(store: str, shape: m2n.Shape, placement: m2n.Placement) -> None:
+    """Ends its process once a message has come, without an answer."""
+    with m2n.ExpertComm(0, shape, placement, store, config=m2n.Config(arrays="torch"), device="cuda:0") as comm:
+        comm.wait_work(timeout=20.0)
+        os.kill(os.getpid(), 9)
+
+
 def attention_main(rank: int, store: str, shape: m2n.Shape, placement: m2n.Placement, to_do: str) -> None:
     """An attention process of the fault tests."""
     import numpy as np

@@ -41,7 +41,7 @@ int main(int argc, char** argv) {
   const auto transport = m2n::make_transport("shm");
   const auto window = transport->make_window(kObjectBytes, kStrideBytes, kMaxPeers);
   // As if another process had made it: a mapping of its own.
-  const auto peer = transport->attach(window->add_object(1), m2n::process_nonce() + 1);
+  const auto peer = transport->attach(window->add_object(1), {m2n::process_nonce() + 1});
   if (where == "inside") return inside(*window, *peer);
   if (where == "window") touch(end == "front" ? window->data() - 1 : window->data() + window->bytes(), is_write);
   if (where == "peer") touch(end == "front" ? peer->data() - 1 : peer->data() + kObjectBytes, is_write);

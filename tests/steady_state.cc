@@ -101,8 +101,8 @@ class Pair {
     Comm::Offer of_attention = attention_->offer(0, 1), of_expert = expert_->offer(0, 1);
     int ends[2];
     if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) != 0) fail("socketpair");
-    attention_->attach(of_attention.peer_idx, std::move(of_expert.handles), of_expert.process);
-    expert_->attach(of_expert.peer_idx, std::move(of_attention.handles), of_attention.process);
+    attention_->attach(of_attention.peer_idx, std::move(of_expert.handles), of_expert.origin);
+    expert_->attach(of_expert.peer_idx, std::move(of_attention.handles), of_attention.origin);
     attention_->watch(of_attention.peer_idx, ends[0], -1);
     expert_->watch(of_expert.peer_idx, ends[1], -1);
     x_.resize(size_t{shape_.max_tokens} * shape_.hidden);

@@ -24,7 +24,7 @@ struct Hello {
 
 void send_offer(int connection, uint32_t rank, const Comm::Offer& offer) {
   alignas(cmsghdr) char control[CMSG_SPACE(3 * sizeof(int))] = {};
-  Hello hello{offer.process, rank};
+  Hello hello{offer.origin.process, rank};
   iovec data{&hello, sizeof hello};
   msghdr message{};
   message.msg_iov = &data;
@@ -161,7 +161,7 @@ class M2n final : public Contender {
   }
 
   void link(Comm& comm, uint32_t peer_idx, const Hello& hello, std::vector<Handle> handles, int connection) {
-    comm.attach(peer_idx, std::move(handles), hello.process_nonce);
+    comm.attach(peer_idx, std::move(handles), {hello.process_nonce});
     comm.watch(peer_idx, connection, -1);
     peer_idx_of_rank_.at(hello.rank) = peer_idx;
   }

@@ -82,8 +82,8 @@ inline void link(Comm& attention, Comm& expert) {
   if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, connections) != 0) throw std::runtime_error("socketpair");
   Comm::Offer by_attention = attention.offer(expert.rank(), /*life=*/1);
   Comm::Offer by_expert = expert.offer(attention.rank(), /*life=*/1);
-  attention.attach(by_attention.peer_idx, std::move(by_expert.handles), by_expert.process);
-  expert.attach(by_expert.peer_idx, std::move(by_attention.handles), by_attention.process);
+  attention.attach(by_attention.peer_idx, std::move(by_expert.handles), by_expert.origin);
+  expert.attach(by_expert.peer_idx, std::move(by_attention.handles), by_attention.origin);
   attention.watch(by_attention.peer_idx, connections[0], -1);
   expert.watch(by_expert.peer_idx, connections[1], -1);
 }

@@ -49,7 +49,7 @@ struct Hello {
 
 // Sends our offer and receives the peer's.
 std::vector<Handle> exchange(int connection, const Comm::Offer& offer, Hello* peer) {
-  Hello own{offer.process, kShape};
+  Hello own{offer.origin.process, kShape};
   int fds[3];
   alignas(cmsghdr) char control[CMSG_SPACE(sizeof fds)] = {};
   iovec data{&own, sizeof own};
@@ -86,7 +86,7 @@ void connect_to_rank_0(Comm& comm, int connection, pid_t peer_process) {
   Hello hello{};
   std::vector<Handle> handles = exchange(connection, offer, &hello);
   if (hello.shape != kShape) throw std::runtime_error("the two ranks have different shapes");
-  comm.attach(offer.peer_idx, std::move(handles), hello.process);
+  comm.attach(offer.peer_idx, std::move(handles), {hello.process});
   // From here on the peer's end is noticed. The pidfd tells a process that died from one that closed its connection.
   comm.watch(offer.peer_idx, connection, static_cast<int>(syscall(SYS_pidfd_open, peer_process, 0)));
 }

@@ -85,7 +85,7 @@ Comm::Offer Comm::offer(uint32_t peer_rank, uint64_t life) {
   }
   peers_.entries[peer_idx].rank = peer_rank;
   links_[peer_idx].life = life;
-  Offer offer{peer_idx, process_nonce(), {}};
+  Offer offer{peer_idx, transport_->origin(), wakes_peers(), {}};
   offer.handles.push_back(rows_window_->add_object(peer_idx));
   offer.handles.push_back(small_window_->add_object(peer_idx));
   for (uint32_t slot = 0; slot < layout_.num_slots; ++slot) {
@@ -100,7 +100,7 @@ Comm::Offer Comm::offer(uint32_t peer_rank, uint64_t life) {
   return offer;
 }
 
-void Comm::attach(uint32_t peer_idx, std::vector<Handle> handles, uint64_t process) {
+void Comm::attach(uint32_t peer_idx, std::vector<Handle> handles, const Origin& origin, bool wakes) {
   require_usable();
   if (handles.size() != 3) throw Error(Failure::kSetup, "handshake: expected 3 memory objects");
   const Role peer_role = role_ == Role::kExpert ? Role::kAttention : Role::kExpert;
@@ -111,8 +111,9 @@ void Comm::attach(uint32_t peer_idx, std::vector<Handle> handles, uint64_t proce
   for (size_t i = 0; i < handles.size(); ++i) {
     handles[i].bytes = expected[i];                                 // never what the peer says
     const auto& transport = i == 2 ? host_transport_ : transport_;  // the wake word is the host's
-    link.mappings.push_back(transport->attach(std::move(handles[i]), process));
+    link.mappings.push_back(transport->attach(std::move(handles[i]), origin));
   }
+  if (!wakes) exec_.look_often();
   peers_.entries[peer_idx].view = {link.mappings[0]->data(), link.mappings[1]->data(),
                                    reinterpret_cast<WakeWord*>(link.mappings[2]->data())};
 }

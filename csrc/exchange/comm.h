@@ -50,14 +50,15 @@ class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
   // What a peer needs to write here.
   struct Offer {
     uint32_t peer_idx;
-    uint64_t process;
+    Origin origin;
+    bool wakes;                   // does it wake a peer that sleeps? A device cannot
     std::vector<Handle> handles;  // rows, small, wake
   };
 
   Comm(Role role, const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport);
   // Handshake, in this order. Peer indices are never used again.
   Offer offer(uint32_t peer_rank, uint64_t life);
-  void attach(uint32_t peer_idx, std::vector<Handle> handles, uint64_t process);
+  void attach(uint32_t peer_idx, std::vector<Handle> handles, const Origin& origin, bool wakes = true);
   // The link is LIVE from here on. Takes both descriptors; pidfd -1: the peer is in this process or on no pid
   // of ours.
   void watch(uint32_t peer_idx, int connection_fd, int pidfd);
@@ -96,6 +97,8 @@ class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
     std::vector<std::shared_ptr<Mapping>> mappings;
   };
 
+  // Do this rank's verbs wake peers that sleep?
+  virtual bool wakes_peers() const { return true; }
   // A peer has joined, was dropped or given up; one at a time. Not called where the watcher found a loss.
   virtual void peers_changed() {}
 

@@ -60,6 +60,7 @@ class DeviceComm : public Side {
     }
   }
 
+  bool wakes_peers() const override { return false; }
   void peers_changed() override { memory_.update_mirror(); }
 
   // Raises the first trouble that a launch has reported, once.

@@ -1,39 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Memory of one GPU, for ranks of one process: windows are one reserved range of addresses, into which each peer's own
-// allocation is mapped. What no allocation covers is backed by one shared object of zeros.
+// Memory of a GPU: windows are one reserved range of addresses, into which each peer's own allocation is mapped. What
+// no allocation covers is backed by one shared object of zeros. A peer of another process maps its object by a
+// descriptor.
 #include <vector>
 
 #include "core/error.h"
-#include "transport/cuda_api.h"
+#include "transport/cuda_memory.h"
 #include "transport/local.h"
-#include "transport/transport.h"
 
 namespace m2n {
 namespace {
-
-using Allocation = CUmemGenericAllocationHandle;
-
-void check(CUresult result, const char* what) {
-  if (result == CUDA_SUCCESS) return;
-  const char* text = nullptr;
-  cuda_driver().error_string(result, &text);
-  throw Error(Failure::kSetup, std::string("cuda: ") + what + ": " + (text != nullptr ? text : "unknown error"));
-}
-
-CUmemAllocationProp properties(int ordinal) {
-  CUmemAllocationProp properties{};
-  properties.type = CU_MEM_ALLOCATION_TYPE_PINNED;
-  properties.location = {CU_MEM_LOCATION_TYPE_DEVICE, {ordinal}};
-  return properties;
-}
-
-// The size that maps are made of: 2 MiB on all devices so far.
-uint64_t granularity(int ordinal) {
-  const CUmemAllocationProp wanted = properties(ordinal);
-  size_t bytes = 0;
-  check(cuda_driver().granularity(&bytes, &wanted, CU_MEM_ALLOC_GRANULARITY_MINIMUM), "cuMemGetAllocationGranularity");
-  return bytes;
-}
 
 class CudaWindow final : public Window, public std::enable_shared_from_this<CudaWindow> {
  public:
@@ -44,7 +20,7 @@ class CudaWindow final : public Window, public std::enable_shared_from_this<Cuda
         stride_bytes_(stride_bytes),
         max_peers_(max_peers) {
     const OnDevice on_device(ordinal_);
-    check(cuda_driver().address_reserve(&base_, bytes(), piece_bytes_, 0, 0), "cannot reserve addresses");
+    check_driver(cuda_driver().address_reserve(&base_, bytes(), piece_bytes_, 0, 0), "cannot reserve addresses");
     try {
       back_with_zeros();
     } catch (...) {
@@ -67,12 +43,11 @@ class CudaWindow final : public Window, public std::enable_shared_from_this<Cuda
     const OnDevice on_device(ordinal_);
     const CUdeviceptr at = base_ + stride_bytes_ * peer_idx;
     const Allocation object = make(object_bytes_);
-    check(cuda_driver().unmap(at, object_bytes_), "cuMemUnmap");
-    check(cuda_driver().map(at, object_bytes_, 0, object, 0), "cuMemMap");
-    allow(at, object_bytes_, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
+    check_driver(cuda_driver().unmap(at, object_bytes_), "cuMemUnmap");
+    check_driver(cuda_driver().map(at, object_bytes_, 0, object, 0), "cuMemMap");
+    allow_access(ordinal_, at, object_bytes_, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
     zero_now(reinterpret_cast<void*>(at), object_bytes_);
-    Handle handle;
-    handle.bytes = object_bytes_;
+    Handle handle{export_allocation(ordinal_, object), object_bytes_, 0};
     handle.id = add_local_object(weak_from_this(), reinterpret_cast<unsigned char*>(at));
     ids_.push_back(handle.id);
     return handle;
@@ -85,28 +60,19 @@ class CudaWindow final : public Window, public std::enable_shared_from_this<Cuda
 
  private:
   Allocation make(uint64_t num_bytes) {
-    const CUmemAllocationProp wanted = properties(ordinal_);
-    Allocation allocation{};
-    check(cuda_driver().create(&allocation, num_bytes, &wanted, 0), "cannot allocate device memory");
+    const Allocation allocation = make_allocation(ordinal_, num_bytes);
     allocations_.push_back(allocation);
     return allocation;
-  }
-
-  void allow(CUdeviceptr at, uint64_t num_bytes, CUmemAccess_flags flags) {
-    CUmemAccessDesc access{};
-    access.location = {CU_MEM_LOCATION_TYPE_DEVICE, {ordinal_}};
-    access.flags = flags;
-    check(cuda_driver().set_access(at, num_bytes, &access, 1), "cuMemSetAccess");
   }
 
   void back_with_zeros() {
     const Allocation zeros = make(piece_bytes_);
     for (; mapped_bytes_ < bytes(); mapped_bytes_ += piece_bytes_) {
-      check(cuda_driver().map(base_ + mapped_bytes_, piece_bytes_, 0, zeros, 0), "cuMemMap");
+      check_driver(cuda_driver().map(base_ + mapped_bytes_, piece_bytes_, 0, zeros, 0), "cuMemMap");
     }
-    allow(base_, piece_bytes_, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
+    allow_access(ordinal_, base_, piece_bytes_, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
     zero_now(data(), piece_bytes_);
-    allow(base_, bytes(), CU_MEM_ACCESS_FLAGS_PROT_READ);
+    allow_access(ordinal_, base_, bytes(), CU_MEM_ACCESS_FLAGS_PROT_READ);
   }
 
   void free_all() {
@@ -127,10 +93,48 @@ class CudaWindow final : public Window, public std::enable_shared_from_this<Cuda
   std::vector<uint64_t> ids_;
 };
 
+// An object of another process. Its memory outlives the process that made it: nothing faults here when that dies.
+class CudaMapping final : public Mapping {
+ public:
+  CudaMapping(int ordinal, int fd, uint64_t bytes, uint64_t piece_bytes) : ordinal_(ordinal), bytes_(bytes) {
+    const OnDevice on_device(ordinal_);
+    const Allocation object = import_allocation(fd);
+    CUresult result = cuda_driver().address_reserve(&base_, bytes_, piece_bytes, 0, 0);
+    if (result == CUDA_SUCCESS) {
+      result = cuda_driver().map(base_, bytes_, 0, object, 0);
+      is_mapped_ = result == CUDA_SUCCESS;
+    }
+    cuda_driver().release(object);  // the mapping keeps it
+    try {
+      check_driver(result, "cannot map the peer's memory; both sides must run the same version and shape");
+      allow_access(ordinal_, base_, bytes_, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
+    } catch (...) {
+      free_all();
+      throw;
+    }
+  }
+  ~CudaMapping() override {
+    if (fork_count_ == fork_count()) free_all();  // a forked child has no devices
+  }
+  unsigned char* data() const override { return reinterpret_cast<unsigned char*>(base_); }
+
+ private:
+  void free_all() {
+    if (is_mapped_) cuda_driver().unmap(base_, bytes_);
+    if (base_ != 0) cuda_driver().address_free(base_, bytes_);
+  }
+
+  const uint32_t fork_count_ = fork_count();
+  int ordinal_;
+  uint64_t bytes_;
+  CUdeviceptr base_ = 0;
+  bool is_mapped_ = false;
+};
+
 class CudaTransport final : public Transport {
  public:
   explicit CudaTransport(const std::string& device)
-      : ordinal_(cuda_ordinal(device)), page_bytes_(granularity_of(ordinal_)) {}
+      : ordinal_(cuda_ordinal(device)), page_bytes_(map_granularity(ordinal_)), uuid_(device_uuid(ordinal_)) {}
 
   uint64_t page_bytes() const override { return page_bytes_; }
   std::shared_ptr<void> make_words(uint64_t bytes) override { return make_pinned(ordinal_, bytes); }
@@ -139,19 +143,26 @@ class CudaTransport final : public Transport {
     return std::make_shared<CudaWindow>(ordinal_, page_bytes_, object_bytes, stride_bytes, max_peers);
   }
 
-  std::shared_ptr<Mapping> attach(Handle handle, uint64_t process) override {
-    if (process == process_nonce()) return map_local_object(handle.id);
-    throw Error(Failure::kSetup, "cuda: the peer is another process; this version links GPU ranks of one process only");
+  Origin origin() const override { return {process_nonce(), uuid_}; }
+
+  std::shared_ptr<Mapping> attach(Handle handle, const Origin& origin) override {
+    const int maker = reachable_device(ordinal_, origin.device);
+    if (origin.process != process_nonce()) {
+      return std::make_shared<CudaMapping>(ordinal_, handle.fd.get(), handle.bytes, page_bytes_);
+    }
+    auto mapping = map_local_object(handle.id);
+    if (maker != ordinal_) {
+      const OnDevice on_device(ordinal_);
+      const auto at = reinterpret_cast<CUdeviceptr>(mapping->data());
+      allow_access(ordinal_, at, handle.bytes, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
+    }
+    return mapping;
   }
 
  private:
-  static uint64_t granularity_of(int ordinal) {
-    const OnDevice on_device(ordinal);
-    return granularity(ordinal);
-  }
-
   int ordinal_;
   uint64_t page_bytes_;
+  std::string uuid_;
 };
 
 }  // namespace

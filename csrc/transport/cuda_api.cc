@@ -35,6 +35,9 @@ CudaDriver load_driver() {
   look_up("cuMemUnmap", driver.unmap);
   look_up("cuMemSetAccess", driver.set_access);
   look_up("cuMemGetAllocationGranularity", driver.granularity);
+  look_up("cuMemExportToShareableHandle", driver.export_handle);
+  look_up("cuMemImportFromShareableHandle", driver.import_handle);
+  look_up("cuDeviceGetAttribute", driver.device_attribute);
   look_up("cuGetErrorString", driver.error_string);
   return driver;
 }

@@ -48,6 +48,9 @@ struct CudaDriver {
   decltype(&::cuMemUnmap) unmap;
   decltype(&::cuMemSetAccess) set_access;
   decltype(&::cuMemGetAllocationGranularity) granularity;
+  decltype(&::cuMemExportToShareableHandle) export_handle;
+  decltype(&::cuMemImportFromShareableHandle) import_handle;
+  decltype(&::cuDeviceGetAttribute) device_attribute;
   decltype(&::cuGetErrorString) error_string;
 };
 const CudaDriver& cuda_driver();

@@ -208,8 +208,9 @@ class FaultyTransport final : public Transport {
   std::shared_ptr<Window> make_window(uint64_t object_bytes, uint64_t stride_bytes, uint32_t max_peers) override {
     return inner_->make_window(object_bytes, stride_bytes, max_peers);
   }
-  std::shared_ptr<Mapping> attach(Handle handle, uint64_t process) override {
-    return inner_->attach(std::move(handle), process);
+  Origin origin() const override { return inner_->origin(); }
+  std::shared_ptr<Mapping> attach(Handle handle, const Origin& origin) override {
+    return inner_->attach(std::move(handle), origin);
   }
   std::unique_ptr<SignalRelay> make_relay(uint64_t stream) override {
     return std::make_unique<DelayedSignals>(faults_, stream);

@@ -47,6 +47,9 @@ class HostExec {
   SignalRelay* relay() const { return relay_; }  // nullptr: signals are stored here and now
   void wake(WakeWord* wake) { wake_waiters(wake, futex_wake_all); }
 
+  // Some peer wakes nobody: from now on a sleep is short.
+  void look_often() { store_relaxed(&is_woken_by_all_, 0u); }
+
   // Looks at ready() for a few microseconds.
   template <class Ready>
   bool spin(Ready&& ready) {
@@ -73,13 +76,16 @@ class HostExec {
       last_ns = yielded_ns;
       store_relaxed(&is_shared_, uint32_t{num_given != 0});
     }
+    const bool is_woken = load_relaxed(&is_woken_by_all_) != 0;
+    int64_t most_ns = is_woken ? kSleepNs : kFirstSliceNs;
     while (now_ns() < deadline_ns) {
-      const auto sleep = [deadline_ns](const uint32_t* word, uint32_t seen) {
-        const int64_t left_ns = std::clamp<int64_t>(deadline_ns - m2n::now_ns(), 0, kSleepNs);
+      const auto sleep = [deadline_ns, most_ns](const uint32_t* word, uint32_t seen) {
+        const int64_t left_ns = std::clamp<int64_t>(deadline_ns - m2n::now_ns(), 0, most_ns);
         const timespec slice{left_ns / 1'000'000'000LL, left_ns % 1'000'000'000LL};
         syscall(SYS_futex, word, FUTEX_WAIT, seen, &slice, nullptr, 0);
       };
       if (sleep_once(own_wake_, ready, sleep)) return WaitResult::kReady;
+      if (!is_woken) most_ns = std::min(2 * most_ns, kLongestSliceNs);
       if (on_sleep != nullptr) on_sleep();
     }
     return ready() ? WaitResult::kReady : WaitResult::kTimeout;
@@ -98,6 +104,9 @@ class HostExec {
   static constexpr int kGiven = 64;
   // Every sleep looks again after this long: a wake that was lost all the same costs time, not a hang.
   static constexpr int64_t kSleepNs = 100'000'000;
+  // With a peer that wakes nobody: the first sleep of a wait, doubled from one to the next.
+  static constexpr int64_t kFirstSliceNs = 50'000;
+  static constexpr int64_t kLongestSliceNs = 10'000'000;
 
   static void relax() {
 #if defined(__x86_64__)
@@ -109,6 +118,7 @@ class HostExec {
 
   WakeWord* own_wake_;
   SignalRelay* relay_;
+  uint32_t is_woken_by_all_ = 1;
   uint32_t is_shared_ = 0;  // did somebody else run on this core during the last wait? Any thread writes it
 };
 

@@ -158,8 +158,8 @@ class ShmTransport final : public Transport {
     return std::make_shared<ShmWindow>(object_bytes, stride_bytes, max_peers);
   }
 
-  std::shared_ptr<Mapping> attach(Handle handle, uint64_t process) override {
-    if (process == process_nonce()) return map_local_object(handle.id);
+  std::shared_ptr<Mapping> attach(Handle handle, const Origin& origin) override {
+    if (origin.process == process_nonce()) return map_local_object(handle.id);
     return std::make_shared<ShmMapping>(handle.fd.get(), handle.bytes);
   }
 };

@@ -21,6 +21,7 @@ std::unique_ptr<Transport> make_shm_transport();
 std::unique_ptr<Transport> make_faulty_transport(const std::string& name);
 #if M2N_HAS_CUDA
 std::unique_ptr<Transport> make_cuda_transport(const std::string& device);
+std::unique_ptr<Transport> make_pinned_transport(const std::string& device);
 #else
 std::string why_no_cuda() { return "not compiled in: no CUDA compiler was found at build time, or M2N_CUDA=OFF"; }
 #endif
@@ -30,10 +31,13 @@ std::unique_ptr<Transport> make_transport(const std::string& name) {
   if (name.rfind("faulty", 0) == 0) return make_faulty_transport(name);
 #if M2N_HAS_CUDA
   if (name.rfind("cuda", 0) == 0) return make_cuda_transport(name);
-  throw Error(Failure::kSetup, "transport: '" + name + "' is not known to this build; known: shm, faulty, cuda");
-#else
+  if (name.rfind("pinned:", 0) == 0) return make_pinned_transport(name.substr(7));
   throw Error(Failure::kSetup,
-              "transport: '" + name + "' is not known to this build; known: shm, faulty; cuda is " + why_no_cuda());
+              "transport: '" + name + "' is not known to this build; known: shm, faulty, cuda, pinned");
+#else
+  throw Error(
+      Failure::kSetup,
+      "transport: '" + name + "' is not known to this build; known: shm, faulty; cuda and pinned are " + why_no_cuda());
 #endif
 }
 

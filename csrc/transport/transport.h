@@ -43,6 +43,15 @@ struct Handle {
   uint64_t id = 0;     // key of the object inside the process that made it
 };
 
+// A random number that tells this process from every other one, made anew after fork.
+uint64_t process_nonce();
+
+// Who made an object, in the words of its maker.
+struct Origin {
+  uint64_t process = 0;     // the maker's process_nonce(): inside one process both sides share one mapping
+  std::string device = "";  // what transports of devices tell theirs apart by
+};
+
 // Somebody else's memory, writable here while this lives.
 class Mapping {
  public:
@@ -86,8 +95,8 @@ class Transport {
   virtual std::shared_ptr<void> make_words(uint64_t bytes) = 0;
   // `object_bytes` and `stride_bytes` are rounded up to whole pages by the caller.
   virtual std::shared_ptr<Window> make_window(uint64_t object_bytes, uint64_t stride_bytes, uint32_t max_peers) = 0;
-  // `process` is the maker's process_nonce(): inside one process both sides share one mapping.
-  virtual std::shared_ptr<Mapping> attach(Handle handle, uint64_t process) = 0;
+  virtual Origin origin() const { return {process_nonce()}; }
+  virtual std::shared_ptr<Mapping> attach(Handle handle, const Origin& origin) = 0;
   // What a rank's signals go through; nullptr: the rank stores them itself. Random choices are those of `stream`.
   virtual std::unique_ptr<SignalRelay> make_relay(uint64_t /*stream*/) { return nullptr; }
 };
@@ -102,9 +111,6 @@ std::vector<int64_t> fault_delays(const std::string& name, uint64_t stream, uint
 
 // Why GPU ranks cannot run here, in words; "" when they can.
 std::string why_no_cuda();
-
-// A random number that tells this process from every other one, made anew after fork.
-uint64_t process_nonce();
 
 // Counts forks between the first ancestor that used this library and this process: objects of another count
 // belong to a parent and must not be used.

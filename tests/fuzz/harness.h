@@ -72,11 +72,11 @@ class FakePeer {
     m2n::Comm::Offer offer = comm.offer(rank, 1);
     idx_ = offer.peer_idx;
     for (m2n::Handle& handle : offer.handles) {
-      mappings_.push_back(m2n::make_transport("shm")->attach(std::move(handle), offer.process));
+      mappings_.push_back(m2n::make_transport("shm")->attach(std::move(handle), offer.origin));
     }
     std::vector<m2n::Handle> handles(desk.ids.size());  // inside one process only the ids are looked at
     for (size_t i = 0; i < handles.size(); ++i) handles[i].id = desk.ids[i];
-    comm.attach(idx_, std::move(handles), m2n::process_nonce());
+    comm.attach(idx_, std::move(handles), {m2n::process_nonce()});
     int ends[2];
     require(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) == 0, "socketpair");
     connection_ = ends[0];
