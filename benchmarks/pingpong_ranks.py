@@ -82,6 +82,9 @@ class _EchoExperts:
     def combine(self, microbatch: int) -> torch.Tensor:
         return self._x.pop(microbatch)
 
+    def check(self) -> None:
+        pass
+
 
 def time_attention(kept: Kept, run: RunConfig, seconds: float, pause_s: float) -> tuple[list[float], list[float]]:
     """The attention side alone, one microbatch of run.max_batch sequences, for at least so long.
@@ -138,7 +141,7 @@ def time_experts(kept: Kept, run: RunConfig, seconds: float, pause_s: float) -> 
             if pause_s:
                 time.sleep(pause_s)
             began = time.perf_counter()
-            weights.outputs(number % config.num_layers, x_RH, rows_P, offsets)
+            weights.outputs(number % config.num_layers, x_RH, offsets, rows_P)
             times.append(time.perf_counter() - began)
     return times[16:]
 

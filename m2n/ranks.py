@@ -103,8 +103,8 @@ def run_ranks(
         placement: default Placement.block(shape.num_experts, experts).
         processes: spawned processes instead of threads of this one.
         timeout: seconds for the whole run.
-        device: of all ranks, or a pair (of attention ranks, of expert ranks). On a GPU each rank has a stream of its own,
-            the current one in fn. Where only one of the two is a GPU, `config` needs transport="shm".
+        device: of all ranks, or a pair (of attention ranks, of expert ranks). On a GPU each rank has a stream of its
+            own, the current one in fn. Where only one of the two is a GPU, `config` needs transport="shm".
 
     Returns:
         fn's results by (role, rank).

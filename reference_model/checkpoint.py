@@ -32,12 +32,14 @@ class TensorEntry:
 class Checkpoint:
     """The tensors of one directory by name. Only headers are read here; `tensor` reads one tensor, on demand.
 
+    device: where the tensors that are read come to lie.
+
     Raises CheckpointError, naming file and tensor, for files that are missing, truncated or contradict their
     index.
     """
 
-    def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
+    def __init__(self, directory: str | Path, device: str = "cpu") -> None:
+        self.directory, self.device = Path(directory), device
         if not self.directory.is_dir():
             raise CheckpointError(f"no checkpoint directory {self.directory}")
         self.entries: dict[str, TensorEntry] = {}
@@ -72,11 +74,11 @@ class Checkpoint:
 
     def tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """Read one tensor, converted to dtype."""
-        return self._file(name).get_tensor(name).to(dtype)
+        return self._file(name).get_tensor(name).to(self.device, dtype)
 
     def part(self, name: str, idx: int, dtype: torch.dtype) -> torch.Tensor:
         """Read element idx along the first dimension (one expert of a fused tensor), converted to dtype."""
-        return self._file(name).get_slice(name)[idx].to(dtype).contiguous()
+        return self._file(name).get_slice(name)[idx].to(self.device, dtype).contiguous()
 
     def _file(self, name: str) -> Any:
         from safetensors import safe_open

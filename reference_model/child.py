@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A rank as a child process of the launcher: the job comes in on standard input, events go out on a pipe.
+"""Ranks as a child process of the launcher: the job comes in on standard input, events go out on a pipe.
 
-Standard input stays open as long as the launcher lives; its end means that the launcher is gone, however
-that came about.
+A rank is a thread; most children have one. Standard input stays open as long as the launcher lives; its end means that
+the launcher is gone, however that came about.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import m2n
@@ -30,28 +32,59 @@ def _exit_with_launcher() -> None:
 
 
 def main() -> int:
-    """Run one rank; exit status 0, 2 for bad input and 1 for any other error."""
+    """Run the ranks of the job; exit status 0, 2 for bad input and 1 for any other error."""
     # Ctrl-C reaches the whole terminal group; the launcher alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     events = os.fdopen(int(sys.argv[1]), "w", encoding="utf-8")
     job = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_exit_with_launcher, daemon=True).start()
+    # Ranks on one GPU are streams that wait for each other: none may stand behind another one in a queue, and no kernel
+    # may be loaded while one spins.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
+    lock = threading.Lock()
+    statuses: queue.Queue[int] = queue.Queue()
+    # Nobody may wait on a GPU while another one's kernels run for the first time.
+    all_loaded = threading.Barrier(len(job["ranks"]))
 
-    def emit(event: dict[str, Any]) -> None:
-        events.write(json.dumps(event) + "\n")
-        events.flush()
+    def run_one(role: str, rank: int, prompts: dict[str, list[int]]) -> None:
+        def emit(event: dict[str, Any]) -> None:
+            with lock:
+                events.write(json.dumps({**event, "role": role, "rank": rank}) + "\n")
+                events.flush()
 
+        statuses.put(_run_one(job, role, rank, prompts, emit, all_loaded))
+
+    threads = [threading.Thread(target=run_one, kwargs=about, daemon=True) for about in job["ranks"]]
+    for thread in threads:
+        thread.start()
+    for _ in threads:
+        status = statuses.get()
+        if status != 0:
+            return status  # the launcher ends this process, and the other threads with it
+    return 0
+
+
+def _run_one(
+    job: dict[str, Any],
+    role: str,
+    rank: int,
+    prompts: dict[str, list[int]],
+    emit: Callable[[dict[str, Any]], None],
+    all_loaded: threading.Barrier,
+) -> int:
     try:
         run = RunConfig(**job["run"])
         run.check_model(ModelConfig.from_directory(run.checkpoint))
         from .worker import run_rank  # torch takes seconds to load: bad input need not wait for it
 
-        prompts = {int(idx): token_ids for idx, token_ids in job["prompts"].items()}
-        run_rank(run, job["role"], job["rank"], prompts, job["store"], emit)
+        numbered = {int(idx): token_ids for idx, token_ids in prompts.items()}
+        run_rank(run, role, rank, numbered, job["store"], emit, meet=all_loaded.wait)
     except Exception as error:  # every kind of failure must reach the launcher as this rank's error
         is_input = isinstance(error, InputError)
-        if not is_input and not isinstance(error, m2n.Error):
+        if not is_input and not isinstance(error, (m2n.Error, threading.BrokenBarrierError)):
             traceback.print_exc()
         emit({"event": "error", "kind": type(error).__name__, "text": str(error), "is_input": is_input})
+        all_loaded.abort()
         return 2 if is_input else 1
     return 0

@@ -11,7 +11,7 @@ from . import trace
 from .experts import Experts
 from .model import Decoder, KVCache, Microbatch, Span
 from .routes import RouteRecorder
-from .sampling import Sampler, SamplingConfig
+from .sampling import Sampler, SamplingConfig, draw
 from .schedule import ATTEND, BEGIN, COMBINE, DISPATCH, END, POLL, WAIT, Action, attention_schedule
 from .scheduler import Piece, Scheduler, Sequence
 from .trace import Tracer
@@ -93,7 +93,7 @@ class AttentionEngine:
         began = self.tracer.now()
         for sequence in self.scheduler.admit():
             num_positions = min(self.decoder.config.context, len(sequence.prompt_ids) + sequence.max_new_tokens)
-            sequence.cache = KVCache(self.decoder.config, num_positions, self.decoder.dtype)
+            sequence.cache = KVCache(self.decoder.config, num_positions, self.decoder.dtype, self.decoder.device)
             sequence.sampler = Sampler(self.sampling, sequence.idx)
         pieces = self.scheduler.begin(action.microbatch)
         if not pieces and not (self.sends_empty and self.scheduler.has_work):
@@ -146,21 +146,22 @@ class AttentionEngine:
         step = self._steps.pop(action.microbatch)
         self.scheduler.end(action.microbatch)
         completed = [piece.sequence for piece in step.pieces if piece.completes]
+        samplers = [sequence.sampler for sequence in completed if sequence.sampler is not None]
+        token_ids = draw(samplers, self.decoder.logits(step.batch)) if completed else []
+        self.experts.check()
         for piece in step.pieces:
             piece.sequence.num_computed += piece.num_tokens
-        drawn: list[NewToken] = []
-        for sequence, logits_V in zip(completed, self.decoder.logits(step.batch) if completed else ()):
-            assert sequence.sampler is not None
-            token_id = sequence.sampler.next_token(logits_V)
+        new_tokens: list[NewToken] = []
+        for sequence, token_id in zip(completed, token_ids):
             sequence.output_ids.append(token_id)
             finish = self._finish(sequence, token_id)
             if finish is not None:
                 self.scheduler.leave(sequence)
-            drawn.append(NewToken(sequence.idx, token_id, finish))
+            new_tokens.append(NewToken(sequence.idx, token_id, finish))
         self.num_steps += 1
         self.num_tokens += step.batch.num_tokens
         self.tracer.add(trace.SAMPLE, began, action.step, -1, action.microbatch)
-        return drawn
+        return new_tokens
 
     def _finish(self, sequence: Sequence, token_id: int) -> str | None:
         if not self.ignore_eos and token_id in self.decoder.config.eos_token_ids:

@@ -33,6 +33,9 @@ class Experts(Protocol):
     def combine(self, microbatch: int) -> torch.Tensor:
         """The weighted sum over each token's experts [T, H]; frees the microbatch for its next dispatch."""
 
+    def check(self) -> None:
+        """Raise what has gone wrong where nobody was told; the host has just waited for all that was computed."""
+
 
 class ExpertWeights:
     """The weights of some experts for all layers; expert_ids are global, in the order of the outputs."""
@@ -45,7 +48,7 @@ class ExpertWeights:
         expert_ids: Sequence[int],
         dtype: torch.dtype,
     ) -> None:
-        self.config, self.dtype, self.expert_ids = config, dtype, list(expert_ids)
+        self.config, self.dtype, self.device, self.expert_ids = config, dtype, checkpoint.device, list(expert_ids)
         self._by_layer: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for layer, has_experts in enumerate(config.moe_layers):
             if has_experts:
@@ -56,13 +59,19 @@ class ExpertWeights:
         gate_up, down = self._by_layer[layer][local_idx]
         return gated_ffn(x_TH, gate_up, down, self.config.hidden_act)
 
-    def outputs(self, layer: int, x_RH: torch.Tensor, rows_P: torch.Tensor, offsets: Sequence[int]) -> torch.Tensor:
-        """One output row per (row, expert) [P, H], expert-major: offsets[i] : offsets[i + 1] is expert i."""
-        y_PH = torch.empty((rows_P.shape[0], self.config.hidden), dtype=self.dtype)
+    def outputs(
+        self, layer: int, x: torch.Tensor, offsets: Sequence[int], rows_P: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One output row per (row, expert) [P, H], expert-major: offsets[i] : offsets[i + 1] is expert i.
+
+        x: [P, H], gathered in that order; or with rows_P rows [R, H] anywhere, of which it names those to take.
+        """
+        y_PH = torch.empty((offsets[-1], self.config.hidden), dtype=self.dtype, device=self.device)
         for local_idx in range(len(self.expert_ids)):
             first, last = offsets[local_idx], offsets[local_idx + 1]
             if first < last:
-                y_PH[first:last] = self.run(layer, local_idx, x_RH[rows_P[first:last]])
+                mine = x[first:last] if rows_P is None else x[rows_P[first:last]]
+                y_PH[first:last] = self.run(layer, local_idx, mine)
         return y_PH
 
 
@@ -110,37 +119,49 @@ class LocalExperts:
     def combine(self, microbatch: int) -> torch.Tensor:
         return self._answers.pop(microbatch)
 
+    def check(self) -> None:
+        pass
+
+    def _run(self, layer: int, expert_id: int, x_RH: torch.Tensor) -> torch.Tensor:
+        """There and back, where the experts' weights lie on another device."""
+        local_idx = self.weights.expert_ids.index(expert_id)
+        return self.weights.run(layer, local_idx, x_RH.to(self.weights.device)).to(x_RH.device)
+
     def _per_expert(
         self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, layer: int
     ) -> torch.Tensor:
-        total_TH = torch.zeros(x_TH.shape, dtype=torch.float32)
+        total_TH = torch.zeros_like(x_TH, dtype=torch.float32)
         for group in self.groups:
-            partial_TH = torch.zeros(x_TH.shape, dtype=torch.float32)
+            partial_TH = torch.zeros_like(x_TH, dtype=torch.float32)
             for expert_id in group:
                 rows, k_idx = torch.where(ids_TK == expert_id)
                 if rows.numel():
-                    y = self.weights.run(layer, self.weights.expert_ids.index(expert_id), x_TH[rows])
+                    y = self._run(layer, expert_id, x_TH[rows])
                     partial_TH[rows] += weights_TK[rows, k_idx, None] * y.to(torch.float32)
             total_TH += partial_TH.to(x_TH.dtype).to(torch.float32)
         return total_TH.to(x_TH.dtype)
 
     def _per_pair(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, layer: int) -> torch.Tensor:
-        y_TKH = torch.zeros((*ids_TK.shape, x_TH.shape[1]), dtype=x_TH.dtype)
-        for local_idx, expert_id in enumerate(self.weights.expert_ids):
+        y_TKH = x_TH.new_zeros((*ids_TK.shape, x_TH.shape[1]))
+        for expert_id in self.weights.expert_ids:
             rows, k_idx = torch.where(ids_TK == expert_id)
             if rows.numel():
-                y_TKH[rows, k_idx] = self.weights.run(layer, local_idx, x_TH[rows])
-        total_TH = torch.zeros(x_TH.shape, dtype=torch.float32)
+                y_TKH[rows, k_idx] = self._run(layer, expert_id, x_TH[rows])
+        total_TH = torch.zeros_like(x_TH, dtype=torch.float32)
         for k in range(ids_TK.shape[1]):
             total_TH += weights_TK[:, k, None] * y_TKH[:, k].to(torch.float32)
         return total_TH.to(x_TH.dtype)
 
 
 class RemoteExperts:
-    """The experts of other ranks, reached through an m2n.AttentionComm."""
+    """The experts of other ranks, reached through an m2n.AttentionComm.
 
-    def __init__(self, comm: m2n.AttentionComm, timeout_s: float) -> None:
-        self.comm, self.timeout_s = comm, timeout_s
+    is_launched: its verbs are launches on a device, which wait there in the order of the stream. The host asks for
+    nothing then: to look whether an answer has come, it would have to wait for what it has launched before.
+    """
+
+    def __init__(self, comm: m2n.AttentionComm, timeout_s: float, is_launched: bool = False) -> None:
+        self.comm, self.timeout_s, self.is_launched = comm, timeout_s, is_launched
 
     def route(self, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> m2n.Route:
         return self.comm.route(ids_TK, weights_TK)
@@ -148,6 +169,8 @@ class RemoteExperts:
     def dispatch(self, x_TH: torch.Tensor, route: m2n.Route, layer: int, microbatch: int) -> tuple[int, int]:
         # x is borrowed by m2n until combine_recv; it holds the tensor.
         self.comm.dispatch_send(x_TH, route, microbatch=microbatch, layer=layer)
+        if self.is_launched:
+            return 0, 0  # how many rows there are is known on the device only
         row_bytes = x_TH.shape[1] * x_TH.element_size()
         num_replies = route.num_rows
         if self.comm.shape.reduce_at == "attention":
@@ -155,6 +178,8 @@ class RemoteExperts:
         return route.num_rows * row_bytes, num_replies * row_bytes
 
     def ready(self, microbatches: Sequence[int]) -> int | None:
+        if self.is_launched:
+            return microbatches[0]  # the one that has waited longest, the order of the paper
         return next((microbatch for microbatch in microbatches if self.comm.ready(microbatch)), None)
 
     def wait_ready(self, microbatches: Sequence[int]) -> int:
@@ -163,6 +188,11 @@ class RemoteExperts:
         return microbatches[0] if microbatch is None else microbatch
 
     def combine(self, microbatch: int) -> torch.Tensor:
-        # It was ready, or has been waited for as long as anybody should.
-        y_TH: torch.Tensor = self.comm.combine_recv(microbatch=microbatch, timeout=0.0)
+        # On the CPU it was ready, or has been waited for as long as anybody should.
+        timeout_s = None if self.is_launched else 0.0
+        y_TH: torch.Tensor = self.comm.combine_recv(microbatch=microbatch, timeout=timeout_s)
         return y_TH
+
+    def check(self) -> None:
+        if self.is_launched:  # a launch raises nothing: rows that are missing are NaN
+            self.comm.check()

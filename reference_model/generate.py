@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="imitate a slow network: hold every signal back so long",
     )
     ranks.add_argument("--jitter-us", type=float, default=0.0, metavar="US", help="and up to so much longer, by --seed")
+    _add_devices(ranks)
     model = parser.add_argument_group("model and prompts")
     model.add_argument(
         "--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, metavar="DIR",
@@ -95,6 +96,22 @@ def build_parser() -> argparse.ArgumentParser:
         "--timeout", type=float, default=120.0, metavar="S", help="longest wait for a peer, default 120"
     )
     return parser
+
+
+def _add_devices(ranks: Any) -> None:
+    ranks.add_argument(
+        "--device", default="cpu", metavar="DEVICE",
+        help="cpu (default), cuda, cuda:N, or emulated: the launches of a GPU on CPU threads, to test without one",
+    )  # fmt: skip
+    for role in ("attention", "expert"):
+        ranks.add_argument(f"--{role}-device", metavar="DEVICE", help=f"of {role} ranks (default: --device)")
+        ranks.add_argument(
+            f"--{role}-threads", type=int, metavar="T",
+            help=f"torch's threads on each {role} rank (default: all ranks share the cores evenly)",
+        )  # fmt: skip
+    ranks.add_argument(
+        "--one-process", action="store_true", help="ranks are threads of one process; on one GPU they always are"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,6 +160,7 @@ def _generate(args: argparse.Namespace) -> int:
     # Everything that can be wrong with the input is found here, before any rank is started.
     config = ModelConfig.from_directory(run.checkpoint)
     run.check_model(config)
+    run.check_machine()
     check(Checkpoint(run.checkpoint), config)
     tokenizer = Tokenizer(run.checkpoint)
     prompts = [tokenizer.encode(text) for text in texts]
@@ -172,6 +190,7 @@ def _run_config(args: argparse.Namespace) -> RunConfig:
     from .run_config import RunConfig
 
     num_ranks = max(1, args.attention_ranks + args.expert_ranks)
+    share = max(1, len(os.sched_getaffinity(0)) // num_ranks)
     run = RunConfig(
         checkpoint=str(args.checkpoint),
         attention_ranks=args.attention_ranks,
@@ -191,7 +210,11 @@ def _run_config(args: argparse.Namespace) -> RunConfig:
         jitter_us=args.jitter_us,
         record_routes=args.record_routes is not None,
         timeout_s=args.timeout,
-        num_threads=max(1, len(os.sched_getaffinity(0)) // num_ranks),
+        attention_device=args.attention_device or args.device,
+        expert_device=args.expert_device or args.device,
+        attention_threads=share if args.attention_threads is None else args.attention_threads,
+        expert_threads=share if args.expert_threads is None else args.expert_threads,
+        one_process=args.one_process,
     )
     _ = run.sampling  # refuses temperature, top-p and seed out of range
     return run
@@ -214,6 +237,7 @@ def _report(args: argparse.Namespace, result: RunResult, tokenizer: Tokenizer, t
     """Print the numbers, write the files, verify; returns the exit status."""
     from .config import ModelConfig
     from .display import Display
+    from .result import SETTINGS
     from .timeline import draw_timeline, write_trace
 
     display = Display(tokenizer, texts, result.prompts, result.run.max_new_tokens)
@@ -228,7 +252,7 @@ def _report(args: argparse.Namespace, result: RunResult, tokenizer: Tokenizer, t
         num_routes = result.write_routes(str(args.record_routes), config)
         display.lines([f"{num_routes} routes written to {args.record_routes}"])
     if args.trace is not None:
-        write_trace(args.trace, result.traces)
+        write_trace(args.trace, result.traces, {name: summary[name] for name in SETTINGS})
         display.lines([f"trace written to {args.trace}: open it in ui.perfetto.dev"])
     if args.timeline is not None:
         draw_timeline(args.timeline, result.traces, result.run.microbatches)

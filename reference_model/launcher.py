@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launcher: starts every rank of a run as a direct child, passes on their events, ends them all."""
+"""Launcher: starts the ranks of a run as direct children, passes on their events, ends them all."""
 
 from __future__ import annotations
 
@@ -47,13 +47,14 @@ class Interrupted(BaseException):
 
 
 class _Child:
-    """One rank's process, with a thread each for its events and its standard error."""
+    """The process of one rank, or of all, with a thread each for its events and its standard error."""
 
-    def __init__(self, role: str, rank: int, job: dict[str, Any], events: queue.Queue[tuple[_Child, Any]]) -> None:
-        self.role, self.rank = role, rank
-        self.name = f"{role} rank {rank}"
+    def __init__(self, job: dict[str, Any], events: queue.Queue[tuple[_Child, Any]]) -> None:
+        first, *others = job["ranks"]
+        self.role, self.rank = first["role"], first["rank"]
+        self.name = "the process of all ranks" if others else f"{self.role} rank {self.rank}"
         self.error: dict[str, Any] | None = None
-        self.is_done = False
+        self.num_left = 1 + len(others)  # ranks that are not done
         self.last_lines: deque[str] = deque(maxlen=_STDERR_LINES)
         read_fd, write_fd = os.pipe()
         try:
@@ -96,21 +97,30 @@ class _Child:
         for line in self.process.stderr:
             text = line.decode("utf-8", "replace").rstrip()
             self.last_lines.append(text)
-            events.put((self, {"event": "stderr", "text": text}))
+            events.put((self, {"event": "stderr", "role": self.role, "rank": self.rank, "text": text}))
 
     def failure(self) -> str:
-        """What this rank died of."""
+        """What this process died of."""
         status = self.process.returncode
         if self.error is not None:
-            return f"{self.name} failed: {self.error['kind']}: {self.error['text']}"
+            return f"{self.failed_rank} failed: {self.error['kind']}: {self.error['text']}"
         if status is not None and status < 0:
             return f"{self.name} was killed by {signal.Signals(-status).name}"
         said = "".join(f"\n  {line}" for line in self.last_lines)
         return f"{self.name} ended with status {status}{said}"
 
+    @property
+    def failed_rank(self) -> str:
+        return self.name if self.error is None else f"{self.error['role']} rank {self.error['rank']}"
+
+    def fail(self, error: dict[str, Any]) -> None:
+        """Of several ranks the first that failed of itself counts."""
+        if self.error is None or self.is_consequence():
+            self.error = error
+
     def is_consequence(self) -> bool:
         """Did it only notice that another rank is gone?"""
-        return self.error is not None and self.error["kind"] in ("PeerLost", "Timeout")
+        return self.error is not None and self.error["kind"] in ("PeerLost", "Timeout", "BrokenBarrierError")
 
 
 class Launcher:
@@ -136,30 +146,25 @@ class Launcher:
 
     def _events(self, store_url: str) -> Iterator[dict[str, Any]]:
         arrived: queue.Queue[tuple[_Child, Any]] = queue.Queue()
+        ranks = []
         for role, rank in self.run.ranks:
             share = self.run.share(rank, len(self.prompts)) if role == ATTENTION else []
             prompts = {str(idx): self.prompts[idx] for idx in share}
-            job = {
-                "run": self.run.as_dict(),
-                "role": role,
-                "rank": rank,
-                "prompts": prompts,
-                "store": store_url,
-            }
-            self.children.append(_Child(role, rank, job, arrived))
+            ranks.append({"role": role, "rank": rank, "prompts": prompts})
+        for together in [ranks] if self.run.is_one_process else [[each] for each in ranks]:
+            self.children.append(_Child({"run": self.run.as_dict(), "ranks": together, "store": store_url}, arrived))
         num_ended = 0
         while num_ended < len(self.children):
             child, event = arrived.get()
             if event is None:
                 num_ended += 1
-                if child.process.returncode != 0 or not child.is_done:
+                if child.process.returncode != 0 or child.num_left:
                     self._fail(child, arrived)
                 continue
             if event["event"] == "error":
-                child.error = event
+                child.fail(event)
                 self._fail(child, arrived)
-            child.is_done = child.is_done or event["event"] == "done"
-            event.update(role=child.role, rank=child.rank)
+            child.num_left -= event["event"] == "done"
             self.result.add(event)
             yield event
 
@@ -172,11 +177,11 @@ class Launcher:
                 if event is None and child.process.returncode != 0 and child not in failed:
                     failed.append(child)
                 elif event is not None and event["event"] == "error":
-                    child.error = event
+                    child.fail(event)
                     failed.append(child)
         cause = next((child for child in failed if not child.is_consequence()), first)
         if cause.error is not None and cause.error["is_input"]:
-            raise InputError(f"{cause.name}: {cause.error['text']}")
+            raise InputError(f"{cause.failed_rank}: {cause.error['text']}")
         raise RankFailed(cause.failure())
 
     def stop(self) -> None:

@@ -20,10 +20,10 @@ from .config import ModelConfig
 class KVCache:
     """Keys and values of one sequence for all layers, allocated once for all positions it may ever have."""
 
-    def __init__(self, config: ModelConfig, num_positions: int, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, num_positions: int, dtype: torch.dtype, device: str = "cpu") -> None:
         shape = (config.num_layers, config.num_kv_heads, num_positions, config.head_dim)
-        self.keys_LGSD = torch.empty(shape, dtype=dtype)
-        self.values_LGSD = torch.empty(shape, dtype=dtype)
+        self.keys_LGSD = torch.empty(shape, dtype=dtype, device=device)
+        self.values_LGSD = torch.empty(shape, dtype=dtype, device=device)
 
 
 @dataclass
@@ -157,23 +157,29 @@ def visible_from(config: ModelConfig, position: int) -> int:
     return 0 if config.sliding_window is None else max(0, position + 1 - config.sliding_window)
 
 
-def causal_mask(config: ModelConfig, start: int, num_tokens: int) -> torch.Tensor | None:
+def causal_mask(config: ModelConfig, start: int, num_tokens: int, device: str = "cpu") -> torch.Tensor | None:
     """True where query start + i may look at key visible_from(start) + j; None where it may look at all."""
     if num_tokens == 1:
         return None
-    queries = torch.arange(start, start + num_tokens)[:, None]
-    keys = torch.arange(visible_from(config, start), start + num_tokens)[None]
+    queries = torch.arange(start, start + num_tokens, device=device)[:, None]
+    keys = torch.arange(visible_from(config, start), start + num_tokens, device=device)[None]
     mask = keys <= queries
     if config.sliding_window is not None:
         mask &= keys > queries - config.sliding_window
     return mask
 
 
+def numbers_on(device: str, values: list[int]) -> torch.Tensor:
+    """int64 [len(values)] on a device; the host does not wait until they are there."""
+    numbers = torch.tensor(values, dtype=torch.int64, pin_memory=device != "cpu")
+    return numbers.to(device, non_blocking=True)
+
+
 class Decoder:
     """The attention side: it runs each layer up to its experts and goes on when their answer is there."""
 
     def __init__(self, config: ModelConfig, checkpoint: Checkpoint, names: ExpertNames, dtype: torch.dtype) -> None:
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.device = config, dtype, checkpoint.device
 
         def load(name: str) -> torch.Tensor:
             return checkpoint.tensor(name, dtype)
@@ -193,17 +199,18 @@ class Decoder:
             else:
                 gate, up, down = (load(f"{layers[layer]}.mlp.{part}_proj.weight") for part in ("gate", "up", "down"))
                 self.dense[layer] = (torch.cat((gate, up)), down)
-        self.inverse_frequency, self.rope_factor = config.rope.frequencies()
+        inverse_frequency, self.rope_factor = config.rope.frequencies()
+        self.inverse_frequency = inverse_frequency.to(self.device)
 
     def begin(self, spans: list[Span]) -> Microbatch:
         """Embed the tokens of a microbatch; there may be none."""
-        token_ids = torch.tensor([token for span in spans for token in span.token_ids], dtype=torch.int64)
+        token_ids = numbers_on(self.device, [token for span in spans for token in span.token_ids])
         spanned = [at for span in spans for at in range(span.start, span.start + len(span.token_ids))]
-        positions = torch.tensor(spanned, dtype=torch.int64)
+        positions = numbers_on(self.device, spanned)
         angles = positions[:, None].to(torch.float32) * self.inverse_frequency
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = ((turn(angles) * self.rope_factor).to(self.dtype) for turn in (torch.cos, torch.sin))
-        masks = [causal_mask(self.config, span.start, len(span.token_ids)) for span in spans]
+        masks = [causal_mask(self.config, span.start, len(span.token_ids), self.device) for span in spans]
         return Microbatch(spans, self.embedding[token_ids], cos, sin, masks)
 
     def attend(self, layer: int, batch: Microbatch) -> None:
@@ -242,5 +249,5 @@ class Decoder:
             first += len(span.token_ids)
             if span.wants_logits:
                 last.append(first - 1)
-        x_BH = rms_norm(batch.x_TH[last], self.final_norm, self.config.rms_norm_eps)
+        x_BH = rms_norm(batch.x_TH[numbers_on(self.device, last)], self.final_norm, self.config.rms_norm_eps)
         return F.linear(x_BH, self.head).to(torch.float32)

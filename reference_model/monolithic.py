@@ -18,15 +18,21 @@ from .scheduler import Scheduler, Sequence
 
 
 class MonolithicModel:
-    """A whole checkpoint in this process."""
+    """A whole checkpoint in this process; attention and experts may lie on two devices."""
 
-    def __init__(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        dtype: torch.dtype = torch.float32,
+        attention_device: str = "cpu",
+        expert_device: str = "cpu",
+    ) -> None:
         self.config = ModelConfig.from_directory(directory)
-        checkpoint = Checkpoint(directory)
+        checkpoint = Checkpoint(directory, attention_device)
         names = check(checkpoint, self.config)
         self.decoder = Decoder(self.config, checkpoint, names, dtype)
-        expert_ids = range(self.config.num_experts)
-        self.weights = ExpertWeights(self.config, checkpoint, names, expert_ids, dtype)
+        of_experts, expert_ids = Checkpoint(directory, expert_device), range(self.config.num_experts)
+        self.weights = ExpertWeights(self.config, of_experts, names, expert_ids, dtype)
 
     def generate(
         self,
@@ -55,7 +61,7 @@ class MonolithicModel:
 
     def logits(self, token_ids: SequenceOf[int], max_tokens: int = 256) -> torch.Tensor:
         """Logits float32 [V] after the last of these tokens."""
-        cache = KVCache(self.config, len(token_ids), self.decoder.dtype)
+        cache = KVCache(self.config, len(token_ids), self.decoder.dtype, self.decoder.device)
         experts = LocalExperts(self.weights)
         for start in range(0, len(token_ids), max_tokens):
             part = list(token_ids[start : start + max_tokens])

@@ -14,6 +14,21 @@ from .routes import write_routes
 from .run_config import ATTENTION, RunConfig
 from .trace import Trace
 
+# What a summary and a trace say of the run.
+SETTINGS = (
+    "attention_ranks",
+    "expert_ranks",
+    "attention_device",
+    "expert_device",
+    "attention_threads",
+    "expert_threads",
+    "is_one_process",
+    "microbatches",
+    "dtype",
+    "reduce_at",
+    "checkpoint",
+)
+
 
 @dataclass
 class RunResult:
@@ -62,7 +77,6 @@ class RunResult:
         seconds = max(self.ended_at - self.started_at, 1e-9)
         order = {role_rank: idx for idx, role_rank in enumerate(self.run.ranks)}
         ranks = sorted(self.ranks, key=lambda about: order[about["role"], about["rank"]])
-        names = ("attention_ranks", "expert_ranks", "microbatches", "dtype", "reduce_at", "checkpoint")
         return {
             "sequences": len(self.prompts),
             "prompt_tokens": sum(len(prompt) for prompt in self.prompts),
@@ -70,7 +84,7 @@ class RunResult:
             "seconds": round(seconds, 6),
             "tokens_per_s": round(self.num_tokens / seconds, 3),
             "bytes_moved": sum(about["bytes_sent"] for about in ranks),
-            **{name: getattr(self.run, name) for name in names},
+            **{name: getattr(self.run, name) for name in SETTINGS},
             "pipeline": self._pipeline(ranks),
             "ranks": [
                 {key: round(value, 6) if isinstance(value, float) else value for key, value in about.items()}

@@ -54,8 +54,8 @@ class RouteRecorder:
         rows = {name: np.full(num_tokens, value, np.int32) for name, value in same.items()}
         rows["sequence"] = np.concatenate([np.full(count, idx, np.int32) for idx, _, count in starts])
         rows["position"] = np.concatenate([np.arange(at, at + count, dtype=np.int32) for _, at, count in starts])
-        rows["topk_ids"] = ids_TK.numpy().astype(np.int32)
-        rows["topk_weights"] = weights_TK.numpy().astype(np.float32)
+        rows["topk_ids"] = ids_TK.cpu().numpy().astype(np.int32)
+        rows["topk_weights"] = weights_TK.cpu().numpy().astype(np.float32)
         self._rows.append(rows)
 
     def encode(self) -> str:

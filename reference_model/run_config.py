@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,11 @@ class RunConfig:
     job: str = "generate"
     timeout_s: float = 120.0
     connect_timeout_s: float = 600.0  # ranks load their weights before they connect
-    num_threads: int = 1
+    attention_device: str = "cpu"  # "cpu", "cuda", "cuda:N" or "emulated" (the launches of a GPU, on CPU threads)
+    expert_device: str = "cpu"
+    attention_threads: int = 1  # of each attention rank, for torch
+    expert_threads: int = 1
+    one_process: bool = False  # all ranks as threads of one process; on one GPU they always are
 
     def __post_init__(self) -> None:
         counts = (
@@ -55,6 +60,8 @@ class RunConfig:
             "max_new_tokens",
             "max_batch",
             "max_tokens",
+            "attention_threads",
+            "expert_threads",
         )
         for name in counts:
             value = getattr(self, name)
@@ -66,10 +73,48 @@ class RunConfig:
             raise InputError(f"reduce-at must be expert or attention, not {self.reduce_at!r}")
         if self.linger_us is not None and not 0 <= self.linger_us <= 1e9:
             raise InputError(f"linger-us must be microseconds from 0 to 1e9, not {self.linger_us!r}")
+        for role in (ATTENTION, EXPERT):
+            name = _device(f"{role}-device", self.device(role))
+            object.__setattr__(self, f"{role}_device", name)
         try:
-            _ = self.comm_config
+            config = self.comm_config
         except ValueError as error:
             raise InputError(str(error)) from error
+        self._check_devices(config)
+
+    def _check_devices(self, config: m2n.Config) -> None:
+        """Refuse what this version of the library cannot link."""
+        devices = [self.attention_device, self.expert_device]
+        on_gpus = [name for name in devices if name.startswith("cuda")]
+        if len(set(on_gpus)) > 1:
+            raise InputError(
+                f"attention-device {devices[0]} and expert-device {devices[1]} are two GPUs, and this version has all "
+                "ranks on one: name one GPU for both, or cpu for one of them"
+            )
+        if on_gpus and "emulated" in devices:
+            raise InputError(
+                f"attention-device {devices[0]} with expert-device {devices[1]}: emulated stands in for a GPU where "
+                "there is none; beside a GPU use cpu"
+            )
+        if config.faults is not None and devices != ["cpu", "cpu"]:
+            raise InputError(
+                "delay-us, jitter-us and M2N_FAULTS hold back signals of CPUs only; leave them out, or use --device cpu"
+            )
+
+    def check_machine(self) -> None:
+        """Refuse GPUs that this machine or this build does not have; imports torch where one is asked for."""
+        for role in (ATTENTION, EXPERT):
+            name = self.device(role)
+            if not name.startswith("cuda"):
+                continue
+            import torch
+
+            num_gpus = torch.cuda.device_count()
+            if int(name.removeprefix("cuda:")) >= num_gpus or not m2n.features()["cuda"]:
+                raise InputError(
+                    f"{role}-device {name}: torch finds {num_gpus} GPUs, and m2n says: {m2n.features()['cuda_words']}; "
+                    "use cpu, or emulated to test without a GPU"
+                )
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -86,6 +131,23 @@ class RunConfig:
 
         return SamplingConfig(self.temperature, self.top_p, self.seed)
 
+    def device(self, role: str) -> str:
+        """Where a role's verbs run, by the name that m2n knows."""
+        return self.attention_device if role == ATTENTION else self.expert_device
+
+    def torch_device(self, role: str) -> str:
+        """Where a role's tensors lie: emulated launches read and write memory of the host."""
+        return "cpu" if self.device(role) == "emulated" else self.device(role)
+
+    def num_threads(self, role: str) -> int:
+        """Threads of torch on each rank of a role."""
+        return self.attention_threads if role == ATTENTION else self.expert_threads
+
+    @property
+    def is_one_process(self) -> bool:
+        """Windows in the memory of a GPU are known to one process only, in this version."""
+        return self.one_process or all(self.device(role).startswith("cuda") for role in (ATTENTION, EXPERT))
+
     @property
     def is_lockstep(self) -> bool:
         return self.linger_us is None
@@ -93,7 +155,13 @@ class RunConfig:
     @property
     def comm_config(self) -> m2n.Config:
         """The settings of this run's comms. Without a delay it is the environment's to imitate a slow network."""
-        config = m2n.Config(job=self.job, timeout_s=self.timeout_s, connect_timeout_s=self.connect_timeout_s)
+        config = m2n.Config(
+            job=self.job,
+            timeout_s=self.timeout_s,
+            connect_timeout_s=self.connect_timeout_s,
+            # Unlike devices meet in memory of the host, which both can write.
+            transport="auto" if self.attention_device == self.expert_device else "shm",
+        )
         if self.delay_us == 0 and self.jitter_us == 0:
             return config
         faults = m2n.Faults(delay_us=self.delay_us, jitter_us=self.jitter_us, seed=self.seed)
@@ -101,7 +169,7 @@ class RunConfig:
 
     @property
     def ranks(self) -> list[tuple[str, int]]:
-        """(role, rank) of every process: attention ranks first."""
+        """(role, rank) of every rank: attention ranks first."""
         attention = [(ATTENTION, rank) for rank in range(self.attention_ranks)]
         return attention + [(EXPERT, rank) for rank in range(self.expert_ranks)]
 
@@ -139,6 +207,13 @@ class RunConfig:
     def share(self, attention_rank: int, num_prompts: int) -> list[int]:
         """The prompts (by number) that an attention rank takes."""
         return list(range(attention_rank, num_prompts, self.attention_ranks))
+
+
+def _device(option: str, name: str) -> str:
+    """The device in full: "cuda" is "cuda:0"."""
+    if re.fullmatch(r"cpu|emulated|cuda(:\d+)?", name) is None:
+        raise InputError(f"{option} must be cpu, cuda, cuda:N or emulated, not {name!r}")
+    return "cuda:0" if name == "cuda" else name
 
 
 def check_prompts(prompts: list[list[int]], config: ModelConfig) -> None:

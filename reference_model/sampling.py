@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,3 +56,10 @@ class Sampler:
         threshold = torch.rand((), generator=self._generator, dtype=torch.float64) * cumulative[num_kept - 1]
         place = int(torch.searchsorted(cumulative[:num_kept], threshold, right=True))
         return int(order[min(place, num_kept - 1)])
+
+
+def draw(samplers: Sequence[Sampler], logits_BV: torch.Tensor) -> list[int]:
+    """A token for each row, by its sampler; all samplers have one config. A device is read once for all of them."""
+    if samplers[0].config.is_greedy:
+        return [int(token_id) for token_id in logits_BV.argmax(dim=-1).tolist()]
+    return [sampler.next_token(logits_V) for sampler, logits_V in zip(samplers, logits_BV.cpu())]

@@ -8,7 +8,7 @@ import importlib.util
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,11 +59,14 @@ def check_matplotlib() -> None:
         raise InputError("pictures need matplotlib: pip install 'm2n[bench]'")
 
 
-def write_trace(path: str | Path, traces: Sequence[Trace]) -> None:
-    """Write the events of all ranks in the Trace Event Format, with arrows from each message to its receiver."""
+def write_trace(path: str | Path, traces: Sequence[Trace], about: Mapping[str, Any] | None = None) -> None:
+    """Write the events of all ranks in the Trace Event Format, with arrows from each message to its receiver.
+
+    about: what else is to be known of the run.
+    """
     messages = match(traces)
     with open(path, "w", encoding="utf-8") as file:
-        file.write('{"displayTimeUnit": "ns", "traceEvents": [\n')
+        file.write(f'{{"displayTimeUnit": "ns", "otherData": {json.dumps(dict(about or {}))}, "traceEvents": [\n')
         for number, event in enumerate(_trace_events(messages)):
             file.write((",\n" if number else "") + json.dumps(event))
         file.write("\n]}\n")

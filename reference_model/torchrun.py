@@ -36,6 +36,11 @@ def run_under_torchrun(run: RunConfig, prompts: list[list[int]]) -> RunResult | 
             f"torchrun started {world_size} processes; {run.attention_ranks} attention ranks and "
             f"{run.expert_ranks} expert ranks need {len(run.ranks)}"
         )
+    if run.is_one_process:
+        raise InputError(
+            "torchrun starts a process for each rank, but all ranks on one GPU, or with --one-process, are threads of "
+            "one process: run m2n-generate by itself"
+        )
     role, role_rank = run.ranks[rank]
     store = _store(rank, run)
     events: list[dict[str, Any]] = []

@@ -7,17 +7,18 @@ from typing import Any
 
 from .monolithic import MonolithicModel
 from .result import RunResult
+from .run_config import ATTENTION, EXPERT
 
 
 def verify(result: RunResult) -> dict[str, Any]:
-    """Run the monolithic model, with the arithmetic of this run's expert ranks, and compare all tokens.
+    """Run the monolithic model, on the run's devices, with the arithmetic of its expert ranks, and compare all tokens.
 
     Returns {"identical": bool, "tokens": int, "differences": [...]}: of each sequence its first difference,
     {sequence, position, expected, got, logit_gap}; the gap is how much the monolithic model prefers its own
     token there.
     """
     run = result.run
-    model = MonolithicModel(run.checkpoint, run.torch_dtype)
+    model = MonolithicModel(run.checkpoint, run.torch_dtype, run.torch_device(ATTENTION), run.torch_device(EXPERT))
     expected = model.generate(
         result.prompts,
         run.max_new_tokens,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from .checkpoint import Checkpoint, check
 from .config import ModelConfig
 from .engine import AttentionEngine
 from .experts import ExpertWeights, RemoteExperts
-from .model import Decoder
+from .model import Decoder, KVCache, Span
 from .routes import RouteRecorder
 from .run_config import ATTENTION, RunConfig
 from .schedule import expert_schedule
@@ -33,15 +33,17 @@ Comms = tuple[Callable[..., Any], Callable[..., Any]]
 _IDLE_S = 0.05
 
 
-def load_decoder(directory: str | Path, dtype: torch.dtype) -> Decoder:
+def load_decoder(directory: str | Path, dtype: torch.dtype, device: str = "cpu") -> Decoder:
     """The attention side's tensors and none of the experts'."""
-    config, checkpoint = ModelConfig.from_directory(directory), Checkpoint(directory)
+    config, checkpoint = ModelConfig.from_directory(directory), Checkpoint(directory, device)
     return Decoder(config, checkpoint, check(checkpoint, config), dtype)
 
 
-def load_experts(directory: str | Path, expert_ids: list[int], dtype: torch.dtype) -> ExpertWeights:
+def load_experts(
+    directory: str | Path, expert_ids: list[int], dtype: torch.dtype, device: str = "cpu"
+) -> ExpertWeights:
     """The tensors of these experts and nothing else."""
-    config, checkpoint = ModelConfig.from_directory(directory), Checkpoint(directory)
+    config, checkpoint = ModelConfig.from_directory(directory), Checkpoint(directory, device)
     return ExpertWeights(config, checkpoint, check(checkpoint, config), expert_ids, dtype)
 
 
@@ -53,7 +55,7 @@ def run_attention(
     recorder = RouteRecorder(comm.rank, decoder.config.top_k) if run.record_routes else None
     engine = AttentionEngine(
         decoder,
-        RemoteExperts(comm, run.timeout_s),
+        RemoteExperts(comm, run.timeout_s, is_launched=run.attention_device != "cpu"),
         Scheduler(run.max_batch, run.max_tokens, run.microbatches),
         run.sampling,
         run.ignore_eos,
@@ -66,7 +68,8 @@ def run_attention(
         emit({"event": "tokens", "tokens": [list(token) for token in new_tokens]})
     if recorder is not None:
         emit({"event": "routes", "routes": recorder.encode()})
-    _emit_end(comm, tracer, {"steps": engine.num_steps, "tokens": engine.num_tokens}, emit)
+    about = {"device": run.attention_device, "steps": engine.num_steps, "tokens": engine.num_tokens}
+    _emit_end(comm, tracer, about, emit)
 
 
 class _ExpertWorker:
@@ -117,9 +120,13 @@ class _ExpertWorker:
 
     def _expert(self) -> None:
         batch, began = self.batch, self.tracer.now()
-        # The rows are read where they landed: each expert gathers its own by index.
         offsets = batch.expert_offsets.tolist()
-        self.y_PH = self.weights.outputs(batch.layer, batch.x, batch.row_index_by_expert, offsets)
+        if self.run.expert_device == "cpu":
+            # The rows are read where they landed: each expert gathers its own by index.
+            self.y_PH = self.weights.outputs(batch.layer, batch.x, offsets, batch.row_index_by_expert)
+        else:
+            # One launch gathers for all experts.
+            self.y_PH = self.weights.outputs(batch.layer, batch.gather(), offsets)
         self.tracer.add(trace.EXPERT, began, *self.place)
 
     def _reply(self) -> None:
@@ -138,29 +145,64 @@ def run_expert(comm: m2n.ExpertComm, run: RunConfig, weights: ExpertWeights, emi
     with contextlib.suppress(StopIteration):
         while True:
             answer = worker.do[actions.send(answer).kind]()
-    _emit_end(comm, worker.tracer, {"batches": worker.num_batches, "pairs": worker.num_pairs}, emit)
+    about = {"device": run.expert_device, "batches": worker.num_batches, "pairs": worker.num_pairs}
+    _emit_end(comm, worker.tracer, about, emit)
 
 
-def _emit_end(comm: Any, tracer: Tracer, counts: dict[str, int], emit: Emit) -> None:
+def _emit_end(comm: Any, tracer: Tracer, about: dict[str, Any], emit: Emit) -> None:
     counters = comm.stats()
     moved = {name: int(counters[name]) for name in ("bytes_sent", "bytes_received", "signals_held")}
     times = {"busy_s": tracer.seconds(trace.COMPUTING + trace.COMMUNICATING), "wait_s": tracer.seconds((trace.WAIT,))}
     emit({"event": "trace", "trace": tracer.encode()})
-    emit({"event": "done", "stats": {**times, **counts, **moved, "held_us": counters["held_us"]}})
+    about["threads"] = torch.get_num_threads()
+    emit({"event": "done", "stats": {**times, **about, **moved, "held_us": counters["held_us"]}})
 
 
 def load_rank(run: RunConfig, role: str, rank: int) -> Decoder | ExpertWeights:
     """The tensors that a rank of this run needs."""
     loaded: Decoder | ExpertWeights
+    device = run.torch_device(role)
     if role == ATTENTION:
-        loaded = load_decoder(run.checkpoint, run.torch_dtype)
+        loaded = load_decoder(run.checkpoint, run.torch_dtype, device)
     else:
         placement = run.placement(ModelConfig.from_directory(run.checkpoint))
-        loaded = load_experts(run.checkpoint, list(placement.experts_of(rank)), run.torch_dtype)
+        loaded = load_experts(run.checkpoint, list(placement.experts_of(rank)), run.torch_dtype, device)
     # All that is there now stays. To look through it for garbage takes a tenth of a second, in the middle of a step.
     gc.collect()
     gc.freeze()
     return loaded
+
+
+def _warm_up(loaded: Decoder | ExpertWeights) -> None:
+    """Compute everything once, for nothing: the first launch of a kernel may wait for one that spins."""
+    config = loaded.config
+    if isinstance(loaded, ExpertWeights):
+        num_experts = len(loaded.expert_ids)
+        x_PH = torch.zeros((num_experts, config.hidden), dtype=loaded.dtype, device=loaded.device)
+        rows_P = torch.arange(num_experts, dtype=torch.int32, device=loaded.device)
+        for layer in (layer for layer, has_experts in enumerate(config.moe_layers) if has_experts):
+            loaded.outputs(layer, x_PH[rows_P], rows_P.tolist() + [num_experts])
+        return
+    for num_tokens in (1, 2):  # without a mask, and with one
+        cache = KVCache(config, num_tokens, loaded.dtype, loaded.device)
+        batch = loaded.begin([Span(cache, [0] * num_tokens, 0, wants_logits=True)])
+        for layer, has_experts in enumerate(config.moe_layers):
+            loaded.attend(layer, batch)
+            if has_experts:
+                loaded.route(layer, batch)
+            loaded.finish(batch, batch.expert_in_TH if has_experts else loaded.dense_ffn(layer, batch))
+        loaded.logits(batch).argmax(dim=-1).tolist()
+
+
+@contextlib.contextmanager
+def _own_stream(device: str) -> Iterator[None]:
+    """On a GPU each rank has a stream of its own, whose work has ended when the rank ends."""
+    if device == "cpu":
+        yield
+        return
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+        yield
+        torch.cuda.current_stream(device).synchronize()
 
 
 def run_rank(
@@ -172,13 +214,33 @@ def run_rank(
     emit: Emit,
     loaded: Decoder | ExpertWeights | None = None,
     comms: Comms = (m2n.AttentionComm, m2n.ExpertComm),
+    meet: Callable[[], object] = lambda: None,
 ) -> None:
     """Load what this rank needs (unless it is `loaded`), connect, work, say goodbye. Emits "ready" once connected.
 
-    comms: others with the same verbs, for comparison.
+    Args:
+        comms: others with the same verbs, for comparison.
+        meet: called between loading and connecting.
     """
-    torch.set_num_threads(run.num_threads)
-    loaded = loaded or load_rank(run, role, rank)
+    torch.set_num_threads(run.num_threads(role))
+    with _own_stream(run.torch_device(role)):
+        loaded = loaded or load_rank(run, role, rank)
+        if run.device(role) != "cpu":
+            _warm_up(loaded)
+        meet()
+        _run_loaded(run, role, rank, prompts, store, emit, loaded, comms)
+
+
+def _run_loaded(
+    run: RunConfig,
+    role: str,
+    rank: int,
+    prompts: dict[int, list[int]],
+    store: Any,
+    emit: Emit,
+    loaded: Decoder | ExpertWeights,
+    comms: Comms,
+) -> None:
     options: dict[str, Any] = {
         "rank": rank,
         "shape": run.shape(loaded.config),
@@ -187,6 +249,7 @@ def run_rank(
         # A place for every rank of the other side, and for as many that replace one.
         "max_peers": 2 * (run.expert_ranks if role == ATTENTION else run.attention_ranks),
         "config": run.comm_config,
+        **({} if run.device(role) == "cpu" else {"device": run.device(role)}),
     }
     if isinstance(loaded, Decoder):
         with comms[0](**options) as attention_comm:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from m2n.reference_model.config import ModelConfig  # noqa: E402
 from m2n.reference_model.launcher import Launcher  # noqa: E402
 from m2n.reference_model.monolithic import MonolithicModel  # noqa: E402
 from m2n.reference_model.result import RunResult  # noqa: E402
-from m2n.reference_model.run_config import RunConfig  # noqa: E402
+from m2n.reference_model.run_config import ATTENTION, EXPERT, RunConfig  # noqa: E402
 from m2n.reference_model.verify import verify  # noqa: E402
-from m2n.reference_model.worker import load_decoder, load_experts, run_attention, run_expert  # noqa: E402
+from m2n.reference_model.worker import load_decoder, load_experts, run_attention, run_expert, run_rank  # noqa: E402
 
 NUM_NEW = 6
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -243,3 +244,96 @@ def test_process_ranks_generate_the_tokens_of_transformers(
     assert launcher.result.answers == expected
     assert len(launcher.result.ranks) == sum(ranks)
     assert all(child.process.returncode == 0 for child in launcher.children)
+
+
+# ---- ranks on devices
+
+EMULATED = {"attention_device": "emulated", "expert_device": "emulated"}
+DEVICES = [
+    pytest.param(EMULATED, id="emulated"),
+    pytest.param({"expert_device": "emulated"}, id="attention on cpu"),
+    pytest.param({"attention_device": "emulated"}, id="experts on cpu"),
+    pytest.param({"attention_device": "cuda", "expert_device": "cuda"}, id="cuda", marks=pytest.mark.cuda),
+    pytest.param({"expert_device": "cuda"}, id="attention on cpu, experts on cuda", marks=pytest.mark.cuda),
+    pytest.param({"attention_device": "cuda"}, id="attention on cuda, experts on cpu", marks=pytest.mark.cuda),
+]
+on_devices = pytest.mark.parametrize("devices", DEVICES)
+
+
+def run_on_devices(run: RunConfig, prompts: list[list[int]], store: Path) -> RunResult:
+    """As run_as_threads, but each role where the run has it."""
+    result, errors, all_loaded = RunResult(run, prompts), [], threading.Barrier(len(run.ranks))
+
+    def rank_main(role: str, rank: int) -> None:
+        share = {idx: prompts[idx] for idx in run.share(rank, len(prompts))} if role == ATTENTION else {}
+        try:
+            run_rank(
+                run, role, rank, share, str(store), lambda event: result.add({**event, "role": role, "rank": rank}),
+                meet=all_loaded.wait,
+            )  # fmt: skip
+        except BaseException as error:
+            errors.append(error)
+            all_loaded.abort()
+
+    threads = [threading.Thread(target=rank_main, args=rank, daemon=True) for rank in run.ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for error in errors:
+        raise error
+    return result
+
+
+@on_devices
+@pytest.mark.parametrize("reduce_at", ["expert", "attention"])
+def test_ranks_on_devices_generate_the_tokens_of_the_monolithic_model(
+    devices: dict[str, str], reduce_at: str, root: Path, tmp_path: Path
+) -> None:
+    """With a layer that has no experts, prompts in pieces, and one attention rank that ends before the other."""
+    directory, expected = checkpoint_and_tokens(root, "qwen3_moe", 8)
+    run = make_run(directory, 2, 3, 2, reduce_at=reduce_at, record_routes=True, **devices)
+    result = run_on_devices(run, PROMPTS[:3], tmp_path)
+    assert verify(result)["identical"] and result.answers == expected[:3]
+    assert len(result.routes) == 2
+    for about in result.ranks:
+        assert about["device"] == run.device(about["role"]) and about["threads"] == 1 and about["bytes_sent"] > 0
+
+
+@on_devices
+def test_lockstep_and_sampling_on_devices_change_no_token(devices: dict[str, str], root: Path, tmp_path: Path) -> None:
+    directory, _ = checkpoint_and_tokens(root, "mixtral", 8)
+    run = make_run(
+        directory, 3, 2, 2, linger_us=None, reduce_at="attention", temperature=0.8, top_p=0.9, seed=3, **devices
+    )
+    assert verify(run_on_devices(run, PROMPTS, tmp_path))["identical"]
+
+
+def test_an_expert_rank_that_leaves_ends_the_run_before_a_wrong_token(root: Path, tmp_path: Path) -> None:
+    directory, expected = checkpoint_and_tokens(root, "mixtral", 8)
+    run, config = make_run(directory, 1, 1, 1, **EMULATED), ModelConfig.from_directory(directory)
+    weights, drawn = load_experts(directory, list(range(8)), torch.float32), []
+
+    def serve_some() -> None:
+        with m2n.ExpertComm(
+            0, run.shape(config), run.placement(config), str(tmp_path), "emulated", config=run.comm_config
+        ) as comm:
+            for _ in range(2 * 2 + 1):  # two layers of two pieces or steps, and one layer of the next
+                batch = comm.dispatch_recv()
+                comm.combine_send(batch, weights.outputs(batch.layer, batch.gather(), batch.expert_offsets.tolist()))
+
+    thread = threading.Thread(target=serve_some, daemon=True)
+    thread.start()
+    with pytest.raises(m2n.PeerLost, match="expert rank 0"):
+        run_rank(run, ATTENTION, 0, {0: PROMPTS[0][:3]}, str(tmp_path), drawn.append)
+    thread.join()
+    assert sum(event["event"] == "tokens" for event in drawn) == 2
+
+
+def test_processes_on_unlike_devices_generate_the_tokens_of_transformers(root: Path) -> None:
+    directory, expected = checkpoint_and_tokens(root, "qwen3_moe", 8)
+    launcher = Launcher(make_run(directory, 1, 1, 2, attention_device="emulated"), PROMPTS[:2])
+    for _ in launcher.events():
+        pass
+    assert launcher.result.answers == expected[:2]
+    assert {about["role"]: about["device"] for about in launcher.result.ranks} == {ATTENTION: "emulated", EXPERT: "cpu"}

@@ -104,6 +104,39 @@ def test_a_single_prompt_is_streamed_and_sampling_repeats_with_its_seed(
     assert "equal those of the monolithic model" in printed.err
 
 
+def test_ranks_on_a_device_may_be_threads_of_one_process_and_the_files_say_where_they_were(
+    reference: Any, directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = shlex.split("--prompt Noah --prompt ab --max-new-tokens 5 --ignore-eos --verify --reduce-at attention")
+    options += shlex.split("--expert-ranks 2 --device emulated --attention-threads 1 --expert-threads 2 --one-process")
+    options += ["--checkpoint", str(directory), "--json", str(tmp_path / "out.json")]
+    assert generate.main([*options, "--trace", str(tmp_path / "trace.json")]) == 0
+    assert "equal those of the monolithic model" in capsys.readouterr().err
+    written, traced = (json.loads((tmp_path / name).read_text()) for name in ("out.json", "trace.json"))
+    tokens = [tiny.reference_tokens(reference, Tokenizer(directory).encode(text), 5) for text in ("Noah", "ab")]
+    assert [sequence["token_ids"] for sequence in written["sequences"]] == tokens
+    for about in (written["summary"], traced["otherData"]):
+        assert (about["attention_device"], about["expert_device"]) == ("emulated", "emulated")
+        assert (about["attention_threads"], about["expert_threads"], about["is_one_process"]) == (1, 2, True)
+    assert [rank["threads"] for rank in written["summary"]["ranks"]] == [1, 2, 2]
+
+
+def test_devices_and_threads_are_for_both_roles_or_each(directory: Path) -> None:
+    def run_of(options: str) -> RunConfig:
+        return generate._run_config(generate.build_parser().parse_args(shlex.split(options)))
+
+    cores = len(os.sched_getaffinity(0))
+    run = run_of("--attention-ranks 1 --expert-ranks 1")
+    assert (run.attention_device, run.expert_device, run.comm_config.transport) == ("cpu", "cpu", "auto")
+    assert run.attention_threads == run.expert_threads == max(1, cores // 2) and not run.is_one_process
+    run = run_of("--device cuda --attention-device cpu --expert-threads 3")
+    assert (run.attention_device, run.expert_device, run.comm_config.transport) == ("cpu", "cuda:0", "shm")
+    assert (run.attention_threads, run.expert_threads, run.is_one_process) == (max(1, cores // 2), 3, False)
+    run = run_of("--device cuda")
+    assert (run.torch_device("expert"), run.comm_config.transport, run.is_one_process) == ("cuda:0", "auto", True)
+    assert run_of("--device emulated").torch_device("attention") == "cpu"
+
+
 def test_a_difference_from_the_monolithic_model_is_shown_and_fails(
     directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,8 +216,11 @@ def test_ranks_do_not_outlive_a_killed_launcher(directory: Path, tmp_path: Path)
     wait_until_gone(children, FAILURE_S)
 
 
-def test_the_error_of_a_rank_is_the_error_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = RunConfig(checkpoint=str(tmp_path))
+@pytest.mark.parametrize("one_process", [False, True])
+def test_the_error_of_a_rank_is_the_error_of_the_run(
+    one_process: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunConfig(checkpoint=str(tmp_path), one_process=one_process)
     with pytest.raises(InputError, match=r"rank 0: cannot read .*config\.json"):
         list(Launcher(run, [[1]]).events())
     monkeypatch.setattr(RunConfig, "as_dict", lambda self: {"nonsense": 1})
@@ -245,6 +281,15 @@ def refused(capsys: pytest.CaptureFixture[str], *options: object) -> str:
         (["--linger-us", -1], "linger-us must be microseconds"),
         (["--delay-us", -1], "delay_us"),
         (["--jitter-us", 1e9], "jitter_us"),
+        (["--attention-threads", 0], "attention-threads must be at least 1, not 0"),
+        (["--expert-device", "gpu"], "expert-device must be cpu, cuda, cuda:N or emulated, not 'gpu'"),
+        (["--attention-device", "cuda:99"], "attention-device cuda:99: torch finds"),
+        (["--device", "cuda", "--expert-device", "cuda:1"], "are two GPUs, and this version has all ranks on one"),
+        (["--device", "cuda", "--expert-device", "emulated"], "beside a GPU use cpu"),
+        (
+            ["--device", "emulated", "--delay-us", 5],
+            "delay-us, jitter-us and M2N_FAULTS hold back signals of CPUs only",
+        ),
         (["--json", "/nowhere/out.json"], "/nowhere/out.json"),
         (["--trace", "/nowhere/trace.json"], "/nowhere/trace.json"),
         (["--trace", "/proc/trace.json"], "/proc/trace.json"),
@@ -334,3 +379,5 @@ def test_torchrun_with_another_number_of_processes_is_refused(
         monkeypatch.setenv(name, value)
     said = refused(capsys, "--prompt", "Noah", "--checkpoint", directory)
     assert "torchrun started 3 processes; 1 attention ranks and 1 expert ranks need 2" in said
+    said = refused(capsys, "--prompt", "Noah", "--checkpoint", directory, "--one-process", "--expert-ranks", 2)
+    assert "all ranks on one GPU, or with --one-process, are threads of one process" in said
