@@ -83,7 +83,7 @@ class RunConfig:
         self._check_devices(config)
 
     def _check_devices(self, config: m2n.Config) -> None:
-        """Refuse what this version of the library cannot link."""
+        """Refuse what this version of the library cannot link, and ranks that cannot live where they would be."""
         devices = [self.attention_device, self.expert_device]
         on_gpus = [name for name in devices if name.startswith("cuda")]
         if len(set(on_gpus)) > 1:
@@ -95,6 +95,11 @@ class RunConfig:
             raise InputError(
                 f"attention-device {devices[0]} with expert-device {devices[1]}: emulated stands in for a GPU where "
                 "there is none; beside a GPU use cpu"
+            )
+        if self.is_one_process and self.attention_threads != self.expert_threads:
+            raise InputError(
+                f"attention-threads {self.attention_threads} and expert-threads {self.expert_threads}: ranks of one "
+                "process (one-process, or both on a GPU) share torch's number of threads; give both the same"
             )
         if config.faults is not None and devices != ["cpu", "cpu"]:
             raise InputError(

@@ -173,25 +173,32 @@ def load_rank(run: RunConfig, role: str, rank: int) -> Decoder | ExpertWeights:
     return loaded
 
 
-def _warm_up(loaded: Decoder | ExpertWeights) -> None:
-    """Compute everything once, for nothing: the first launch of a kernel may wait for one that spins."""
+def _warm_up(loaded: Decoder | ExpertWeights, run: RunConfig) -> None:
+    """Compute a least and a largest step for nothing: a kernel's first launch, and memory that must be allocated, may
+    wait for kernels that spin."""
     config = loaded.config
-    if isinstance(loaded, ExpertWeights):
-        num_experts = len(loaded.expert_ids)
-        x_PH = torch.zeros((num_experts, config.hidden), dtype=loaded.dtype, device=loaded.device)
-        rows_P = torch.arange(num_experts, dtype=torch.int32, device=loaded.device)
-        for layer in (layer for layer, has_experts in enumerate(config.moe_layers) if has_experts):
-            loaded.outputs(layer, x_PH[rows_P], rows_P.tolist() + [num_experts])
-        return
-    for num_tokens in (1, 2):  # without a mask, and with one
-        cache = KVCache(config, num_tokens, loaded.dtype, loaded.device)
-        batch = loaded.begin([Span(cache, [0] * num_tokens, 0, wants_logits=True)])
-        for layer, has_experts in enumerate(config.moe_layers):
-            loaded.attend(layer, batch)
-            if has_experts:
-                loaded.route(layer, batch)
-            loaded.finish(batch, batch.expert_in_TH if has_experts else loaded.dense_ffn(layer, batch))
-        loaded.logits(batch).argmax(dim=-1).tolist()
+    for num_tokens in (1, min(run.max_tokens, config.context)):
+        if isinstance(loaded, Decoder):
+            _decode(loaded, num_tokens)
+        elif any(config.moe_layers):
+            num_experts = len(loaded.expert_ids)
+            num_pairs = run.attention_ranks * num_tokens * min(config.top_k, num_experts)
+            rows_P = torch.zeros(num_pairs, dtype=torch.int32, device=loaded.device)
+            x_RH = torch.zeros((1, config.hidden), dtype=loaded.dtype, device=loaded.device)
+            offsets = [idx * num_pairs // num_experts for idx in range(num_experts + 1)]
+            loaded.outputs(config.moe_layers.index(True), x_RH[rows_P], offsets)
+
+
+def _decode(decoder: Decoder, num_tokens: int) -> None:
+    """A step of one sequence, without what its experts would say."""
+    config, cache = decoder.config, KVCache(decoder.config, num_tokens, decoder.dtype, decoder.device)
+    batch = decoder.begin([Span(cache, [0] * num_tokens, 0, wants_logits=True)])
+    for layer, has_experts in enumerate(config.moe_layers):
+        decoder.attend(layer, batch)
+        if has_experts:
+            decoder.route(layer, batch)
+        decoder.finish(batch, batch.expert_in_TH if has_experts else decoder.dense_ffn(layer, batch))
+    decoder.logits(batch).argmax(dim=-1).tolist()
 
 
 @contextlib.contextmanager
@@ -226,7 +233,7 @@ def run_rank(
     with _own_stream(run.torch_device(role)):
         loaded = loaded or load_rank(run, role, rank)
         if run.device(role) != "cpu":
-            _warm_up(loaded)
+            _warm_up(loaded, run)
         meet()
         _run_loaded(run, role, rank, prompts, store, emit, loaded, comms)
 

@@ -67,6 +67,7 @@ def test_one_command_generates_verifies_and_writes_what_was_asked_for(
     (tmp_path / "prompts.txt").write_text("\n\n".join(prompts[1:]) + "\n")
     options = shlex.split("--attention-ranks 2 --expert-ranks 3 --microbatches 2 --max-new-tokens 9 --max-batch 2")
     options += shlex.split("--max-tokens 7 --ignore-eos --verify --json out.json --record-routes routes.npz")
+    options += ["--expert-threads", "2"]
     options += ["--checkpoint", str(directory), "--prompt", prompts[0], "--prompts", "prompts.txt"]
     done = subprocess.run(command(*options), cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
@@ -88,6 +89,7 @@ def test_one_command_generates_verifies_and_writes_what_was_asked_for(
         *(("expert", rank) for rank in range(3)),
     ]
     for rank in summary["ranks"]:
+        assert rank["device"] == "cpu" and (rank["threads"] == 2 or rank["role"] == "attention")
         assert rank["busy_s"] > 0 and rank["wait_s"] >= 0 and rank["bytes_sent"] > 0 and rank["bytes_received"] > 0
     routes = np.load(tmp_path / "routes.npz")
     assert len(routes["layer"]) == 2 * sum(len(ids) + 8 for ids in prompt_ids)
@@ -108,7 +110,7 @@ def test_ranks_on_a_device_may_be_threads_of_one_process_and_the_files_say_where
     reference: Any, directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = shlex.split("--prompt Noah --prompt ab --max-new-tokens 5 --ignore-eos --verify --reduce-at attention")
-    options += shlex.split("--expert-ranks 2 --device emulated --attention-threads 1 --expert-threads 2 --one-process")
+    options += shlex.split("--expert-ranks 2 --device emulated --attention-threads 2 --expert-threads 2 --one-process")
     options += ["--checkpoint", str(directory), "--json", str(tmp_path / "out.json")]
     assert generate.main([*options, "--trace", str(tmp_path / "trace.json")]) == 0
     assert "equal those of the monolithic model" in capsys.readouterr().err
@@ -117,8 +119,8 @@ def test_ranks_on_a_device_may_be_threads_of_one_process_and_the_files_say_where
     assert [sequence["token_ids"] for sequence in written["sequences"]] == tokens
     for about in (written["summary"], traced["otherData"]):
         assert (about["attention_device"], about["expert_device"]) == ("emulated", "emulated")
-        assert (about["attention_threads"], about["expert_threads"], about["is_one_process"]) == (1, 2, True)
-    assert [rank["threads"] for rank in written["summary"]["ranks"]] == [1, 2, 2]
+        assert (about["attention_threads"], about["expert_threads"], about["is_one_process"]) == (2, 2, True)
+    assert [rank["threads"] for rank in written["summary"]["ranks"]] == [2, 2, 2]
 
 
 def test_devices_and_threads_are_for_both_roles_or_each(directory: Path) -> None:
@@ -282,6 +284,7 @@ def refused(capsys: pytest.CaptureFixture[str], *options: object) -> str:
         (["--delay-us", -1], "delay_us"),
         (["--jitter-us", 1e9], "jitter_us"),
         (["--attention-threads", 0], "attention-threads must be at least 1, not 0"),
+        (["--one-process", "--attention-threads", 2, "--expert-threads", 3], "share torch's number of threads"),
         (["--expert-device", "gpu"], "expert-device must be cpu, cuda, cuda:N or emulated, not 'gpu'"),
         (["--attention-device", "cuda:99"], "attention-device cuda:99: torch finds"),
         (["--device", "cuda", "--expert-device", "cuda:1"], "are two GPUs, and this version has all ranks on one"),
