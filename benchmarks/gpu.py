@@ -135,10 +135,14 @@ def check(run: Run) -> None:
     run.step("oracle on virtual ranks", [*ranks, "2"], 90, **eager)
     files = [
         str(ROOT / "tests" / name)
-        for name in ("test_exchange.py", "test_device.py", "test_launches.py", "test_graphs.py")
+        for name in ("test_exchange.py", "test_device.py", "test_launches.py", "test_graphs.py", "test_mixed.py")
     ]
-    suite = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", *files]
-    run.step("conformance suite", suite, 240, **eager)
+    suite = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider"]
+    run.step("conformance suite", [*suite, *files], 240, **eager)
+    if importlib.util.find_spec("transformers") is None:
+        run.skip("reference model", "transformers, which its tokens are compared with, is not installed")
+    else:
+        run.step("reference model", [*suite, str(ROOT / "tests/test_disaggregated.py")], 120, **eager)
     tool = find_tool("compute-sanitizer")
     for check_name in ("memcheck", "synccheck"):
         name = f"compute-sanitizer {check_name}"

@@ -91,6 +91,38 @@ void time_signal(Machine& machine, const Streams& streams, uint32_t repeats) {
   if (!us.empty()) print("signal, one way, two kernels of one device", sizeof(Signal), us);
 }
 
+// The same hop by operations of the streams themselves, which occupy no multiprocessor (the paper's mechanism).
+void time_stream_signal(Machine& machine, const Streams& streams, uint32_t repeats) {
+  constexpr uint32_t kRounds = 100;  // all are enqueued before the first one runs: streams hold about 1,000
+  const CudaDriver& driver = cuda_driver();
+  Timer timer;
+  std::vector<double> us;
+  for (uint32_t i = 0; i < repeats; ++i) {
+    const auto memory = machine.allocate(2 * kLineBytes);
+    const auto first = reinterpret_cast<CUdeviceptr>(memory.get());
+    const CUdeviceptr second = first + kLineBytes;
+    CUresult result = CUDA_SUCCESS;
+    const auto keep = [&](CUresult next) { result = result == CUDA_SUCCESS ? next : result; };
+    // Nothing begins before both streams are full: they wait for round 1 of the first one.
+    keep(driver.stream_wait(streams.expert, second, 1, CU_STREAM_WAIT_VALUE_GEQ));
+    keep(driver.stream_wait(streams.attention, first, 1, CU_STREAM_WAIT_VALUE_GEQ));
+    timer.begin(streams.attention);
+    for (uint32_t round = 2; round <= kRounds; ++round) {
+      keep(driver.stream_write(streams.attention, second, round, CU_STREAM_WRITE_VALUE_DEFAULT));
+      keep(driver.stream_wait(streams.attention, first, round, CU_STREAM_WAIT_VALUE_GEQ));
+      keep(driver.stream_wait(streams.expert, second, round, CU_STREAM_WAIT_VALUE_GEQ));
+      keep(driver.stream_write(streams.expert, first, round, CU_STREAM_WRITE_VALUE_DEFAULT));
+    }
+    timer.end(streams.attention);
+    const uint64_t go = 1;
+    copy_now(memory.get(), &go, sizeof go);
+    copy_now(static_cast<unsigned char*>(memory.get()) + kLineBytes, &go, sizeof go);
+    if (result != CUDA_SUCCESS) throw Error(Failure::kSetup, "stream memory operations are refused by this driver");
+    us.push_back(timer.us() / (2.0 * (kRounds - 1)));
+  }
+  print("signal, one way, by stream memory operations", sizeof(Signal), us);
+}
+
 void time_launches(const Streams& streams, uint32_t rounds) {
   std::vector<double> launch_us, launch_and_wait_us;
   for (uint32_t i = 0; i < rounds; ++i) {
@@ -248,6 +280,7 @@ int main(int argc, char** argv) {
     const auto machine = make_machine("cuda:0");
     const Streams streams;
     time_signal(*machine, streams, 11);
+    time_stream_signal(*machine, streams, 11);
     time_launches(streams, rounds);
     time_copies(*machine, streams, 50);
     int major = 0;

@@ -110,8 +110,9 @@ def _add_devices(ranks: Any) -> None:
             help=f"torch's threads on each {role} rank (default: all ranks share the cores evenly)",
         )  # fmt: skip
     ranks.add_argument(
-        "--one-process", action="store_true", help="ranks are threads of one process; on one GPU they always are"
-    )
+        "--one-process", action=argparse.BooleanOptionalAction,
+        help="ranks are threads of one process (default: where all are on one GPU)",
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -50,7 +50,7 @@ class RunConfig:
     expert_device: str = "cpu"
     attention_threads: int = 1  # of each attention rank, for torch
     expert_threads: int = 1
-    one_process: bool = False  # all ranks as threads of one process; on one GPU they always are
+    one_process: bool | None = None  # all ranks as threads of one process; None: where all are on one GPU
 
     def __post_init__(self) -> None:
         counts = (
@@ -85,13 +85,7 @@ class RunConfig:
     def _check_devices(self, config: m2n.Config) -> None:
         """Refuse what this version of the library cannot link, and ranks that cannot live where they would be."""
         devices = [self.attention_device, self.expert_device]
-        on_gpus = [name for name in devices if name.startswith("cuda")]
-        if len(set(on_gpus)) > 1:
-            raise InputError(
-                f"attention-device {devices[0]} and expert-device {devices[1]} are two GPUs, and this version has all "
-                "ranks on one: name one GPU for both, or cpu for one of them"
-            )
-        if on_gpus and "emulated" in devices:
+        if "emulated" in devices and any(name.startswith("cuda") for name in devices):
             raise InputError(
                 f"attention-device {devices[0]} with expert-device {devices[1]}: emulated stands in for a GPU where "
                 "there is none; beside a GPU use cpu"
@@ -99,7 +93,7 @@ class RunConfig:
         if self.is_one_process and self.attention_threads != self.expert_threads:
             raise InputError(
                 f"attention-threads {self.attention_threads} and expert-threads {self.expert_threads}: ranks of one "
-                "process (one-process, or both on a GPU) share torch's number of threads; give both the same"
+                "process (one-process, or all on one GPU) share torch's number of threads; give both the same"
             )
         if config.faults is not None and devices != ["cpu", "cpu"]:
             raise InputError(
@@ -150,8 +144,10 @@ class RunConfig:
 
     @property
     def is_one_process(self) -> bool:
-        """Windows in the memory of a GPU are known to one process only, in this version."""
-        return self.one_process or all(self.device(role).startswith("cuda") for role in (ATTENTION, EXPERT))
+        """Processes take turns on a GPU, and one that waits keeps the others out meanwhile; streams of one do not."""
+        if self.one_process is not None:
+            return self.one_process
+        return self.attention_device == self.expert_device and self.attention_device.startswith("cuda")
 
     @property
     def is_lockstep(self) -> bool:
@@ -164,8 +160,8 @@ class RunConfig:
             job=self.job,
             timeout_s=self.timeout_s,
             connect_timeout_s=self.connect_timeout_s,
-            # Unlike devices meet in memory of the host, which both can write.
-            transport="auto" if self.attention_device == self.expert_device else "shm",
+            # A GPU and a CPU meet in memory of the host, which both can write.
+            transport="auto" if self.attention_device[:4] == self.expert_device[:4] else "shm",
         )
         if self.delay_us == 0 and self.jitter_us == 0:
             return config

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from datetime import timedelta
@@ -36,11 +37,12 @@ def run_under_torchrun(run: RunConfig, prompts: list[list[int]]) -> RunResult | 
             f"torchrun started {world_size} processes; {run.attention_ranks} attention ranks and "
             f"{run.expert_ranks} expert ranks need {len(run.ranks)}"
         )
-    if run.is_one_process:
+    if run.one_process:
         raise InputError(
-            "torchrun starts a process for each rank, but all ranks on one GPU, or with --one-process, are threads of "
-            "one process: run m2n-generate by itself"
+            "torchrun starts a process for each rank, but with --one-process they are threads of one process: run "
+            "m2n-generate by itself"
         )
+    run = dataclasses.replace(run, one_process=False)
     role, role_rank = run.ranks[rank]
     store = _store(rank, run)
     events: list[dict[str, Any]] = []

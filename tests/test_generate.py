@@ -136,6 +136,9 @@ def test_devices_and_threads_are_for_both_roles_or_each(directory: Path) -> None
     assert (run.attention_threads, run.expert_threads, run.is_one_process) == (max(1, cores // 2), 3, False)
     run = run_of("--device cuda")
     assert (run.torch_device("expert"), run.comm_config.transport, run.is_one_process) == ("cuda:0", "auto", True)
+    assert not run_of("--device cuda --no-one-process").is_one_process
+    run = run_of("--attention-device cuda:0 --expert-device cuda:1")
+    assert (run.comm_config.transport, run.is_one_process) == ("auto", False)
     assert run_of("--device emulated").torch_device("attention") == "cpu"
 
 
@@ -287,7 +290,6 @@ def refused(capsys: pytest.CaptureFixture[str], *options: object) -> str:
         (["--one-process", "--attention-threads", 2, "--expert-threads", 3], "share torch's number of threads"),
         (["--expert-device", "gpu"], "expert-device must be cpu, cuda, cuda:N or emulated, not 'gpu'"),
         (["--attention-device", "cuda:99"], "attention-device cuda:99: torch finds"),
-        (["--device", "cuda", "--expert-device", "cuda:1"], "are two GPUs, and this version has all ranks on one"),
         (["--device", "cuda", "--expert-device", "emulated"], "beside a GPU use cpu"),
         (
             ["--device", "emulated", "--delay-us", 5],
@@ -383,4 +385,4 @@ def test_torchrun_with_another_number_of_processes_is_refused(
     said = refused(capsys, "--prompt", "Noah", "--checkpoint", directory)
     assert "torchrun started 3 processes; 1 attention ranks and 1 expert ranks need 2" in said
     said = refused(capsys, "--prompt", "Noah", "--checkpoint", directory, "--one-process", "--expert-ranks", 2)
-    assert "all ranks on one GPU, or with --one-process, are threads of one process" in said
+    assert "with --one-process they are threads of one process" in said

@@ -38,6 +38,8 @@ CudaDriver load_driver() {
   look_up("cuMemExportToShareableHandle", driver.export_handle);
   look_up("cuMemImportFromShareableHandle", driver.import_handle);
   look_up("cuDeviceGetAttribute", driver.device_attribute);
+  look_up("cuStreamWriteValue64", driver.stream_write);
+  look_up("cuStreamWaitValue64", driver.stream_wait);
   look_up("cuGetErrorString", driver.error_string);
   return driver;
 }

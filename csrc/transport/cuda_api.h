@@ -38,7 +38,7 @@ void copy_now(void* to, const void* from, uint64_t bytes);
 // Host memory at an address that kernels can use, zeroed.
 std::shared_ptr<void> make_pinned(int ordinal, uint64_t bytes);
 
-// The driver's functions for memory that is mapped where we want it.
+// What is used of the driver's own functions.
 struct CudaDriver {
   decltype(&::cuMemAddressReserve) address_reserve;
   decltype(&::cuMemAddressFree) address_free;
@@ -51,6 +51,8 @@ struct CudaDriver {
   decltype(&::cuMemExportToShareableHandle) export_handle;
   decltype(&::cuMemImportFromShareableHandle) import_handle;
   decltype(&::cuDeviceGetAttribute) device_attribute;
+  decltype(&::cuStreamWriteValue64) stream_write;
+  decltype(&::cuStreamWaitValue64) stream_wait;
   decltype(&::cuGetErrorString) error_string;
 };
 const CudaDriver& cuda_driver();
