@@ -13,6 +13,7 @@ import m2n
 from .checkpoint import Checkpoint, ExpertNames
 from .config import ModelConfig
 from .model import gated_ffn
+from .precision import as_dispatched, dispatch_bytes
 
 
 class Experts(Protocol):
@@ -90,13 +91,18 @@ class LocalExperts:
     """All experts in this process, combined by the arithmetic of m2n for the given groups of experts.
 
     The sum is in float32 in ascending expert id within a group (an expert rank), rounded once to dtype, then
-    summed over groups; with reduce_at="attention" every expert's output is summed in top-k order.
+    summed over groups; with reduce_at="attention" every expert's output is summed in top-k order. Experts get rows
+    as if they had been dispatched as dispatch_dtype (None: as they are).
     """
 
     def __init__(
-        self, weights: ExpertWeights, groups: Sequence[Sequence[int]] | None = None, reduce_at: str = "expert"
+        self,
+        weights: ExpertWeights,
+        groups: Sequence[Sequence[int]] | None = None,
+        reduce_at: str = "expert",
+        dispatch_dtype: str | None = None,
     ) -> None:
-        self.weights, self.reduce_at = weights, reduce_at
+        self.weights, self.reduce_at, self.dispatch_dtype = weights, reduce_at, dispatch_dtype
         self.groups = [list(group) for group in groups] if groups else [weights.expert_ids]
         self._answers: dict[int, torch.Tensor] = {}
 
@@ -107,6 +113,8 @@ class LocalExperts:
         self, x_TH: torch.Tensor, route: tuple[torch.Tensor, torch.Tensor], layer: int, microbatch: int
     ) -> tuple[int, int]:
         combine = self._per_expert if self.reduce_at == "expert" else self._per_pair
+        if self.dispatch_dtype is not None:
+            x_TH = as_dispatched(x_TH, self.dispatch_dtype)
         self._answers[microbatch] = combine(x_TH, *route, layer)
         return 0, 0
 
@@ -171,11 +179,9 @@ class RemoteExperts:
         self.comm.dispatch_send(x_TH, route, microbatch=microbatch, layer=layer)
         if self.is_launched:
             return 0, 0  # how many rows there are is known on the device only
-        row_bytes = x_TH.shape[1] * x_TH.element_size()
-        num_replies = route.num_rows
-        if self.comm.shape.reduce_at == "attention":
-            num_replies = route.num_tokens * self.comm.shape.top_k
-        return route.num_rows * row_bytes, num_replies * row_bytes
+        shape = self.comm.shape
+        num_replies = route.num_rows if shape.reduce_at == "expert" else route.num_tokens * shape.top_k
+        return route.num_rows * dispatch_bytes(shape), num_replies * x_TH.shape[1] * x_TH.element_size()
 
     def ready(self, microbatches: Sequence[int]) -> int | None:
         if self.is_launched:

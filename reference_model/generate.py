@@ -40,6 +40,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="who sums over a token's experts (default expert: fewest bytes)",
     )  # fmt: skip
     ranks.add_argument(
+        "--dispatch-dtype", metavar="DTYPE",
+        help="of rows on their way to experts: float8_e4m3fn, or by default --dtype",
+    )  # fmt: skip
+    ranks.add_argument(
         "--linger-us", type=float, default=50.0, metavar="US",
         help="how long an expert rank waits for other attention ranks after the first (default 50)",
     )  # fmt: skip
@@ -206,6 +210,7 @@ def _run_config(args: argparse.Namespace) -> RunConfig:
         max_batch=args.max_batch,
         max_tokens=args.max_tokens,
         reduce_at=args.reduce_at,
+        dispatch_dtype=args.dispatch_dtype,
         linger_us=None if args.lockstep else args.linger_us,
         delay_us=args.delay_us,
         jitter_us=args.jitter_us,

@@ -45,13 +45,15 @@ class MonolithicModel:
         microbatches: int = 1,
         groups: SequenceOf[SequenceOf[int]] | None = None,
         reduce_at: str = "expert",
+        dispatch_dtype: str | None = None,
         ignore_eos: bool = False,
     ) -> list[list[int]]:
         """Token ids of the answers, in the order of the prompts.
 
         groups: the experts of each expert rank that the arithmetic imitates (None: one rank holds them all).
+        dispatch_dtype: of rows on their way to experts, imitated likewise (None: as they are).
         """
-        experts = LocalExperts(self.weights, groups, reduce_at)
+        experts = LocalExperts(self.weights, groups, reduce_at, dispatch_dtype)
         scheduler = Scheduler(max_batch, max_tokens, microbatches)
         engine = AttentionEngine(self.decoder, experts, scheduler, sampling or SamplingConfig(), ignore_eos)
         sequences = [Sequence(idx, list(ids), max_new_tokens) for idx, ids in enumerate(prompts)]
@@ -59,10 +61,12 @@ class MonolithicModel:
             pass
         return [sequence.output_ids for sequence in sequences]
 
-    def logits(self, token_ids: SequenceOf[int], max_tokens: int = 256) -> torch.Tensor:
+    def logits(
+        self, token_ids: SequenceOf[int], max_tokens: int = 256, dispatch_dtype: str | None = None
+    ) -> torch.Tensor:
         """Logits float32 [V] after the last of these tokens."""
         cache = KVCache(self.config, len(token_ids), self.decoder.dtype, self.decoder.device)
-        experts = LocalExperts(self.weights)
+        experts = LocalExperts(self.weights, dispatch_dtype=dispatch_dtype)
         for start in range(0, len(token_ids), max_tokens):
             part = list(token_ids[start : start + max_tokens])
             batch = self.decoder.begin([Span(cache, part, start, True)])

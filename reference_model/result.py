@@ -25,6 +25,7 @@ SETTINGS = (
     "is_one_process",
     "microbatches",
     "dtype",
+    "dispatch_dtype",
     "reduce_at",
     "checkpoint",
 )

@@ -38,6 +38,7 @@ class RunConfig:
     seed: int = 0
     max_batch: int = 8  # sequences at work on one attention rank
     max_tokens: int = 256  # tokens of one microbatch; longer prompts are computed in pieces
+    dispatch_dtype: str | None = None  # of rows on their way to experts; None: dtype
     reduce_at: str = "expert"
     linger_us: float | None = 50.0  # of expert ranks, for other attention ranks; None: strict lockstep of all of them
     delay_us: float = 0.0  # every signal is held back so long, and up to jitter_us longer: a slow network
@@ -69,6 +70,10 @@ class RunConfig:
                 raise InputError(f"{name.replace('_', '-')} must be at least 1, not {value}")
         if self.dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        if self.dispatch_dtype not in (None, self.dtype, "float8_e4m3fn"):
+            raise InputError(
+                f"dispatch-dtype must be float8_e4m3fn, or the dtype {self.dtype}, not {self.dispatch_dtype!r}"
+            )
         if self.reduce_at not in ("expert", "attention"):
             raise InputError(f"reduce-at must be expert or attention, not {self.reduce_at!r}")
         if self.linger_us is not None and not 0 <= self.linger_us <= 1e9:
@@ -191,7 +196,7 @@ class RunConfig:
             top_k=config.top_k,
             max_tokens=self.max_tokens,
             microbatches=self.microbatches,
-            dispatch_dtype=self.dtype,
+            dispatch_dtype=self.dispatch_dtype or self.dtype,
             combine_dtype=self.dtype,
             reduce_at=self.reduce_at,
         )

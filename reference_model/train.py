@@ -13,6 +13,7 @@ import math
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +23,10 @@ from torch import Tensor, nn
 
 if __package__:
     from . import corpus
-    from .train_model import Model, ModelConfig, load_folder, save_folder
+    from .train_model import Model, ModelConfig, MoE, load_folder, save_folder
 else:  # run as a plain file
     import corpus
-    from train_model import Model, ModelConfig, load_folder, save_folder
+    from train_model import Model, ModelConfig, MoE, load_folder, save_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -198,6 +199,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--output", type=Path, metavar="DIR", help="train, and write the checkpoint here")
     what.add_argument("--evaluate", type=Path, metavar="DIR", help="print the held-out loss and expert load")
+    parser.add_argument(
+        "--dispatch-dtype", choices=("bfloat16", "float16", "float8_e4m3fn"),
+        help="with --evaluate: rows reach the experts as if dispatched so",
+    )  # fmt: skip
     for name, value in asdict(defaults).items():
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, type=type(value), default=value, help=f"default {value}")
@@ -214,6 +219,14 @@ def _load(folder: Path) -> tuple[Model, Tokenizer]:
     return load_folder(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
+def _dispatch_as(model: Model, dtype: str) -> None:
+    from m2n.reference_model.precision import as_dispatched
+
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.dispatch = partial(as_dispatched, dispatch_dtype=dtype)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns the exit status: 1 when the text is not to be had."""
     options = _parse(arguments)
@@ -225,6 +238,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     if options.evaluate is not None:
         model, tokenizer = _load(options.evaluate)
+        if options.dispatch_dtype is not None:
+            _dispatch_as(model, options.dispatch_dtype)
         print(json.dumps(evaluate(model, tokenizer, held_out), indent=2))
         return 0
     config = TrainConfig(**{name: getattr(options, name) for name in asdict(TrainConfig())})

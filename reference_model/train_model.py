@@ -18,6 +18,7 @@ else:  # train.py runs as a plain file
     import corpus
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from tokenizers import Tokenizer
@@ -116,6 +117,7 @@ class MoE(nn.Module):
         self.gate = nn.Linear(hidden, experts, bias=False)
         self.w13 = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
         self.w2 = nn.Parameter(torch.empty(experts, hidden, inner))
+        self.dispatch: Callable[[Tensor], Tensor] | None = None  # what becomes of x on its way to the experts
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [tokens, hidden] -> (y of the same shape, load-balancing loss, rows per expert).
@@ -130,7 +132,8 @@ class MoE(nn.Module):
         order = torch.argsort(ids.flatten(), stable=True)
         counts = torch.bincount(ids.flatten(), minlength=num_experts)
         token = order // self.top_k
-        sorted_rows = x.index_select(0, token).split(counts.tolist())
+        rows_TH = x if self.dispatch is None else self.dispatch(x)
+        sorted_rows = rows_TH.index_select(0, token).split(counts.tolist())
         parts = []
         for rows, w13, w2 in zip(sorted_rows, self.w13, self.w2, strict=True):
             gate, up = F.linear(rows, w13).chunk(2, -1)

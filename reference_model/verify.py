@@ -7,7 +7,7 @@ from typing import Any
 
 from .monolithic import MonolithicModel
 from .result import RunResult
-from .run_config import ATTENTION, EXPERT
+from .run_config import ATTENTION, EXPERT, RunConfig
 
 
 def verify(result: RunResult) -> dict[str, Any]:
@@ -27,18 +27,19 @@ def verify(result: RunResult) -> dict[str, Any]:
         max_tokens=run.max_tokens,
         groups=run.expert_groups(model.config),
         reduce_at=run.reduce_at,
+        dispatch_dtype=run.dispatch_dtype,
         ignore_eos=run.ignore_eos,
     )
     differences = []
     for idx, (theirs, ours) in enumerate(zip(expected, result.answers)):
         if theirs != ours:
-            differences.append(_first_difference(model, idx, result.prompts[idx], theirs, ours, run.max_tokens))
+            differences.append(_first_difference(model, idx, result.prompts[idx], theirs, ours, run))
     num_tokens = sum(len(answer) for answer in expected)
     return {"identical": not differences, "tokens": num_tokens, "differences": differences}
 
 
 def _first_difference(
-    model: MonolithicModel, idx: int, prompt: list[int], expected: list[int], got: list[int], max_tokens: int
+    model: MonolithicModel, idx: int, prompt: list[int], expected: list[int], got: list[int], run: RunConfig
 ) -> dict[str, Any]:
     shorter = min(len(expected), len(got))
     at = next((i for i in range(shorter) if expected[i] != got[i]), shorter)
@@ -50,7 +51,7 @@ def _first_difference(
         "logit_gap": None,
     }
     if at < shorter:
-        logits = model.logits(prompt + expected[:at], max_tokens)
+        logits = model.logits(prompt + expected[:at], run.max_tokens, run.dispatch_dtype)
         gap = float(logits[expected[at]] - logits[got[at]])
         about.update(expected=expected[at], got=got[at], logit_gap=gap)
     return about

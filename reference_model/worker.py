@@ -19,6 +19,7 @@ from .config import ModelConfig
 from .engine import AttentionEngine
 from .experts import ExpertWeights, RemoteExperts
 from .model import Decoder, KVCache, Span
+from .precision import dispatch_bytes
 from .routes import RouteRecorder
 from .run_config import ATTENTION, RunConfig
 from .schedule import expert_schedule
@@ -97,7 +98,7 @@ class _ExpertWorker:
         if is_waited_for:
             at = self.tracer.add(trace.WAIT, at, *self.place)
         ranks = trace.ALL_RANKS if max(batch.peers) > 62 else sum(1 << rank for rank in batch.peers)
-        num_bytes = batch.num_rows * batch.x.shape[1] * batch.x.element_size()
+        num_bytes = batch.num_rows * dispatch_bytes(self.comm.shape)
         self.tracer.add(trace.DISPATCH_RECV, at, *self.place, num_bytes, ranks)
         self.num_batches, self.num_pairs = self.num_batches + 1, self.num_pairs + batch.num_pairs
         return batch.layer, batch.microbatch
@@ -121,11 +122,11 @@ class _ExpertWorker:
     def _expert(self) -> None:
         batch, began = self.batch, self.tracer.now()
         offsets = batch.expert_offsets.tolist()
-        if self.run.expert_device == "cpu":
+        if self.run.expert_device == "cpu" and batch.x_scales is None:
             # The rows are read where they landed: each expert gathers its own by index.
             self.y_PH = self.weights.outputs(batch.layer, batch.x, offsets, batch.row_index_by_expert)
         else:
-            # One launch gathers for all experts.
+            # One launch gathers for all experts; rows of float8 get their scales on the way.
             self.y_PH = self.weights.outputs(batch.layer, batch.gather(), offsets)
         self.tracer.add(trace.EXPERT, began, *self.place)
 

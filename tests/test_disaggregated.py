@@ -309,6 +309,19 @@ def test_lockstep_and_sampling_on_devices_change_no_token(devices: dict[str, str
     assert verify(run_on_devices(run, PROMPTS, tmp_path))["identical"]
 
 
+@on_devices
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_float8_dispatch_gives_the_tokens_of_a_monolithic_model_that_rounds_likewise(
+    devices: dict[str, str], dtype: str, root: Path, tmp_path: Path
+) -> None:
+    """Each expert computes its rows alone, so that bfloat16's products do not depend on who else came."""
+    directory, _ = checkpoint_and_tokens(root, "mixtral", 8)
+    run = make_run(
+        directory, 1, 2, 1, reduce_at="attention", dtype=dtype, dispatch_dtype="float8_e4m3fn", **devices
+    )
+    assert verify(run_on_devices(run, PROMPTS[:1], tmp_path))["identical"]
+
+
 def test_an_expert_rank_that_leaves_ends_the_run_before_a_wrong_token(root: Path, tmp_path: Path) -> None:
     directory, expected = checkpoint_and_tokens(root, "mixtral", 8)
     run, config = make_run(directory, 1, 1, 1, **EMULATED), ModelConfig.from_directory(directory)

@@ -277,6 +277,7 @@ def refused(capsys: pytest.CaptureFixture[str], *options: object) -> str:
         (["--max-new-tokens", -3], "max-new-tokens must be at least 1"),
         (["--max-batch", "many"], "--max-batch"),
         (["--dtype", "int8"], "--dtype"),
+        (["--dispatch-dtype", "float16"], "dispatch-dtype must be float8_e4m3fn, or the dtype float32, not 'float16'"),
         (["--temperature", -1], "temperature"),
         (["--top-p", 0], "top-p"),
         (["--prompt", ""], "prompt 1 has no tokens"),

@@ -172,6 +172,19 @@ def test_shipped_checkpoint_is_small_licensed_and_sparse() -> None:
     assert "bible-kjv-text" in readme
 
 
+def test_float8_on_the_way_to_experts_changes_the_loss_a_little(capsys: pytest.CaptureFixture[str]) -> None:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(SHIPPED / "tokenizer.json"))
+    losses = []
+    for dtype in (None, "bfloat16", "float8_e4m3fn"):
+        model = train_model.load_folder(SHIPPED)
+        if dtype is not None:
+            train._dispatch_as(model, dtype)
+        losses.append(train.evaluate(model, tokenizer, TEXTS)["nats_per_token"])
+    assert len(set(losses)) == 3 and max(losses) - min(losses) < 0.1, losses
+
+
 def test_shipped_checkpoint_loads_and_knows_its_text() -> None:
     from tokenizers import Tokenizer
 
