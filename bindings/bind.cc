@@ -52,9 +52,11 @@ void require_splits(const std::vector<uint32_t>& splits, int64_t num_tokens) {
                         std::to_string(num_tokens));
 }
 
-void require_x_rows(const Tensor& x, const Shape& shape, uint32_t num_tokens) {
-  x.require_rows(shape.dispatch_dtype, shape.hidden);
-  if (x.num_rows() == num_tokens) return;
+DType require_x_rows(const Tensor& x, const Shape& shape, uint32_t num_tokens) {
+  const bool is_any = shape.dispatch_dtype == DType::kFloat8E4M3;  // what becomes float8 may have any other type
+  const DType dtype = is_any ? x.float_dtype() : shape.dispatch_dtype;
+  x.require_rows(dtype, shape.hidden);
+  if (x.num_rows() == num_tokens) return dtype;
   throw py::value_error("x: the route is for " + std::to_string(num_tokens) + " tokens, x has " +
                         std::to_string(x.num_rows()) + " rows");
 }
@@ -80,12 +82,28 @@ DType require_y_rows(const Tensor& y, const Shape& shape, uint32_t num_rows, uin
 
 Array window_array(const std::shared_ptr<Window>& window, uint64_t num_rows, const Shape& shape, DLDevice device) {
   const DType dtype = shape.dispatch_dtype;
+  const uint32_t element_bytes = dtype_bytes(dtype);
   return {window,
           window->data(),
           {static_cast<int64_t>(num_rows), static_cast<int64_t>(shape.hidden)},
-          dtype == DType::kBFloat16 ? Kind::kBFloat : Kind::kFloat,
-          static_cast<uint8_t>(8 * dtype_bytes(dtype)),
-          device};
+          dtype == DType::kBFloat16     ? Kind::kBFloat
+          : dtype == DType::kFloat8E4M3 ? Kind::kFloat8E4M3
+                                        : Kind::kFloat,
+          static_cast<uint8_t>(8 * element_bytes),
+          device,
+          {static_cast<int64_t>(bytes_of_row(shape.hidden, dtype) / element_bytes), 1}};
+}
+
+std::optional<Array> scales_array(const std::shared_ptr<Window>& window, uint64_t num_rows, const Shape& shape,
+                                  DLDevice device) {
+  if (shape.dispatch_dtype != DType::kFloat8E4M3) return std::nullopt;
+  return Array{window,
+               window->data() + scales_offset(shape.hidden),
+               {static_cast<int64_t>(num_rows), num_scales(shape.hidden)},
+               Kind::kFloat,
+               32,
+               device,
+               {static_cast<int64_t>(bytes_of_row(shape.hidden, shape.dispatch_dtype) / sizeof(float)), 1}};
 }
 
 }  // namespace m2n::bindings

@@ -28,7 +28,7 @@ Wanted make_wanted(std::optional<uint32_t> layer, std::optional<uint32_t> microb
 // Argument checks that host and device comms share.
 void require_topk(const Shape& shape, const Tensor& ids, const Tensor& weights);
 void require_splits(const std::vector<uint32_t>& splits, int64_t num_tokens);
-void require_x_rows(const Tensor& x, const Shape& shape, uint32_t num_tokens);
+DType require_x_rows(const Tensor& x, const Shape& shape, uint32_t num_tokens);
 void require_out_rows(const Tensor& out, const Shape& shape, uint32_t num_tokens);
 DType require_y_rows(const Tensor& y, const Shape& shape, uint32_t num_rows, uint32_t num_pairs, bool is_reduced);
 
@@ -43,6 +43,9 @@ Array list_array(std::shared_ptr<const void> owner, T* data, uint64_t count, DLD
           device};
 }
 Array window_array(const std::shared_ptr<Window>& window, uint64_t num_rows, const Shape& shape, DLDevice device);
+// The scales of float8 rows, behind each row; None for rows of another type.
+std::optional<Array> scales_array(const std::shared_ptr<Window>& window, uint64_t num_rows, const Shape& shape,
+                                  DLDevice device);
 
 void bind_errors(py::module_& module);
 void bind_device(py::module_& module);

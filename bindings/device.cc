@@ -53,10 +53,10 @@ std::shared_ptr<DeviceRoute> make_route(DeviceAttentionComm& comm, const py::obj
 void dispatch_send(DeviceAttentionComm& comm, const py::object& x, std::shared_ptr<const DeviceRoute> route,
                    uint32_t microbatch, uint32_t layer, double timeout_s, uint32_t num_sms, uint64_t stream) {
   const Tensor rows(x, "x", tensors_of(comm.device()));
-  require_x_rows(rows, comm.shape(), route->view.num_tokens);
+  const DType dtype = require_x_rows(rows, comm.shape(), route->view.num_tokens);
   const int64_t wait_ns = launch_timeout_ns(timeout_s);
   const py::gil_scoped_release release;
-  comm.dispatch_send(rows.data(), rows.row_stride_bytes(), std::move(route), microbatch, layer, wait_ns, num_sms,
+  comm.dispatch_send(rows.data(), rows.row_stride_bytes(), dtype, std::move(route), microbatch, layer, wait_ns, num_sms,
                      to_stream(stream));
 }
 
@@ -203,6 +203,9 @@ void bind_expert(py::module_& module) {
   bind_launches(type);
   type.def("window", [](const DeviceExpertComm& comm) {
     return window_array(comm.rows_window(), comm.window_rows(), comm.shape(), tensors_of(comm.device()));
+  });
+  type.def("scales", [](const DeviceExpertComm& comm) {
+    return scales_array(comm.rows_window(), comm.window_rows(), comm.shape(), tensors_of(comm.device()));
   });
 }
 

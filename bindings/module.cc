@@ -33,8 +33,8 @@ Shape make_shape(uint32_t hidden, uint32_t num_experts, uint32_t top_k, uint32_t
   shape.top_k = top_k;
   shape.max_tokens = max_tokens;
   shape.microbatches = microbatches;
-  shape.dispatch_dtype = parse_dtype(dispatch_dtype, "dispatch_dtype");
-  shape.combine_dtype = parse_dtype(combine_dtype, "combine_dtype");
+  shape.dispatch_dtype = parse_dtype(dispatch_dtype, "dispatch_dtype", /*may_be_float8=*/true);
+  shape.combine_dtype = parse_dtype(combine_dtype, "combine_dtype", /*may_be_float8=*/false);
   if (reduce_at != "expert" && reduce_at != "attention") {
     throw py::value_error("reduce_at: expected 'expert' or 'attention', got '" + reduce_at + "'");
   }
@@ -74,12 +74,12 @@ void build_from_splits(Route& route, const std::vector<uint32_t>& splits, const 
 void attention_dispatch_send(AttentionComm& comm, const py::object& x, std::shared_ptr<const Route> route,
                              uint32_t microbatch, uint32_t layer, double timeout_s) {
   const Tensor rows(x, "x", kOnCpu);
-  require_x_rows(rows, comm.shape(), route->view().num_tokens);
+  const DType dtype = require_x_rows(rows, comm.shape(), route->view().num_tokens);
   const uint64_t bytes = route->num_rows() * comm.layout().dispatch_rows.row_bytes;
   const int64_t deadline_ns = deadline_after(timeout_s);
   const bool is_long = bytes >= kLargeCopyBytes || (!comm.is_busy(microbatch) && !comm.is_free(microbatch));
   const MaybeRelease release(is_long);
-  comm.dispatch_send(rows.data(), rows.row_stride_bytes(), std::move(route), microbatch, layer, deadline_ns);
+  comm.dispatch_send(rows.data(), rows.row_stride_bytes(), dtype, std::move(route), microbatch, layer, deadline_ns);
 }
 
 void attention_combine_recv(AttentionComm& comm, const py::object& y, uint32_t microbatch, double timeout_s) {
@@ -258,6 +258,9 @@ void bind_expert(py::module_& module) {
   type.def("window", [](const ExpertComm& comm) {
     return window_array(comm.rows_window(), comm.window_rows(), comm.shape(), kOnCpu);
   });
+  type.def("scales", [](const ExpertComm& comm) {
+    return scales_array(comm.rows_window(), comm.window_rows(), comm.shape(), kOnCpu);
+  });
 }
 
 void bind_values(py::module_& module) {
@@ -283,6 +286,7 @@ void bind_values(py::module_& module) {
       .def("__dlpack_device__",
            [](const Array& array) { return py::make_tuple(array.device.device_type, array.device.device_id); })
       .def_property_readonly("is_bfloat16", [](const Array& array) { return array.kind == Kind::kBFloat; })
+      .def_property_readonly("is_float8", [](const Array& array) { return array.kind == Kind::kFloat8E4M3; })
       .def("bits", [](const Array& array) {
         Array bits = array;
         bits.kind = Kind::kUInt;

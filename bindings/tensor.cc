@@ -113,11 +113,12 @@ bool Tensor::is(Kind kind, uint8_t bits) const {
 }
 
 std::string Tensor::describe() const {
-  std::string text = tensor_->dtype.code == 0   ? "int"
-                     : tensor_->dtype.code == 1 ? "uint"
-                     : tensor_->dtype.code == 2 ? "float"
-                     : tensor_->dtype.code == 4 ? "bfloat"
-                                                : "type " + std::to_string(tensor_->dtype.code) + "/";
+  std::string text = tensor_->dtype.code == 0    ? "int"
+                     : tensor_->dtype.code == 1  ? "uint"
+                     : tensor_->dtype.code == 2  ? "float"
+                     : tensor_->dtype.code == 4  ? "bfloat"
+                     : tensor_->dtype.code == 10 ? "e4m3fn float"
+                                                 : "type " + std::to_string(tensor_->dtype.code) + "/";
   text += std::to_string(tensor_->dtype.bits) + " [";
   for (int i = 0; i < tensor_->ndim; ++i) text += (i == 0 ? "" : ", ") + std::to_string(tensor_->shape[i]);
   return text + "]";
@@ -204,6 +205,8 @@ WeightType Tensor::weight_type() const {
       return WeightType::kBFloat16;
     case DType::kFloat16:
       return WeightType::kFloat16;
+    case DType::kFloat8E4M3:
+      break;  // float_dtype() gives none
   }
   return WeightType::kFloat32;
 }
@@ -235,12 +238,16 @@ py::capsule Array::to_dlpack() const {
   struct Context {
     DLManagedTensor managed;
     std::shared_ptr<const void> owner;
-    std::vector<int64_t> shape;
+    std::vector<int64_t> shape, strides;
   };
-  auto* context = new Context{{}, owner, shape};
-  context->managed.tensor = {
-      data,    device, static_cast<int32_t>(shape.size()), {static_cast<uint8_t>(kind), bits, 1}, context->shape.data(),
-      nullptr, 0};
+  auto* context = new Context{{}, owner, shape, strides};
+  context->managed.tensor = {data,
+                             device,
+                             static_cast<int32_t>(shape.size()),
+                             {static_cast<uint8_t>(kind), bits, 1},
+                             context->shape.data(),
+                             strides.empty() ? nullptr : context->strides.data(),
+                             0};
   context->managed.context = context;
   context->managed.deleter = [](DLManagedTensor* managed) { delete static_cast<Context*>(managed->context); };
   return py::capsule(&context->managed, kPlain, [](PyObject* capsule) {
@@ -251,11 +258,13 @@ py::capsule Array::to_dlpack() const {
   });
 }
 
-DType parse_dtype(const std::string& name, const char* argument) {
+DType parse_dtype(const std::string& name, const char* argument, bool may_be_float8) {
+  if (may_be_float8 && name == "float8_e4m3fn") return DType::kFloat8E4M3;
   if (name == "float32") return DType::kFloat32;
   if (name == "bfloat16") return DType::kBFloat16;
   if (name == "float16") return DType::kFloat16;
-  throw py::value_error(std::string(argument) + ": expected 'float32', 'bfloat16' or 'float16', got '" + name + "'");
+  throw py::value_error(std::string(argument) + ": expected 'float32', 'bfloat16'" +
+                        (may_be_float8 ? ", 'float16' or 'float8_e4m3fn'" : " or 'float16'") + ", got '" + name + "'");
 }
 
 }  // namespace m2n::bindings

@@ -59,7 +59,7 @@ struct ExchangeApi {
   int (*read_tensor)(void* object, DLTensor* tensor);  // may be nullptr
 };
 
-enum class Kind : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBFloat = 4 };
+enum class Kind : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBFloat = 4, kFloat8E4M3 = 10 };
 
 // Somebody's tensor, held while this lives. Make and destroy it with the GIL.
 class Tensor {
@@ -111,10 +111,12 @@ struct Array {
   Kind kind;
   uint8_t bits;
   DLDevice device;
+  std::vector<int64_t> strides{};  // in elements; none: packed
 
   py::capsule to_dlpack() const;
 };
 
-DType parse_dtype(const std::string& name, const char* argument);
+// float8 only where it `may_be_float8`.
+DType parse_dtype(const std::string& name, const char* argument, bool may_be_float8);
 
 }  // namespace m2n::bindings

@@ -118,7 +118,8 @@ class Pair {
   void attention_sends(uint32_t round) {
     std::shared_ptr<const Route> route = routes_[round % routes_.size()];
     const In in(0, kDispatchSend);
-    attention_->dispatch_send(bytes(x_), row_bytes(), std::move(route), round % 2, round, deadline_ns_);
+    attention_->dispatch_send(bytes(x_), row_bytes(), DType::kFloat32, std::move(route), round % 2, round,
+                              deadline_ns_);
   }
   void expert_receives() {
     const In in(1, kDispatchRecv);

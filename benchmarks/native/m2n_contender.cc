@@ -119,7 +119,8 @@ class M2n final : public Contender {
   }
 
   void dispatch_send(const unsigned char* x) override {
-    attention_->dispatch_send(x, traffic_.x_stride_bytes, job_.routes[traffic_.rank()], 0, 0, deadline_ns_);
+    const DType dtype = job_.options.shape.dispatch_dtype;
+    attention_->dispatch_send(x, traffic_.x_stride_bytes, dtype, job_.routes[traffic_.rank()], 0, 0, deadline_ns_);
   }
   void combine_recv(unsigned char* y) override {
     attention_->combine_recv(y, traffic_.reply_row_bytes, 0, deadline_ns_);

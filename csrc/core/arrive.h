@@ -4,8 +4,9 @@
 //
 // An Exec runs a body: `thread()` of `num_threads()` in `block()` of `num_blocks()`, `sync()` among the threads of a
 // block, `any(bool)` which is a sync() that tells each whether it was true for one of them, `lane()` of `num_lanes()`
-// threads that copy together (a warp), `shared()` and `counts()` for words that a block shares, `pause()` between two
-// looks, `now_ns()`, `wake(WakeWord*)` after a signal. A host thread is one block of one thread.
+// threads that copy together (a warp), `max_of_lanes(value, n)` of n neighbours among them, `shared()` and `counts()`
+// for words that a block shares, `pause()` between two looks, `now_ns()`, `wake(WakeWord*)` after a signal. A host
+// thread is one block of one thread.
 #pragma once
 
 #include "core/atomic.h"

@@ -23,6 +23,12 @@ class KernelExec {
   __device__ uint32_t num_lanes() const { return warpSize; }
   __device__ void sync_lanes() const { __syncwarp(); }
   __device__ uint32_t from_first_lane(uint32_t value) const { return __shfl_sync(0xFFFFFFFFu, value, 0); }
+  __device__ uint32_t max_of_lanes(uint32_t value, uint32_t num_lanes) const {
+    for (uint32_t step = num_lanes / 2; step > 0; step /= 2) {
+      value = max(value, __shfl_xor_sync(0xFFFFFFFFu, value, step));
+    }
+    return value;
+  }
   __device__ uint32_t* shared() const { return shared_; }
   __device__ void sync() const { __syncthreads(); }
   __device__ bool any(bool is_true) const { return __syncthreads_or(is_true) != 0; }

@@ -103,7 +103,7 @@ void run_attention(int connection, pid_t expert_process, uint32_t num_rounds) {
   for (uint32_t round = 0; round < num_rounds; ++round) {
     for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(round % 1000 + i);
     const auto* x_bytes = reinterpret_cast<const unsigned char*>(x.data());
-    comm->dispatch_send(x_bytes, kRowBytes, route, /*microbatch=*/0, /*layer=*/round, deadline());
+    comm->dispatch_send(x_bytes, kRowBytes, DType::kFloat32, route, /*microbatch=*/0, /*layer=*/round, deadline());
     comm->combine_recv(reinterpret_cast<unsigned char*>(y.data()), kRowBytes, /*microbatch=*/0, deadline());
     for (size_t i = 0; i < y.size(); ++i) {
       const size_t token = i / kHidden;

@@ -73,7 +73,7 @@ void AttentionComm::finish_empty_messages(uint32_t slot_idx, int64_t deadline_ns
 }
 
 uint32_t AttentionComm::send_to_peer(uint32_t peer_idx, uint32_t slot_idx, const Header& header, const Slot& slot,
-                                     const unsigned char* x, uint64_t x_stride_bytes) {
+                                     const unsigned char* x, uint64_t x_stride_bytes, DType x_dtype) {
   const uint32_t peer_rank = rank_of(peer_idx);
   DispatchSend send{};
   send.peer = peers_.entries[peer_idx].view;
@@ -88,6 +88,7 @@ uint32_t AttentionComm::send_to_peer(uint32_t peer_idx, uint32_t slot_idx, const
     send.header.num_rows = view.row_offsets[peer_rank + 1] - first;
     send.x = x;
     send.x_stride_bytes = x_stride_bytes;
+    send.x_dtype = x_dtype;
     send.token_of_row = view.token_of_row + first;
     send.ids = view.ids + static_cast<uint64_t>(first) * shape_.top_k;
     send.weights = view.weights + static_cast<uint64_t>(first) * shape_.top_k;
@@ -96,16 +97,18 @@ uint32_t AttentionComm::send_to_peer(uint32_t peer_idx, uint32_t slot_idx, const
   CopyChoice& choice = copy_choices_[peer_idx * layout_.num_slots + slot_idx];
   choice.send(send.header.num_rows * layout_.dispatch_rows.row_bytes, [&](bool is_streamed) {
     send.is_streamed = is_streamed;
-    m2n::dispatch_send(exec_, layout_, send);
+    m2n::dispatch_send(exec_, layout_, shape_, send);
   });
   seq.sent = send.seq;
   seq.reply_rows = reply_rows;
   return send.header.num_rows;
 }
 
-void AttentionComm::dispatch_send(const unsigned char* x, uint64_t x_stride_bytes, std::shared_ptr<const Route> route,
-                                  uint32_t microbatch, uint32_t layer, int64_t deadline_ns) {
+void AttentionComm::dispatch_send(const unsigned char* x, uint64_t x_stride_bytes, DType x_dtype,
+                                  std::shared_ptr<const Route> route, uint32_t microbatch, uint32_t layer,
+                                  int64_t deadline_ns) {
   require_microbatch(microbatch);
+  require_x_dtype(x_dtype);
   if (route->shape() != shape_) {
     throw Error(Failure::kArgument, "route: it was made for another Shape than this comm's");
   }
@@ -126,7 +129,7 @@ void AttentionComm::dispatch_send(const unsigned char* x, uint64_t x_stride_byte
   for (uint32_t i = 0; i < num_ranks; ++i) {
     const int32_t peer_idx = slot.peer_of_rank[(rank_ + i) % num_ranks];
     if (peer_idx == kNone) continue;
-    num_rows += send_to_peer(static_cast<uint32_t>(peer_idx), microbatch, header, slot, x, x_stride_bytes);
+    num_rows += send_to_peer(static_cast<uint32_t>(peer_idx), microbatch, header, slot, x, x_stride_bytes, x_dtype);
     ++num_messages;
   }
   count_sent(num_messages, num_rows);
@@ -260,7 +263,7 @@ void AttentionComm::idle(int64_t deadline_ns) {
     uint64_t num_messages = 0;
     for (uint32_t peer_idx = 0; peer_idx < peers_.size(); ++peer_idx) {
       if (!peers_.is_live(peer_idx)) continue;
-      send_to_peer(peer_idx, slot_idx, header, slot, nullptr, 0);
+      send_to_peer(peer_idx, slot_idx, header, slot, nullptr, 0, DType::kFloat32);
       ++num_messages;
     }
     count_sent(num_messages, 0);

@@ -46,8 +46,9 @@ class AttentionComm final : public AttentionSide {
  public:
   AttentionComm(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport);
 
-  // x: [T][hidden] rows at a stride; borrowed until combine_recv of the slot has returned.
-  void dispatch_send(const unsigned char* x, uint64_t x_stride_bytes, std::shared_ptr<const Route> route,
+  // x: [T][hidden] rows at a stride, of dispatch_dtype; where that is float8 of any other type, for they become float8
+  // on their way. Borrowed until combine_recv of the slot has returned.
+  void dispatch_send(const unsigned char* x, uint64_t x_stride_bytes, DType x_dtype, std::shared_ptr<const Route> route,
                      uint32_t microbatch, uint32_t layer, int64_t deadline_ns);
   // y: [T][hidden] of combine_dtype.
   void combine_recv(unsigned char* y, uint64_t y_stride_bytes, uint32_t microbatch, int64_t deadline_ns);
@@ -88,7 +89,7 @@ class AttentionComm final : public AttentionSide {
   void finish_empty_messages(uint32_t slot_idx, int64_t deadline_ns);
   // Returns the number of rows.
   uint32_t send_to_peer(uint32_t peer_idx, uint32_t slot_idx, const Header& header, const Slot& slot,
-                        const unsigned char* x, uint64_t x_stride_bytes);
+                        const unsigned char* x, uint64_t x_stride_bytes, DType x_dtype);
   void wait_replies(Slot& slot, uint32_t slot_idx, int64_t deadline_ns);
   void take_replies(Slot& slot, uint32_t slot_idx);
 

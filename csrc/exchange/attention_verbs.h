@@ -61,6 +61,7 @@ struct DispatchVerb {
   RouteView route;  // num_tokens 0: an empty message to every rank
   const unsigned char* x;
   uint64_t x_stride_bytes;
+  DType x_dtype;  // see DispatchSend
   uint32_t slot;
   uint32_t layer;
   uint32_t flags;
@@ -171,8 +172,8 @@ M2N_HD void find_peers(Exec& exec, const DispatchVerb& verb, Target* targets) {
   exec.sync();
 }
 
-// By all threads, their share of all rows.
-template <class Exec>
+// By all threads, their share of all rows. In: as of put_dispatch.
+template <class In, class Exec>
 M2N_HD void put_to_ranks(Exec& exec, const DispatchVerb& verb, const Target* targets) {
   const uint32_t num_ranks = verb.route.num_ranks;
   const Target& last = targets[num_ranks - 1];
@@ -181,7 +182,7 @@ M2N_HD void put_to_ranks(Exec& exec, const DispatchVerb& verb, const Target* tar
   for (uint32_t i = 0; i < num_ranks; ++i) {
     const Target& target = targets[(verb.first_rank + i) % num_ranks];
     if (target.num_rows == 0 || target.peer_idx == kNone) continue;
-    put_dispatch(exec, verb.view.layout, rows_of(verb, target), deal);
+    put_dispatch<In>(exec, verb.view.layout, verb.view.shape, rows_of(verb, target), deal);
   }
 }
 
@@ -203,20 +204,26 @@ M2N_HD void finish_message(Exec& exec, const DispatchVerb& verb, uint32_t rank, 
 }
 
 // All blocks write rows; the last one to arrive rings every peer, a thread each.
-template <class Exec>
-M2N_HD void run(Exec& exec, const DispatchVerb& verb) {
+template <class In, class Exec>
+M2N_HD void run_as(Exec& exec, const DispatchVerb& verb) {
   Gate* gate = &verb.view.slots[verb.slot].gate;
   auto* targets = reinterpret_cast<Target*>(exec.shared());
   find_rows(exec, verb.route, targets);
   const uint32_t verdict = decide(exec, gate, [&] { return begin_dispatch(exec, verb); });
   if (verdict == kGo) {
     find_peers(exec, verb, targets);
-    put_to_ranks(exec, verb, targets);
+    put_to_ranks<In>(exec, verb, targets);
   }
   if (!exec.any(leave(exec, gate)) || verdict != kGo) return;
   for (uint32_t rank = exec.thread(); rank < verb.route.num_ranks; rank += exec.num_threads()) {
     if (targets[rank].peer_idx != kNone) finish_message(exec, verb, rank, targets[rank]);
   }
+}
+
+// Rows that travel as they are.
+template <class Exec>
+M2N_HD void run(Exec& exec, const DispatchVerb& verb) {
+  run_as<void>(exec, verb);
 }
 
 // combine_recv is two launches, so that only one block spins: this one waits for every reply with rows, and notes which

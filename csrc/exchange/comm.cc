@@ -15,6 +15,7 @@ uint32_t checked_max_peers(const Shape& shape, uint32_t max_peers, const Rows& r
   if (shape.microbatches + 1 > kMaxSlots) {
     refuse("microbatches: at most " + std::to_string(kMaxSlots - 1) + ", got " + std::to_string(shape.microbatches));
   }
+  if (shape.combine_dtype == DType::kFloat8E4M3) refuse("combine_dtype: rows of float8 are only dispatched");
   if (max_peers == 0 || max_peers > kMaxPeers) {
     refuse("max_peers: expected 1 to " + std::to_string(kMaxPeers) + ", got " + std::to_string(max_peers));
   }

@@ -94,12 +94,14 @@ DispatchVerb DeviceAttentionComm::prepare_dispatch(std::shared_ptr<const DeviceR
 
 void DeviceAttentionComm::note_dispatch(uint32_t microbatch, Stream stream) { note_launch(microbatch, stream); }
 
-void DeviceAttentionComm::dispatch_send(const unsigned char* x, uint64_t x_stride_bytes,
+void DeviceAttentionComm::dispatch_send(const unsigned char* x, uint64_t x_stride_bytes, DType x_dtype,
                                         std::shared_ptr<const DeviceRoute> route, uint32_t microbatch, uint32_t layer,
                                         int64_t timeout_ns, uint32_t num_sms, Stream stream) {
+  require_x_dtype(x_dtype);
   DispatchVerb verb = prepare_dispatch(std::move(route), microbatch, layer, timeout_ns, stream);
   verb.x = x;
   verb.x_stride_bytes = x_stride_bytes;
+  verb.x_dtype = x_dtype;
   const uint64_t most_rows = uint64_t{verb.route.num_tokens} * std::min(shape_.top_k, num_ranks_);
   memory_.machine().launch(verb, num_sms, most_rows * layout_.dispatch_rows.row_bytes, stream);
   note_dispatch(microbatch, stream);

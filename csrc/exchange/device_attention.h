@@ -86,8 +86,10 @@ class DeviceAttentionComm final : public DeviceComm<AttentionSide> {
   // comm whose memory is used again; a capture needs one. Bad ids are raised by the next call.
   std::shared_ptr<DeviceRoute> make_route(const TopKView& topk, const std::vector<uint32_t>& splits,
                                           std::shared_ptr<DeviceRoute> into, Stream stream);
-  void dispatch_send(const unsigned char* x, uint64_t x_stride_bytes, std::shared_ptr<const DeviceRoute> route,
-                     uint32_t microbatch, uint32_t layer, int64_t timeout_ns, uint32_t num_sms, Stream stream);
+  // x as of AttentionComm.
+  void dispatch_send(const unsigned char* x, uint64_t x_stride_bytes, DType x_dtype,
+                     std::shared_ptr<const DeviceRoute> route, uint32_t microbatch, uint32_t layer, int64_t timeout_ns,
+                     uint32_t num_sms, Stream stream);
   void combine_recv(unsigned char* y, uint64_t y_stride_bytes, uint32_t microbatch, int64_t timeout_ns,
                     uint32_t num_sms, Stream stream);
 

@@ -4,11 +4,13 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "core/peer.h"
 #include "core/slot.h"
 #include "exchange/layout.h"
 #include "exchange/put_rows.h"
+#include "exchange/quantize.h"
 #include "exchange/route.h"
 
 namespace m2n {
@@ -21,15 +23,18 @@ struct DispatchSend {
   Header header;  // num_rows = R
   const unsigned char* x;
   uint64_t x_stride_bytes;
+  DType x_dtype;                // that of the shape; for float8 rows, whatever x has
   const int32_t* token_of_row;  // [R]
   const int32_t* ids;           // [R][top_k]
   const float* weights;         // [R][top_k]
   bool is_streamed;             // on the host: its rows go past the caches
 };
 
-// Writes the rows straight from x into the peer's window. The slot must be free.
-template <class Exec>
-M2N_HD void put_dispatch(Exec& exec, const Layout& layout, const DispatchSend& send, PutDeal& deal) {
+// Writes the rows straight from x into the peer's window. The slot must be free. In: the type of x where they become
+// float8 on their way; void: they travel as they are.
+template <class In, class Exec>
+M2N_HD void put_dispatch(Exec& exec, const Layout& layout, const Shape& shape, const DispatchSend& send,
+                         PutDeal& deal) {
   const uint64_t row_bytes = layout.dispatch_rows.row_bytes;
   unsigned char* rows = send.peer.rows + layout.dispatch_rows.row_in_object(send.slot, 0) * row_bytes;
   const auto row_at = [&](uint32_t row) {
@@ -42,14 +47,22 @@ M2N_HD void put_dispatch(Exec& exec, const Layout& layout, const DispatchSend& s
     put(exec, small + layout.dispatch_small.ids(send.slot), send.ids + first, num_bytes);
     put(exec, small + layout.dispatch_small.weights(send.slot), send.weights + first, num_bytes);
   };
-  put_rows(exec, deal, rows, send.header.num_rows, row_bytes, send.is_streamed, row_at, put_ids);
+  if constexpr (std::is_void_v<In>) {
+    put_rows(exec, deal, rows, send.header.num_rows, row_bytes, send.is_streamed, row_at, put_ids);
+  } else {
+    put_quantized_rows<In>(exec, deal.deal, rows, send.header.num_rows, row_bytes, shape.hidden, row_at, put_ids);
+  }
 }
 
 // One message by one thread of the host: the rows, then the signal.
 template <class Exec>
-void dispatch_send(Exec& exec, const Layout& layout, const DispatchSend& send) {
+void dispatch_send(Exec& exec, const Layout& layout, const Shape& shape, const DispatchSend& send) {
   PutDeal deal{{0, 1}, false};
-  put_dispatch(exec, layout, send, deal);
+  if (shape.dispatch_dtype == DType::kFloat8E4M3) {
+    with_dtype(send.x_dtype, [&](auto in) { put_dispatch<decltype(in)>(exec, layout, shape, send, deal); });
+  } else {
+    put_dispatch<void>(exec, layout, shape, send, deal);
+  }
   if (drain(exec, nullptr, send.is_streamed)) {
     ring(exec, send.peer, layout.dispatch_small, send.slot, send.seq, send.header);
   }

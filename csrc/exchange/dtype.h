@@ -10,7 +10,8 @@
 
 namespace m2n {
 
-enum class DType : uint32_t { kFloat32, kBFloat16, kFloat16 };
+// kFloat8E4M3 (e4m3fn): only of rows on their way to experts, with their scales (quantize.h).
+enum class DType : uint32_t { kFloat32, kBFloat16, kFloat16, kFloat8E4M3 };
 
 struct BFloat16 {
   uint16_t bits;
@@ -18,8 +19,13 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+struct Float8E4M3 {
+  uint8_t bits;
+};
 
-M2N_HD constexpr uint32_t dtype_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+M2N_HD constexpr uint32_t dtype_bytes(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : dtype == DType::kFloat8E4M3 ? 1 : 2;
+}
 
 #if defined(__CUDA_ARCH__)
 M2N_HD inline float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
@@ -74,6 +80,23 @@ M2N_HD inline Float16 from_float<Float16>(float value) {
   return Float16{static_cast<uint16_t>(half | sign)};
 }
 
+// Beyond +-448 it is +-448; NaN is 0x7F, whatever its sign, which processors do not agree on. Without branches, so that
+// the host does several at a time.
+template <>
+M2N_HD inline Float8E4M3 from_float<Float8E4M3>(float value) {
+  constexpr uint32_t kLargest = 0x43E00000u;      // 448
+  constexpr uint32_t kLeastNormal = 0x3C800000u;  // 2^-6
+  const uint32_t all = float_to_bits(value);
+  const uint32_t sign = (all >> 24) & 0x80u;
+  const uint32_t magnitude = all & 0x7FFFFFFFu;
+  const uint32_t bits = magnitude < kLargest ? magnitude : kLargest;
+  // Of 2^14 a unit in the last place is 2^-9, as of the subnormals: let one addition round them.
+  const uint32_t subnormal = float_to_bits(bits_to_float(bits) + 0x1p14f) - 0x46800000u;
+  const uint32_t normal = (bits - 0x3C000000u + 0x7FFFFu + ((bits >> 20) & 1u)) >> 20;
+  const uint32_t number = (bits < kLeastNormal ? subnormal : normal) | sign;
+  return Float8E4M3{static_cast<uint8_t>(magnitude > 0x7F800000u ? 0x7Fu : number)};
+}
+
 // +0 + value, rounded: the value, but +0 for -0, and a quiet NaN for any NaN.
 M2N_HD inline float plus_zero(float value) { return 0.0f + value; }
 M2N_HD inline BFloat16 plus_zero(BFloat16 value) {
@@ -87,7 +110,7 @@ M2N_HD inline Float16 plus_zero(Float16 value) {
   return Float16{magnitude > 0x7C00 ? static_cast<uint16_t>((value.bits & 0x8000u) | 0x7E00u) : number};
 }
 
-// Calls `body` with a value of the element type.
+// Calls `body` with a value of the element type; one that can be computed with.
 template <class Body>
 void with_dtype(DType dtype, Body&& body) {
   switch (dtype) {
@@ -97,6 +120,8 @@ void with_dtype(DType dtype, Body&& body) {
       return body(BFloat16{});
     case DType::kFloat16:
       return body(Float16{});
+    case DType::kFloat8E4M3:
+      return;
   }
 }
 

@@ -27,6 +27,17 @@ struct Shape {
   bool operator==(const Shape&) const = default;
 };
 
+// A row of float8: its elements, then a float32 scale for each block of them, the last of which may be shorter. One
+// piece, so that the row's number finds both.
+inline constexpr uint32_t kScaleBlock = 128;
+M2N_HD constexpr uint32_t num_scales(uint32_t hidden) { return (hidden + kScaleBlock - 1) / kScaleBlock; }
+M2N_HD constexpr uint64_t scales_offset(uint32_t hidden) { return round_up(hidden, sizeof(float)); }
+
+M2N_HD constexpr uint64_t bytes_of_row(uint32_t hidden, DType dtype) {
+  if (dtype != DType::kFloat8E4M3) return hidden * uint64_t{dtype_bytes(dtype)};
+  return round_up(scales_offset(hidden) + num_scales(hidden) * sizeof(float), 16);
+}
+
 // The rows that one peer writes: [slots][max_rows][hidden], an object of its own in the owner's window.
 struct Rows {
   uint64_t row_bytes;
@@ -96,8 +107,8 @@ constexpr Layout make_layout(const Shape& shape, uint64_t page_bytes) {
   const uint64_t ids_per_slot = static_cast<uint64_t>(shape.max_tokens) * shape.top_k;
   const uint32_t reply_rows =
       shape.reduce_at == ReduceAt::kExpert ? shape.max_tokens : static_cast<uint32_t>(ids_per_slot);
-  const uint64_t dispatch_row_bytes = shape.hidden * uint64_t{dtype_bytes(shape.dispatch_dtype)};
-  const uint64_t combine_row_bytes = shape.hidden * uint64_t{dtype_bytes(shape.combine_dtype)};
+  const uint64_t dispatch_row_bytes = bytes_of_row(shape.hidden, shape.dispatch_dtype);
+  const uint64_t combine_row_bytes = bytes_of_row(shape.hidden, shape.combine_dtype);
   layout.dispatch_rows = make_rows(layout.num_slots, shape.max_tokens, dispatch_row_bytes, page_bytes);
   layout.dispatch_small = make_small(layout.num_slots, ids_per_slot, page_bytes);
   layout.combine_rows = make_rows(layout.num_slots, reply_rows, combine_row_bytes, page_bytes);

@@ -13,6 +13,10 @@
 namespace m2n {
 
 // Launches for one type of rows each, so that a kernel holds the code of no other.
+template <class In>
+struct DispatchSendAs {  // rows of In become float8
+  DispatchVerb verb;
+};
 template <class T>
 struct CombineRecvAs {
   CombineRecvVerb verb;
@@ -21,6 +25,10 @@ template <class In, class Out>
 struct CombineSendAs {
   CombineSendVerb verb;
 };
+template <class Exec, class In>
+M2N_HD void run(Exec& exec, const DispatchSendAs<In>& typed) {
+  run_as<In>(exec, typed.verb);
+}
 template <class Exec, class T>
 M2N_HD void run(Exec& exec, const CombineRecvAs<T>& typed) {
   run_as<T>(exec, typed.verb);
@@ -28,6 +36,11 @@ M2N_HD void run(Exec& exec, const CombineRecvAs<T>& typed) {
 template <class Exec, class In, class Out>
 M2N_HD void run(Exec& exec, const CombineSendAs<In, Out>& typed) {
   run_as<In, Out>(exec, typed.verb);
+}
+template <class Body>
+void with_types(const DispatchVerb& verb, Body&& body) {
+  if (verb.view.shape.dispatch_dtype != DType::kFloat8E4M3) return body(verb);
+  with_dtype(verb.x_dtype, [&](auto in) { body(DispatchSendAs<decltype(in)>{verb}); });
 }
 template <class Body>
 void with_types(const CombineRecvVerb& verb, Body&& body) {

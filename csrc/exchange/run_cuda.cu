@@ -59,6 +59,10 @@ template <class... V>
 void rehearse_kernels() {
   (rehearse_kernel(V{}), ...);
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    DispatchVerb dispatch{};
+    dispatch.view.shape.dispatch_dtype = DType::kFloat8E4M3;
+    dispatch.x_dtype = dtype;
+    with_types(dispatch, [](const auto& typed) { rehearse_kernel(typed); });
     CombineRecvVerb recv{};
     recv.view.shape.combine_dtype = dtype;
     with_types(recv, [](const auto& typed) { rehearse_kernel(typed); });
@@ -126,7 +130,7 @@ class CudaMachine final : public Machine {
   void launch(const PollVerb& verb, Stream stream) override { start(verb, 1, 1, stream); }
   void launch(const ReceiveVerb& verb, Stream stream) override { start(verb, 1, kThreads, stream); }
   void launch(const DispatchVerb& verb, uint32_t num_sms, uint64_t num_bytes, Stream stream) override {
-    start(verb, num_blocks(num_sms, num_bytes), kThreads, stream);
+    with_types(verb, [&](const auto& typed) { start(typed, num_blocks(num_sms, num_bytes), kThreads, stream); });
   }
   void launch(const CombineRecvVerb& verb, uint32_t num_sms, uint64_t num_bytes, Stream stream) override {
     with_types(verb, [&](const auto& typed) { start(typed, num_blocks(num_sms, num_bytes), kThreads, stream); });

@@ -51,7 +51,9 @@ class TeamMachine final : public Machine {
   void launch(const AwaitVerb& verb, Stream) override { start(verb, 1); }
   void launch(const PollVerb& verb, Stream) override { start(verb, 1); }
   void launch(const ReceiveVerb& verb, Stream) override { start(verb, 1); }
-  void launch(const DispatchVerb& verb, uint32_t, uint64_t, Stream) override { start(verb, kBlocks); }
+  void launch(const DispatchVerb& verb, uint32_t, uint64_t, Stream) override {
+    with_types(verb, [](const auto& typed) { start(typed, kBlocks); });
+  }
   void launch(const CombineRecvVerb& verb, uint32_t, uint64_t, Stream) override {
     with_types(verb, [](const auto& typed) { start(typed, kBlocks); });
   }

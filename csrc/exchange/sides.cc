@@ -11,6 +11,13 @@ void AttentionSide::require_microbatch(uint32_t microbatch) const {
                                       std::to_string(microbatch));
 }
 
+void AttentionSide::require_x_dtype(DType x_dtype) const {
+  // Rows become float8 only on their way.
+  const bool is_float8 = shape_.dispatch_dtype == DType::kFloat8E4M3;
+  if (is_float8 ? x_dtype != DType::kFloat8E4M3 : x_dtype == shape_.dispatch_dtype) return;
+  throw Error(Failure::kArgument, "x: its dtype is not the Shape's dispatch_dtype");
+}
+
 uint32_t AttentionSide::require_live(uint32_t expert_rank) const {
   const int32_t peer_idx = peers_.find(expert_rank);
   if (peer_idx < 0) {

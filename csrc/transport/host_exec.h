@@ -42,6 +42,7 @@ class HostExec {
   uint32_t num_threads() const { return 1; }
   uint32_t block() const { return 0; }
   uint32_t num_blocks() const { return 1; }
+  uint32_t max_of_lanes(uint32_t value, uint32_t) const { return value; }
   void sync() {}
   int64_t now_ns() const { return m2n::now_ns(); }
   SignalRelay* relay() const { return relay_; }  // nullptr: signals are stored here and now

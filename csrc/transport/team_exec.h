@@ -41,6 +41,7 @@ class TeamExec {
   uint32_t num_lanes() const { return 1; }
   void sync_lanes() {}
   uint32_t from_first_lane(uint32_t value) const { return value; }
+  uint32_t max_of_lanes(uint32_t value, uint32_t) const { return value; }
   uint32_t* shared() const { return block_->shared.data()->words; }
   void sync() { block_->barrier.arrive_and_wait(); }
   bool any(bool is_true) {

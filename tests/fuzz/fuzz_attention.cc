@@ -176,7 +176,7 @@ class World {
     const bool has_credit = is_credit_there(slot);
     const std::vector<unsigned char> x(size_t{flight.num_tokens} * layout_.dispatch_rows.row_bytes, 0x3C);
     try {
-      comm_->dispatch_send(x.data(), layout_.dispatch_rows.row_bytes, route, slot, 1, 0);
+      comm_->dispatch_send(x.data(), layout_.dispatch_rows.row_bytes, shape_.dispatch_dtype, route, slot, 1, 0);
     } catch (const Error& error) {
       if (error.kind() == Failure::kSlotBusy) return require(flights_[slot].is_busy, "kSlotBusy is for a busy slot");
       if (error.kind() == Failure::kTimeout)
