@@ -20,6 +20,13 @@ def _round_up(num_bytes: int, unit: int) -> int:
     return -(-num_bytes // unit) * unit
 
 
+def _row_bytes(hidden: int, dtype: str) -> int:
+    """A row of float8 has its scales behind it."""
+    if dtype == "float8_e4m3fn":
+        return _round_up(_round_up(hidden, 4) + 4 * -(-hidden // 128), 16)
+    return hidden * _BYTES_OF[dtype]
+
+
 def _rows(num_slots: int, max_rows: int, row_bytes: int) -> dict[str, int]:
     """The object that one peer writes rows into, and the distance to the next peer's."""
     object_bytes = _round_up(num_slots * max_rows * row_bytes, PAGE_BYTES)
@@ -37,9 +44,9 @@ def _layout(shape: Any) -> dict[str, Any]:
     pairs = shape.max_tokens * shape.top_k
     reply_rows = shape.max_tokens if shape.reduce_at == "expert" else pairs
     return {
-        "dispatch_rows": _rows(num_slots, shape.max_tokens, shape.hidden * _BYTES_OF[shape.dispatch_dtype]),
+        "dispatch_rows": _rows(num_slots, shape.max_tokens, _row_bytes(shape.hidden, shape.dispatch_dtype)),
         "dispatch_small": _small(num_slots, pairs),
-        "combine_rows": _rows(num_slots, reply_rows, shape.hidden * _BYTES_OF[shape.combine_dtype]),
+        "combine_rows": _rows(num_slots, reply_rows, _row_bytes(shape.hidden, shape.combine_dtype)),
         "combine_small": _small(num_slots, 0),
     }
 

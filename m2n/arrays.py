@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -35,13 +36,16 @@ def exportable(tensor: Any) -> Any:
     return tensor
 
 
-def numpy_bfloat16() -> Any:
-    """The dtype that stands for bfloat16 in numpy: ml_dtypes' where installed, else uint16, the raw bits."""
+def numpy_dtype(name: str) -> Any:
+    """The dtype of that name in numpy. bfloat16 and float8_e4m3fn are ml_dtypes' where installed, else raw bits."""
+    bits = {"bfloat16": np.uint16, "float8_e4m3fn": np.uint8}.get(name)
+    if bits is None:
+        return np.dtype(name)
     try:
         import ml_dtypes
     except ImportError:
-        return np.dtype(np.uint16)
-    return np.dtype(ml_dtypes.bfloat16)
+        return np.dtype(bits)
+    return np.dtype(getattr(ml_dtypes, name))
 
 
 def library_of(tensor: Any) -> str:
@@ -62,7 +66,7 @@ def empty(rows: int, hidden: int, dtype: str, like: Any) -> Any:
         import cupy
 
         return cupy.empty((rows, hidden), dtype="uint16" if dtype == "bfloat16" else dtype)
-    return np.empty((rows, hidden), dtype=numpy_bfloat16() if dtype == "bfloat16" else dtype)
+    return np.empty((rows, hidden), dtype=numpy_dtype(dtype))
 
 
 def zeros(shape: Sequence[int], like: Any) -> Any:
@@ -78,18 +82,63 @@ def zeros(shape: Sequence[int], like: Any) -> Any:
 
 
 def view(array: _C.Array, library: str) -> Any:
-    """A tensor of "torch", "cupy" or "numpy" over native memory, which it keeps alive. cupy has bfloat16 as uint16."""
+    """A tensor of "torch", "cupy" or "numpy" over native memory, which it keeps alive.
+
+    cupy has bfloat16 as uint16 and float8 as uint8: their bits.
+    """
     if library == "torch":
         import torch
 
+        if array.is_float8:  # DLPack knows it since 1.1, torch's since later
+            return torch.from_dlpack(array.bits()).view(torch.float8_e4m3fn)
         return torch.from_dlpack(array)
     if library == "cupy":
         import cupy
 
-        return cupy.from_dlpack(array.bits() if array.is_bfloat16 else array)
-    if array.is_bfloat16:
-        return np.from_dlpack(array.bits()).view(numpy_bfloat16())
+        return cupy.from_dlpack(array.bits() if array.is_bfloat16 or array.is_float8 else array)
+    if array.is_bfloat16 or array.is_float8:
+        return np.from_dlpack(array.bits()).view(numpy_dtype("bfloat16" if array.is_bfloat16 else "float8_e4m3fn"))
     return np.from_dlpack(array)
+
+
+def take_float8(values: Any, scales: Any, index: Any, dtype: str) -> Any:
+    """Rows `index` of float8 rows as `dtype`: float(q) * scale, one product in float32, rounded once.
+
+    Args:
+        values: [W, hidden] of float8, or its bits. scales: float32 [W, ceil(hidden / 128)]. index: ints [P].
+
+    Returns:
+        [P, hidden], new. cupy, and numpy without ml_dtypes, have bfloat16 as its bits.
+    """
+    hidden = values.shape[1]
+    if is_torch(values):
+        import torch
+
+        rows = values.view(torch.uint8)[index].view(torch.float8_e4m3fn).float()  # not every torch indexes float8
+        rows *= scales[index].repeat_interleave(128, 1)[:, :hidden]
+        return rows.to(getattr(torch, dtype))
+    library: Any = np
+    if library_of(values) == "cupy":
+        import cupy as library
+    with np.errstate(all="ignore"):  # NaN, infinity: what became of x
+        rows = library.asarray(_float8_numbers())[values.view("uint8")[index]]
+        rows *= library.repeat(scales[index], 128, axis=1)[:, :hidden]
+        if dtype != "bfloat16":
+            return rows.astype(dtype)
+    bits = rows.view("uint32")
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    rounded = library.where(library.isnan(rows), 0x7FC0, rounded).astype("uint16")
+    return rounded.view(numpy_dtype(dtype)) if library is np else rounded
+
+
+@functools.cache
+def _float8_numbers() -> Any:
+    """float32 [256]: the numbers that the bits of float8_e4m3fn stand for."""
+    bits = np.arange(256)
+    exponent, mantissa = bits >> 3 & 15, bits & 7
+    numbers = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10))
+    numbers[(bits & 0x7F) == 0x7F] = np.nan
+    return np.where(bits < 128, numbers, -numbers).astype(np.float32)
 
 
 def choose(library: str, device: str) -> str:

@@ -175,8 +175,8 @@ class AttentionComm(Comm):
         """Writes each token's row into the window of every expert rank it goes to.
 
         Args:
-            x: [T, hidden] of shape.dispatch_dtype; rows may be strided. Borrowed: it must not change until
-                `combine_recv` of this microbatch has returned.
+            x: [T, hidden] of shape.dispatch_dtype, or of float32, bfloat16 or float16 where that is float8; rows may
+                be strided. Borrowed: it must not change until `combine_recv` of this microbatch has returned.
             route: for the same T tokens.
             microbatch: 0 to shape.microbatches - 1; the slot that is used.
             layer: goes with the message; expert ranks batch by (layer, microbatch).

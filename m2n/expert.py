@@ -25,11 +25,19 @@ class Batch:
     """
 
     def __init__(
-        self, native: _C.Batch | _C.DeviceBatch, window: Any, library: str, counters: dict[str, float]
+        self,
+        native: _C.Batch | _C.DeviceBatch,
+        window: Any,
+        scales: Any,
+        combine_dtype: str,
+        library: str,
+        counters: dict[str, float],
     ) -> None:
         self._native = native
         self._counters = counters
         self._window = window
+        self._scales = scales  # of float8 rows, else None
+        self._combine_dtype = combine_dtype
         self._library = library
         self._pid = os.getpid()
         self.layer: int = native.layer
@@ -43,6 +51,9 @@ class Batch:
     def x(self) -> Any:
         """[R, hidden] of shape.dispatch_dtype: the window itself, where the rows landed. Ends with combine_send.
 
+        float8 rows (uint8, their bits, in cupy and in numpy without ml_dtypes) lie apart, their `x_scales` between
+        them: not contiguous.
+
         A child after fork() does not have the window: a tensor taken before must not be read there.
         """
         if self._window is None:
@@ -50,6 +61,15 @@ class Batch:
         if os.getpid() != self._pid:
             raise _C.SetupError("batch.x: it was received before fork(); a child does not have its parent's windows")
         return self._window
+
+    @property
+    def x_scales(self) -> Any:
+        """float32 [R, ceil(hidden / 128)]: the scales of float8 rows, in the window too; else None.
+
+        Element h of row r is float(x[r, h]) * x_scales[r, h // 128]. Strided; ends with combine_send.
+        """
+        _ = self.x  # for its errors
+        return self._scales
 
     @property
     def row_index_by_expert(self) -> Any:
@@ -78,30 +98,36 @@ class Batch:
 
         Returns:
             "expert_major": [P, hidden]. "padded": [E_local, most pairs of an expert, hidden], zeros behind the last.
-            `out` is filled and returned where given.
+            Of shape.dispatch_dtype; float8 rows become shape.combine_dtype, each element times its scale, one product
+            in float32 rounded once. `out` is filled and returned where given.
 
         Raises:
             ValueError: an unknown layout.
         """
         if layout == "padded" and not self._is_counted:
             raise ValueError("layout: 'padded' needs counts on the host; receive with sync=True, or use 'expert_major'")
-        x, index = self.x, self.row_index_by_expert
+        index = self.row_index_by_expert
         self._counters["rows_gathered"] += self.num_pairs
         if layout == "expert_major":
-            rows = x[index]
+            rows = self._take(index)
         elif layout == "padded":
             offsets = self.expert_offsets.tolist()
             counts = [end - begin for begin, end in zip(offsets, offsets[1:])]
-            shape = (len(counts), max(counts, default=0), x.shape[1])
-            rows = arrays.zeros(shape, x)
+            shape = (len(counts), max(counts, default=0), self.x.shape[1])
+            rows = arrays.zeros(shape, self._take(index[:0]))
             for expert, (begin, count) in enumerate(zip(offsets, counts)):
-                rows[expert, :count] = x[index[begin : begin + count]]
+                rows[expert, :count] = self._take(index[begin : begin + count])
         else:
             raise ValueError(f"layout: expected 'expert_major' or 'padded', got {layout!r}")
         if out is None:
             return rows
         out[...] = rows
         return out
+
+    def _take(self, index: Any) -> Any:
+        if self._scales is None:
+            return self.x[index]
+        return arrays.take_float8(self.x, self._scales, index, self._combine_dtype)
 
 
 class ExpertComm(Comm):
@@ -152,6 +178,8 @@ class ExpertComm(Comm):
                 raise
         self._keep_open(native, listener, key)
         self._window = arrays.view(native.window(), self._library)
+        scales = native.scales()
+        self._scales = None if scales is None else arrays.view(scales, self._library)
 
     def dispatch_recv(
         self,
@@ -201,7 +229,10 @@ class ExpertComm(Comm):
             timeout_s,
             *(() if self.device == "cpu" else (sync, *handle)),
         )
-        return None if native is None else Batch(native, self._window, self._library, self._counters)
+        if native is None:
+            return None
+        rows = (self._window, self._scales, self.shape.combine_dtype)
+        return Batch(native, *rows, self._library, self._counters)
 
     def wait_work(self, timeout: float | None = None) -> tuple[int, int] | None:
         """Sleeps until a message waits to be received; its (layer, microbatch), or None at the timeout (seconds)."""
@@ -228,7 +259,7 @@ class ExpertComm(Comm):
             raise TypeError(f"batch: expected m2n.Batch, got {type(batch).__name__}")
         options = self._launch_options(num_sms, handle)
         self._native.combine_send(batch._native, arrays.exportable(y), reduced, *options)
-        batch._window = None
+        batch._window = batch._scales = None
 
     def wait_peer(self, rank: int, timeout: float | None = None) -> bool:
         """Waits until an attention rank has joined; False at the timeout (seconds)."""

@@ -12,15 +12,17 @@ from typing import Any, Literal
 from . import _C
 
 DTYPES = ("float32", "bfloat16", "float16")
+FLOAT8 = "float8_e4m3fn"
 _MAX_DELAY_US = 10_000_000
 
 
 def _dtype_name(field: str, dtype: Any) -> str:
     """The name of a dtype given by name or as a torch, numpy or ml_dtypes dtype."""
-    name = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or str(dtype)
+    known = (*DTYPES, FLOAT8) if field == "dispatch_dtype" else DTYPES
+    name = dtype.__name__ if isinstance(dtype, type) else getattr(dtype, "name", None) or str(dtype)
     name = name.removeprefix("torch.")
-    if name not in DTYPES:
-        raise ValueError(f"{field}: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    if name not in known:
+        raise ValueError(f"{field}: expected one of {', '.join(known)}, got {dtype!r}")
     return name
 
 
@@ -43,7 +45,12 @@ class Shape:
         top_k: experts per token.
         max_tokens: tokens of one dispatch at most; longer prefills are sent in chunks.
         microbatches: how many dispatches of one rank may be in flight (paper section 4.1); at most 63.
-        dispatch_dtype, combine_dtype: "float32", "bfloat16", "float16", or such a torch dtype.
+        dispatch_dtype, combine_dtype: of rows to and from experts: "float32", "bfloat16", "float16", or such a torch,
+            numpy or ml_dtypes dtype. dispatch_dtype may also be "float8_e4m3fn": dispatch_send takes rows of any of the
+            three and makes them float8 on their way, with a float32 scale for each 128 elements (the last block of a
+            row may be shorter). scale = amax / 448, and 1 where that is not above 0, amax being the block's largest
+            magnitude, NaN left out; the element is x / scale, to the nearest (even), at most +-448. NaN stays NaN; an
+            infinite element makes its block NaN once scales are applied.
         reduce_at: "expert" (one reply row per token and expert rank: the weighted sum over that rank's experts; fewest
             bytes) or "attention" (one reply row per token and expert; bits do not depend on the placement).
 

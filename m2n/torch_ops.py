@@ -43,6 +43,7 @@ from ._C import Error, SlotBusy, Timeout
 from .attention import AttentionComm
 from .comm import Comm
 from .expert import Batch, ExpertComm
+from .shape import FLOAT8
 
 __all__ = [
     "combine_recv",
@@ -69,8 +70,9 @@ class _Entry:
         self.comm = weakref.ref(comm)
         self.role = comm.role
         self.hidden = comm.shape.hidden
-        self.dispatch_dtype = getattr(torch, comm.shape.dispatch_dtype)
         self.combine_dtype = getattr(torch, comm.shape.combine_dtype)
+        is_float8 = comm.shape.dispatch_dtype == FLOAT8
+        self.rows_dtype = self.combine_dtype if is_float8 else getattr(torch, comm.shape.dispatch_dtype)
         self.num_experts = len(comm.placement.experts_of(comm.rank)) if isinstance(comm, ExpertComm) else 0
         self.device = torch.device(comm.device if comm.device.startswith("cuda") else "cpu")
         self.batches: dict[int, Batch] = {}  # by microbatch; received and not answered
@@ -145,7 +147,7 @@ def dispatch_send(
     """`AttentionComm.route` and `AttentionComm.dispatch_send`.
 
     Args:
-        x: [T, hidden] of shape.dispatch_dtype. Borrowed until `combine_recv`, which wants it again.
+        x: [T, hidden], as for the verb. Borrowed until `combine_recv`, which wants it again.
         topk_ids: int32 or int64 [T, top_k], -1 is padding. topk_weights: float [T, top_k].
 
     Raises:
@@ -189,6 +191,7 @@ def dispatch_recv(
 
     Returns:
         x [P, hidden] of shape.dispatch_dtype, a row for each pair, expert by expert ([0, hidden] without `gather`);
+        of shape.combine_dtype, scales applied, where rows are dispatched as float8;
         row_index_by_expert int32 [P], the pairs' rows in the window; expert_offsets int32 [E_local + 1];
         weights float32 [P]. All are copies, and are valid also after `combine_send`.
 
@@ -200,7 +203,7 @@ def dispatch_recv(
     ticket = torch.ops.m2n.dispatch_recv(
         order, entry.handle, layer, microbatch, linger_us, attention_ranks, timeout, gather
     )
-    facts = (entry.hidden, entry.num_experts, entry.dispatch_dtype, entry.device)
+    facts = (entry.hidden, entry.num_experts, entry.rows_dtype, entry.device)
     copies: tuple[Any, Any, Any, Any] = torch.ops.m2n.take_copies(ticket, entry.handle, *facts, gather)
     return copies
 
@@ -294,7 +297,7 @@ def _dispatch_recv(
     if batch is None:
         raise Timeout(f"{where}: no batch within {comm.config.timeout_s if timeout is None else timeout} s; call again")
     entry.batches[microbatch] = batch
-    rows = batch.gather() if gather else batch.x.new_empty((0, comm.shape.hidden))
+    rows = batch.gather() if gather else batch.x.new_empty((0, comm.shape.hidden), dtype=entry.rows_dtype)
     lists = (batch.row_index_by_expert, batch.expert_offsets, batch.weights)
     entry.num_tickets += 1
     # One for each microbatch at most: where nobody takes it, the next one goes in its place.
