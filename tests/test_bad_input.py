@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import bodies
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -176,6 +177,8 @@ def test_a_batch_of_another_comm(pair: Any, tmp_path: Path) -> None:
         ({"microbatches": 64}, ValueError, "microbatches: expected at most 63, got 64"),
         ({"dispatch_dtype": "float64"}, ValueError, "dispatch_dtype: expected one of float32"),
         ({"combine_dtype": torch.int32}, ValueError, "combine_dtype"),
+        ({"combine_dtype": "float8_e4m3fn"}, ValueError, "combine_dtype: expected one of .*float16, got 'float8"),
+        ({"dispatch_dtype": torch.float8_e5m2}, ValueError, "dispatch_dtype: .*float8_e4m3fn, got torch.float8_e5m2"),
         ({"reduce_at": "nowhere"}, ValueError, "reduce_at: expected 'expert' or 'attention'"),
     ],
 )
@@ -187,6 +190,12 @@ def test_shape(change: dict[str, Any], error: Any, words: str) -> None:
 def test_torch_dtypes_are_names() -> None:
     assert dataclasses.replace(SHAPE, dispatch_dtype=torch.bfloat16).dispatch_dtype == "bfloat16"
     assert dataclasses.replace(SHAPE, combine_dtype=np.dtype("float16")).combine_dtype == "float16"
+    assert dataclasses.replace(SHAPE, combine_dtype=np.float32).combine_dtype == "float32"
+    for float8 in (torch.float8_e4m3fn, ml_dtypes.float8_e4m3fn, np.dtype(ml_dtypes.float8_e4m3fn), "float8_e4m3fn"):
+        assert dataclasses.replace(SHAPE, dispatch_dtype=float8).dispatch_dtype == "float8_e4m3fn"
+    native = dataclasses.asdict(dataclasses.replace(SHAPE, dispatch_dtype="float8_e4m3fn"))
+    with pytest.raises(ValueError, match="combine_dtype: expected 'float32', 'bfloat16' or 'float16', got 'float8"):
+        m2n._C.Shape(**{**native, "combine_dtype": "float8_e4m3fn"})
 
 
 def test_placement() -> None:

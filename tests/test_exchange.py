@@ -24,6 +24,7 @@ SHAPE = m2n.Shape(
 # The host's own verbs; kernels on CPU threads; and kernels.
 DEVICES = ("cpu", "emulated", pytest.param("cuda:0", marks=pytest.mark.cuda))
 DTYPES = ("float32", "bfloat16", "float16")
+FLOAT8 = "float8_e4m3fn"
 # Replicated experts, uneven ranks.
 REPLICAS = m2n.Placement([[0], [0, 1], [2], [1, 2], [0, 1, 2], [2], [1], [0, 2]])
 
@@ -35,6 +36,11 @@ def as_numpy(tensor: torch.Tensor) -> np.ndarray:
 
         return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
+
+
+def of_dtype(shape: m2n.Shape, dtype: str) -> m2n.Shape:
+    """With rows of `dtype` both ways; replies to float8 are bfloat16."""
+    return dataclasses.replace(shape, dispatch_dtype=dtype, combine_dtype="bfloat16" if dtype == FLOAT8 else dtype)
 
 
 def to_numpy(workload: testing.Workload) -> testing.Workload:
@@ -90,11 +96,33 @@ def all_kinds(shape: m2n.Shape, num_ranks: int) -> list[list[testing.Workload]]:
 
 
 @pytest.mark.parametrize("reduce_at", ["expert", "attention"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", (*DTYPES, FLOAT8))
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_workload_equals_the_oracle_bit_for_bit(device: str, dtype: str, reduce_at: str) -> None:
-    shape = dataclasses.replace(SHAPE, dispatch_dtype=dtype, combine_dtype=dtype, reduce_at=reduce_at)
+    shape = of_dtype(dataclasses.replace(SHAPE, reduce_at=reduce_at), dtype)
     check(shape, REPLICAS, all_kinds(shape, 2), device=device)
+
+
+@pytest.mark.parametrize("reduce_at", ["expert", "attention"])
+@pytest.mark.parametrize(
+    "x_dtype, combine_dtype, hidden",
+    [
+        ("float32", "bfloat16", 40),
+        ("bfloat16", "float32", 200),
+        ("float16", "float16", 256),
+        ("bfloat16", "bfloat16", 1),
+    ],
+)
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_of_any_type_become_float8_on_their_way(
+    device: str, x_dtype: str, combine_dtype: str, hidden: int, reduce_at: str
+) -> None:
+    changes = {"hidden": hidden, "dispatch_dtype": FLOAT8, "combine_dtype": combine_dtype, "reduce_at": reduce_at}
+    shape = dataclasses.replace(SHAPE, **changes)
+    workloads = [
+        [dataclasses.replace(w, x=w.x.to(getattr(torch, x_dtype))) for w in layers] for layers in all_kinds(shape, 2)
+    ]
+    check(shape, REPLICAS, workloads, device=device)
 
 
 @pytest.mark.parametrize("dispatch_dtype, combine_dtype", [("bfloat16", "float32"), ("float32", "float16")])
@@ -117,18 +145,18 @@ def test_several_microbatches_in_flight(device: str, microbatches: int) -> None:
     check(shape, REPLICAS, all_kinds(shape, 2), device=device)
 
 
-@pytest.mark.parametrize("dtype, reduce_at", [("bfloat16", "expert"), ("float32", "attention")])
+@pytest.mark.parametrize("dtype, reduce_at", [("bfloat16", "expert"), ("float32", "attention"), (FLOAT8, "expert")])
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
 def test_ranks_as_processes(device: str, dtype: str, reduce_at: str) -> None:
-    shape = dataclasses.replace(SHAPE, dispatch_dtype=dtype, combine_dtype=dtype, reduce_at=reduce_at)
+    shape = of_dtype(dataclasses.replace(SHAPE, reduce_at=reduce_at), dtype)
     check(shape, REPLICAS, all_kinds(shape, 2), processes=True, in_numpy=True, device=device)
 
 
 @pytest.mark.sanitize
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", (*DTYPES, FLOAT8))
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
 def test_numpy_in_numpy_out(device: str, dtype: str) -> None:
-    shape = dataclasses.replace(SHAPE, dispatch_dtype=dtype, combine_dtype=dtype)
+    shape = of_dtype(SHAPE, dtype)
     check(shape, REPLICAS, all_kinds(shape, 2), in_numpy=True, device=device)
 
 
@@ -158,7 +186,7 @@ def test_random_shapes_equal_the_oracle(data: st.DataObject) -> None:
         top_k=data.draw(st.integers(1, num_experts), "top_k"),
         max_tokens=data.draw(st.integers(1, 20), "max_tokens"),
         microbatches=data.draw(st.integers(1, 3), "microbatches"),
-        dispatch_dtype=data.draw(st.sampled_from(DTYPES), "dispatch_dtype"),
+        dispatch_dtype=data.draw(st.sampled_from((*DTYPES, FLOAT8)), "dispatch_dtype"),
         combine_dtype=data.draw(st.sampled_from(DTYPES), "combine_dtype"),
         reduce_at=data.draw(st.sampled_from(["expert", "attention"]), "reduce_at"),
     )

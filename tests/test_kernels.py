@@ -11,7 +11,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "csrc/exchange/run_cuda.cu"
-VERBS = ("RouteVerb", "DispatchVerb", "AwaitVerb", "CombineRecvAs", "PollVerb", "ReceiveVerb", "CombineSendAs")
+VERBS = (
+    *("RouteVerb", "DispatchVerb", "DispatchSendAs", "AwaitVerb", "CombineRecvAs"),
+    *("PollVerb", "ReceiveVerb", "CombineSendAs"),
+)
 OPTIONS = ("-std=c++20", "-O3", "-fmad=false", f"-I{ROOT / 'csrc'}", "-DM2N_HAS_CUDA=1", "-Werror", "all-warnings")
 
 pytestmark = [pytest.mark.slow, pytest.mark.nvcc, pytest.mark.timeout(600)]
@@ -28,7 +31,7 @@ def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     path = tmp_path_factory.mktemp("ptx") / "run_cuda.ptx"
     nvcc("-arch=compute_80", "-ptx", SOURCE, "-o", path)
     kernels = re.findall(r"\.entry (\w+)\((.*?)^\}", path.read_text(), re.DOTALL | re.MULTILINE)
-    assert len(kernels) == 5 + 3 + 9
+    assert len(kernels) == 5 + 3 + 3 + 9
     return {verb: "".join(body for name, body in kernels if verb in name) for verb in VERBS}
 
 
@@ -40,34 +43,34 @@ def test_one_build_holds_machine_code_for_sm_80_90_and_100(tmp_path: Path) -> No
 def test_what_surrounds_the_kernels_compiles_without_a_warning(tmp_path: Path) -> None:
     """On the side of the host, and what measures them."""
     surroundings = [ROOT / "benchmarks/gpu_timing.cu", *(ROOT / "csrc/transport").glob("cuda*.cc")]
-    assert len(surroundings) == 3
+    assert len(surroundings) == 5
     for source in surroundings:
         nvcc("-arch=sm_90", "-Xcompiler=-Wall,-Wextra,-Werror", "-c", source, "-o", tmp_path / "surroundings.o")
 
 
-@pytest.mark.parametrize("verb", ["DispatchVerb", "CombineSendAs", "ReceiveVerb"])
+@pytest.mark.parametrize("verb", ["DispatchVerb", "DispatchSendAs", "CombineSendAs", "ReceiveVerb"])
 def test_a_signal_is_a_system_wide_release(ptx: dict[str, str], verb: str) -> None:
     assert re.search(r"\bst\.release\.sys(\.global)?\.[bu]64\b", ptx[verb])
 
 
-@pytest.mark.parametrize("verb", ["DispatchVerb", "AwaitVerb", "PollVerb", "ReceiveVerb"])
+@pytest.mark.parametrize("verb", ["DispatchVerb", "DispatchSendAs", "AwaitVerb", "PollVerb", "ReceiveVerb"])
 def test_a_wait_looks_with_a_system_wide_acquire(ptx: dict[str, str], verb: str) -> None:
     assert re.search(r"\bld\.acquire\.sys(\.global)?\.[bu]64\b", ptx[verb])
 
 
-@pytest.mark.parametrize("verb", ["DispatchVerb", "CombineRecvAs", "CombineSendAs"])
+@pytest.mark.parametrize("verb", ["DispatchVerb", "DispatchSendAs", "CombineRecvAs", "CombineSendAs"])
 def test_the_last_block_to_arrive_sees_what_all_wrote(ptx: dict[str, str], verb: str) -> None:
     assert re.search(r"\batom(\.global)?\.add\.acq_rel\.gpu(\.global)?\.u32\b", ptx[verb])
 
 
-@pytest.mark.parametrize("verb", ["DispatchVerb", "CombineRecvAs", "CombineSendAs"])
+@pytest.mark.parametrize("verb", ["DispatchVerb", "DispatchSendAs", "CombineRecvAs", "CombineSendAs"])
 def test_rows_are_read_and_written_by_16_bytes(ptx: dict[str, str], verb: str) -> None:
     assert re.search(r"\bst(\.global)?\.v4\.[bfu]32\b", ptx[verb])
     assert re.search(r"\bld(\.global)?\.v4\.[bfu]32\b", ptx[verb])
 
 
 def test_deadlines_are_wall_clock_time(ptx: dict[str, str]) -> None:
-    for verb in ("DispatchVerb", "AwaitVerb", "PollVerb", "ReceiveVerb"):
+    for verb in ("DispatchVerb", "DispatchSendAs", "AwaitVerb", "PollVerb", "ReceiveVerb"):
         assert "%globaltimer" in ptx[verb]
 
 

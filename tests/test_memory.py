@@ -21,6 +21,7 @@ SHAPES = [
         hidden=300, num_experts=4, top_k=3, max_tokens=50, microbatches=3, dispatch_dtype="float16",
         combine_dtype="float32", reduce_at="attention",
     ),
+    m2n.Shape(hidden=300, num_experts=4, top_k=2, max_tokens=50, dispatch_dtype="float8_e4m3fn"),
 ]  # fmt: skip
 M, N, ROUNDS, MAX_PEERS = 2, 2, 4, 5
 
@@ -50,23 +51,25 @@ def measure(comm: m2n.AttentionComm | m2n.ExpertComm) -> dict[str, object]:
     """Which m2n objects this process maps, and the addresses around its window (an expert rank's is known)."""
     objects = [mapping for mapping in mappings() if "memfd:m2n" in mapping.name]
     window = getattr(comm, "_window", None)
-    around = 0
+    around = num_bytes = 0
     if window is not None:
-        begin, end = window.ctypes.data, window.ctypes.data + window.nbytes
+        num_bytes = len(window) * window.strides[0]  # scales lie between rows
+        begin, end = window.ctypes.data, window.ctypes.data + num_bytes
         around = sum(
             min(end, one.end) - max(begin, one.begin) for one in mappings() if one.begin < end > begin < one.end
         )
     return {
         "objects": {mapping.inode: mapping.end - mapping.begin for mapping in objects},
         "resident": sum(mapping.resident for mapping in objects),
-        "window": 0 if window is None else window.nbytes,
+        "window": num_bytes,
         "window_mapped": around,
     }
 
 
 def attention(comm: m2n.AttentionComm) -> dict[str, object]:
     shape = comm.shape
-    x = np.ones((shape.max_tokens, shape.hidden), shape.dispatch_dtype)
+    is_float8 = shape.dispatch_dtype == "float8_e4m3fn"
+    x = np.ones((shape.max_tokens, shape.hidden), "float32" if is_float8 else shape.dispatch_dtype)
     ids = (np.arange(shape.max_tokens)[:, None] + np.arange(shape.top_k)) % shape.num_experts
     route = comm.route(ids, np.ones(ids.shape, np.float32))
     for turn in range(ROUNDS * shape.microbatches):
@@ -79,11 +82,11 @@ def expert(comm: m2n.ExpertComm) -> dict[str, object]:
     for _ in range(ROUNDS * comm.shape.microbatches):
         batch = comm.dispatch_recv(linger_us=None, attention_ranks=range(M), timeout=20)
         assert batch is not None
-        comm.combine_send(batch, batch.x[batch.row_index_by_expert].astype("float32"))
+        comm.combine_send(batch, batch.gather().astype("float32"))
     return measure(comm)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=["reduced", "paired"])
+@pytest.mark.parametrize("shape", SHAPES, ids=["reduced", "paired", "float8"])
 def test_the_kernel_counts_what_the_shape_says(shape: m2n.Shape) -> None:
     found = run_ranks((attention, expert), M, N, shape=shape, processes=True, max_peers=MAX_PEERS)
     owned = {

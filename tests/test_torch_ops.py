@@ -178,7 +178,7 @@ def test_fake_results_are_like_the_real_ones(pair: Pair) -> None:
     given, expert = workload(5), ops._entry(pair.experts[0])
     ops.dispatch_send(pair.comm, given.x, given.topk_ids, given.topk_weights)
     ticket = torch.ops.m2n.dispatch_recv(ops.order, expert.handle, 0, 0, 50.0, None, None, True)
-    arguments = (ticket, expert.handle, expert.hidden, expert.num_experts, expert.dispatch_dtype, expert.device, True)
+    arguments = (ticket, expert.handle, expert.hidden, expert.num_experts, expert.rows_dtype, expert.device, True)
     taken = torch.ops.m2n.take_copies(*arguments)
     with torch._subclasses.FakeTensorMode(shape_env=torch.fx.experimental.symbolic_shapes.ShapeEnv()) as mode:
         fakes = torch.ops.m2n.take_copies(mode.from_tensor(ticket), *arguments[1:])
@@ -250,11 +250,14 @@ def test_compiled_attention_layers_equal_the_oracle_and_eager(backend: str) -> N
 
 
 @on_backends
-def test_half_precision_and_reduce_at_attention_have_their_dtypes(backend: str, tmp_path: Path) -> None:
-    types = {"dispatch_dtype": "bfloat16", "combine_dtype": "float16", "reduce_at": "attention"}
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_half_precision_and_reduce_at_attention_have_their_dtypes(dtype: str, backend: str, tmp_path: Path) -> None:
+    types = {"dispatch_dtype": dtype, "combine_dtype": "float16", "reduce_at": "attention"}
     with Pair(tmp_path, "cpu", shape=dataclasses.replace(SMALL, **types)) as pair:
         ops.register(pair.comm), ops.register(pair.experts[0])
-        check_both_sides(pair, compiled(both_sides, backend), workload(shape=pair.comm.shape), 0)
+        given = workload(shape=pair.comm.shape)
+        given.x[:, 0] = 448  # the scale of its float8 row is 1: whole numbers stay
+        check_both_sides(pair, compiled(both_sides, backend), given, 0)
 
 
 @on_backends

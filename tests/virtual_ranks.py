@@ -57,11 +57,11 @@ def run(device: str, shape: m2n.Shape, placement: m2n.Placement, num_attention: 
 
 def main(device: str, rounds: int) -> None:
     num_right = 0
-    for dtype in ("float32", "bfloat16"):
+    for dtype, reply_dtype in (("float32", "float32"), ("bfloat16", "bfloat16"), ("float8_e4m3fn", "bfloat16")):
         for reduce_at in ("expert", "attention"):
             shape = m2n.Shape(
                 hidden=72, num_experts=8, top_k=3, max_tokens=17, microbatches=2,
-                dispatch_dtype=dtype, combine_dtype=dtype, reduce_at=reduce_at,
+                dispatch_dtype=dtype, combine_dtype=reply_dtype, reduce_at=reduce_at,
             )  # fmt: skip
             num_right += run(device, shape, m2n.Placement.block(8, 3), 2, rounds * len(testing.KINDS))
     print(f"virtual ranks on {device}: {num_right} results equal the oracle bit for bit")
