@@ -117,9 +117,7 @@ def take_float8(values: Any, scales: Any, index: Any, dtype: str) -> Any:
         rows = values.view(torch.uint8)[index].view(torch.float8_e4m3fn).float()  # not every torch indexes float8
         rows *= scales[index].repeat_interleave(128, 1)[:, :hidden]
         return rows.to(getattr(torch, dtype))
-    library: Any = np
-    if library_of(values) == "cupy":
-        import cupy as library
+    library: Any = sys.modules[library_of(values)]  # numpy or cupy
     with np.errstate(all="ignore"):  # NaN, infinity: what became of x
         rows = library.asarray(_float8_numbers())[values.view("uint8")[index]]
         rows *= library.repeat(scales[index], 128, axis=1)[:, :hidden]
