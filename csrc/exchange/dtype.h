@@ -80,8 +80,8 @@ M2N_HD inline Float16 from_float<Float16>(float value) {
   return Float16{static_cast<uint16_t>(half | sign)};
 }
 
-// Beyond +-448 it is +-448; NaN is 0x7F, whatever its sign, which processors do not agree on. Without branches, so that
-// the host does several at a time.
+// Beyond +-448 it is +-448; NaN is 0x7F, whatever its sign, which processors do not agree on. Masks in place of ?:, of
+// which compilers make branches: so the host does several at a time.
 template <>
 M2N_HD inline Float8E4M3 from_float<Float8E4M3>(float value) {
   constexpr uint32_t kLargest = 0x43E00000u;      // 448
@@ -93,8 +93,10 @@ M2N_HD inline Float8E4M3 from_float<Float8E4M3>(float value) {
   // Of 2^14 a unit in the last place is 2^-9, as of the subnormals: let one addition round them.
   const uint32_t subnormal = float_to_bits(bits_to_float(bits) + 0x1p14f) - 0x46800000u;
   const uint32_t normal = (bits - 0x3C000000u + 0x7FFFFu + ((bits >> 20) & 1u)) >> 20;
-  const uint32_t number = (bits < kLeastNormal ? subnormal : normal) | sign;
-  return Float8E4M3{static_cast<uint8_t>(magnitude > 0x7F800000u ? 0x7Fu : number)};
+  const uint32_t is_subnormal = 0u - uint32_t{bits < kLeastNormal};  // all bits, or none
+  const uint32_t is_nan = 0u - uint32_t{magnitude > 0x7F800000u};
+  const uint32_t number = (subnormal & is_subnormal) | (normal & ~is_subnormal) | sign;
+  return Float8E4M3{static_cast<uint8_t>((0x7Fu & is_nan) | (number & ~is_nan))};
 }
 
 // +0 + value, rounded: the value, but +0 for -0, and a quiet NaN for any NaN.

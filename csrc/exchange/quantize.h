@@ -28,7 +28,7 @@ M2N_HD inline __attribute__((always_inline)) uint32_t widen_elements(float* valu
   for (uint32_t h = 0; h < count; ++h) {
     values[h] = to_float(from[h]);
     const uint32_t magnitude = float_to_bits(values[h]) & 0x7FFFFFFFu;
-    const uint32_t number = magnitude > 0x7F800000u ? 0 : magnitude;
+    const uint32_t number = magnitude & (0u - uint32_t{magnitude <= 0x7F800000u});  // NaN: 0, without a branch
     largest = number > largest ? number : largest;
   }
   return largest;
