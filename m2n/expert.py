@@ -106,14 +106,14 @@ class Batch:
         """
         if layout == "padded" and not self._is_counted:
             raise ValueError("layout: 'padded' needs counts on the host; receive with sync=True, or use 'expert_major'")
-        index = self.row_index_by_expert
+        x, index = self.x, self.row_index_by_expert
         self._counters["rows_gathered"] += self.num_pairs
         if layout == "expert_major":
             rows = self._take(index)
         elif layout == "padded":
             offsets = self.expert_offsets.tolist()
             counts = [end - begin for begin, end in zip(offsets, offsets[1:])]
-            shape = (len(counts), max(counts, default=0), self.x.shape[1])
+            shape = (len(counts), max(counts, default=0), x.shape[1])
             rows = arrays.zeros(shape, self._take(index[:0]))
             for expert, (begin, count) in enumerate(zip(offsets, counts)):
                 rows[expert, :count] = self._take(index[begin : begin + count])

@@ -94,11 +94,16 @@ uint32_t AttentionComm::send_to_peer(uint32_t peer_idx, uint32_t slot_idx, const
     send.weights = view.weights + static_cast<uint64_t>(first) * shape_.top_k;
     reply_rows = shape_.reduce_at == ReduceAt::kExpert ? send.header.num_rows : view.pair_counts[peer_rank];
   }
-  CopyChoice& choice = copy_choices_[peer_idx * layout_.num_slots + slot_idx];
-  choice.send(send.header.num_rows * layout_.dispatch_rows.row_bytes, [&](bool is_streamed) {
+  const auto put = [&](bool is_streamed) {
     send.is_streamed = is_streamed;
     m2n::dispatch_send(exec_, layout_, shape_, send);
-  });
+  };
+  if (shape_.dispatch_dtype == DType::kFloat8E4M3) {
+    put(false);  // computed, not copied
+  } else {
+    CopyChoice& choice = copy_choices_[peer_idx * layout_.num_slots + slot_idx];
+    choice.send(send.header.num_rows * layout_.dispatch_rows.row_bytes, put);
+  }
   seq.sent = send.seq;
   seq.reply_rows = reply_rows;
   return send.header.num_rows;
