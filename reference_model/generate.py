@@ -39,10 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--reduce-at", choices=("expert", "attention"), default="expert",
         help="who sums over a token's experts (default expert: fewest bytes)",
     )  # fmt: skip
-    ranks.add_argument(
-        "--dispatch-dtype", metavar="DTYPE",
-        help="of rows on their way to experts: float8_e4m3fn, or by default --dtype",
-    )  # fmt: skip
+    ranks.add_argument("--dispatch-dtype", help="of rows on their way to experts: float8_e4m3fn (default: --dtype)")
     ranks.add_argument(
         "--linger-us", type=float, default=50.0, metavar="US",
         help="how long an expert rank waits for other attention ranks after the first (default 50)",
