@@ -316,9 +316,7 @@ def test_float8_dispatch_gives_the_tokens_of_a_monolithic_model_that_rounds_like
 ) -> None:
     """Each expert computes its rows alone, so that bfloat16's products do not depend on who else came."""
     directory, _ = checkpoint_and_tokens(root, "mixtral", 8)
-    run = make_run(
-        directory, 1, 2, 1, reduce_at="attention", dtype=dtype, dispatch_dtype="float8_e4m3fn", **devices
-    )
+    run = make_run(directory, 1, 2, 1, reduce_at="attention", dtype=dtype, dispatch_dtype="float8_e4m3fn", **devices)
     assert verify(run_on_devices(run, PROMPTS[:1], tmp_path))["identical"]
 
 
