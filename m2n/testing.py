@@ -120,7 +120,7 @@ def quantize_rows(x: Any) -> tuple[Any, Any]:
         quotients = blocks / scales[..., None]
         values = np.clip(quotients, -448, 448).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
     values[np.isnan(quotients)] = 0x7F
-    return values.reshape(len(x), -1)[:, :hidden].copy().view(ml_dtypes.float8_e4m3fn), scales
+    return values.reshape(len(x), scales.shape[1] * _BLOCK)[:, :hidden].copy().view(ml_dtypes.float8_e4m3fn), scales
 
 
 def dequantize_rows(values: Any, scales: Any, dtype: str) -> Any:

@@ -18,7 +18,7 @@ import numpy as np
 
 import m2n
 from m2n.ranks import run_ranks, serve
-from m2n.testing import apply_expert, expert_outputs
+from m2n.testing import apply_expert, dequantize_rows, expert_outputs, quantize_rows
 
 CONFIG = m2n.Config(arrays="numpy", timeout_s=60.0, connect_timeout_s=60.0)
 
@@ -29,10 +29,10 @@ class Work(NamedTuple):
     weights: np.ndarray
 
 
-def make_shape(reduce_at: Any = "expert", hidden: int = 40) -> m2n.Shape:
+def make_shape(reduce_at: Any = "expert", hidden: int = 40, dispatch_dtype: str = "float32") -> m2n.Shape:
     return m2n.Shape(
         hidden=hidden, num_experts=7, top_k=3, max_tokens=12, microbatches=3,
-        dispatch_dtype="float32", combine_dtype="float32", reduce_at=reduce_at,
+        dispatch_dtype=dispatch_dtype, combine_dtype="float32", reduce_at=reduce_at,
     )  # fmt: skip
 
 
@@ -49,6 +49,8 @@ def make_work(shape: m2n.Shape, random: np.random.Generator) -> Work:
 
 def expected(shape: m2n.Shape, placement: m2n.Placement, work: Work) -> np.ndarray:
     """What combine_recv must return, bit for bit, for a placement without replicas."""
+    if shape.dispatch_dtype != "float32":
+        work = work._replace(x=dequantize_rows(*quantize_rows(work.x), "float32"))
     total = np.zeros((len(work.x), shape.hidden), np.float32)
     if shape.reduce_at == "attention":
         for k in range(shape.top_k):
@@ -108,7 +110,7 @@ def answer(comm: m2n.ExpertComm, num_attention: int) -> int:
     return serve(comm, num_attention, lambda batch: expert_outputs(batch, experts))
 
 
-def exchange(seed: int, reduce_at: str, hidden: int, device: str) -> None:
+def exchange(seed: int, reduce_at: str, hidden: int, dispatch_dtype: str, device: str) -> None:
     """Three attention ranks and three expert ranks, everything in flight, all watched.
 
     On "emulated" each verb is run by a team of threads, as a GPU runs it.
@@ -122,7 +124,7 @@ def exchange(seed: int, reduce_at: str, hidden: int, device: str) -> None:
         with observed(comm):
             answer(comm, 3)
 
-    shape = make_shape(reduce_at, hidden)
+    shape = make_shape(reduce_at, hidden, dispatch_dtype)
     run_ranks((attention, expert), 3, 3, shape=shape, config=CONFIG, max_peers=8, device=device)
 
 
@@ -204,8 +206,9 @@ def main(seconds: float, seed: int) -> None:
     ends = time.monotonic() + seconds
     num_rounds = 0
     while num_rounds == 0 or time.monotonic() < ends:
-        for device in ("cpu", "emulated"):
-            exchange(seed, "expert" if seed % 2 == 0 else "attention", 40 if seed % 3 else 4096, device)
+        for device, is_float8 in (("cpu", seed % 2 == 1), ("emulated", seed % 2 == 0)):
+            dispatch_dtype = "float8_e4m3fn" if is_float8 else "float32"
+            exchange(seed, ("expert", "attention")[seed % 4 // 2], 40 if seed % 3 else 4096, dispatch_dtype, device)
         come_and_go(seed)
         close_under_a_waiter()
         seed += 1

@@ -133,8 +133,8 @@ def test_numpy_sees_the_same_bits(device: str) -> None:
 
 
 def test_the_oracle_says_the_same_in_torch_and_in_numpy() -> None:
-    for hidden in (1, 200, 256):
-        x = rows_of_every_kind(hidden)
+    for hidden, tokens in ((1, 20), (200, 20), (256, 20), (200, 0)):
+        x = rows_of_every_kind(hidden)[:tokens]
         values, scales = testing.quantize_rows(x)
         in_numpy = testing.quantize_rows(x.numpy())
         assert np.array_equal(values.view(torch.uint8).numpy(), in_numpy[0].view(np.uint8))
