@@ -95,7 +95,8 @@ class DeviceAttentionComm final : public DeviceComm<AttentionSide> {
 
   // For a kernel of the caller's that routes and dispatches by itself (csrc/examples/gate_dispatch.h): a route that it
   // fills, and what dispatch_send would have launched. The caller launches it on `stream` next; combine_recv follows as
-  // always. Throws what dispatch_send throws. What the host may ask a route (num_rows) is not known of such a one.
+  // always. Throws what dispatch_send throws. What the host may ask a route (num_rows) is not known of such a one. Rows
+  // of float8 are the kernel's to make (quantize.h).
   std::shared_ptr<DeviceRoute> make_empty_route(uint32_t num_tokens, Stream stream);
   DispatchVerb prepare_dispatch(std::shared_ptr<const DeviceRoute> route, uint32_t microbatch, uint32_t layer,
                                 int64_t timeout_ns, Stream stream);
