@@ -178,7 +178,7 @@ std::optional<Work> DeviceExpertComm::wait_work(int64_t deadline_ns, Stream stre
 
 void DeviceExpertComm::combine_send(DeviceBatch& batch, const unsigned char* y, uint64_t y_stride_bytes, DType y_dtype,
                                     bool is_reduced, uint32_t num_sms, Stream stream) {
-  require_unanswered(batch.owner, batch.is_answered);
+  require_answerable(batch.owner, batch.is_answered, y_dtype);
   batch.is_answered = true;
   const CombineSendVerb verb{view_, batch.slot, batch.microbatch, y, y_stride_bytes, y_dtype, is_reduced};
   const uint64_t num_bytes = (is_reduced ? batch.num_rows : batch.num_pairs) * layout_.combine_rows.row_bytes;

@@ -162,7 +162,7 @@ void ExpertComm::build_lists(Batch& batch) {
 
 void ExpertComm::combine_send(Batch& batch, const unsigned char* y, uint64_t y_stride_bytes, DType y_dtype,
                               bool is_reduced) {
-  require_unanswered(batch.owner, batch.is_answered);
+  require_answerable(batch.owner, batch.is_answered, y_dtype);
   batch.is_answered = true;
   uint64_t num_rows = 0;
   for (const Batch::Message& message : batch.messages) {

@@ -100,10 +100,11 @@ void ExpertSide::raise_timeout(int32_t missing_rank) const {
       missing_rank);
 }
 
-void ExpertSide::require_unanswered(const void* owner, bool is_answered) const {
+void ExpertSide::require_answerable(const void* owner, bool is_answered, DType y_dtype) const {
   require_usable();
   if (owner != this) throw Error(Failure::kArgument, "batch: it was received by another comm");
   if (is_answered) throw Error(Failure::kArgument, "batch: combine_send was already called for it");
+  if (y_dtype == DType::kFloat8E4M3) throw Error(Failure::kArgument, "y: only rows to experts may be float8");
 }
 
 uint64_t ExpertSide::bytes_received(uint64_t num_messages, uint64_t num_rows) const {

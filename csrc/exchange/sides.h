@@ -40,7 +40,7 @@ class ExpertSide : public Comm {
   void raise_if_lost(const Wanted& wanted) const;
   // Strict: `missing_rank` has not sent, or (-1) all have, but of different batches.
   [[noreturn]] void raise_timeout(int32_t missing_rank) const;
-  void require_unanswered(const void* owner, bool is_answered) const;
+  void require_answerable(const void* owner, bool is_answered, DType y_dtype) const;
   uint64_t bytes_sent(uint64_t num_messages, uint64_t num_rows) const;
   uint64_t bytes_received(uint64_t num_messages, uint64_t num_rows) const;
   void count_batch(uint64_t num_messages, uint64_t num_rows);
