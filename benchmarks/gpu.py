@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build/gpu"
 STAGE = BUILD / "stage"
 # What a tool says when it cannot watch this device at all.
-REFUSALS = r".*(?:not supported|[Uu]nable to|[Ff]ailed to initialize|LibraryNotLoaded|insufficient).*"
+REFUSALS = r".*(?:not supported|[Uu]nable to|[Ff]ailed to initialize|LibraryNotLoaded|insufficient|Duplicate GPU).*"
 
 
 def words_of(command: list[str]) -> str:
@@ -159,6 +159,15 @@ def time_it(run: Run) -> list[dict[str, Any]]:
     output = run.step("limits and puts", [str(BUILD / "m2n_gpu_timing")], 120)
     verbs = [sys.executable, str(ROOT / "benchmarks/gpu_verbs.py")]
     output += "\n" + run.step("verbs", verbs, 180, CUDA_MODULE_LOADING="EAGER")
+    nccl = [sys.executable, str(ROOT / "benchmarks/gpu_nccl.py")]
+    output += "\n" + run.step(
+        "processes, m2n and NCCL",
+        nccl,
+        60,
+        may_refuse=True,
+        CUDA_MODULE_LOADING="EAGER",
+        NCCL_MULTI_RANK_GPU_ENABLE="1",
+    )
     rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     for row in rows:
         if row["bytes"] >= 2**20:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -85,3 +87,15 @@ def test_lines_of_the_timing_program_become_rows(
     monkeypatch.setattr(gpu, "BUILD", tmp_path)
     (row,) = gpu.time_it(gpu.Run())
     assert row["name"] == "copy" and row["gb_per_s"] == 209.7
+
+
+@pytest.mark.slow
+def test_processes_beside_a_group_of_torch_run_without_a_gpu() -> None:
+    """gloo in NCCL's place: rows come back as they were sent, by both, or it fails."""
+    command = [sys.executable, SOURCE.with_name("gpu_nccl.py"), "--backend", "gloo", "--device", "cpu"]
+    sizes = ["--tokens", "7", "--hidden", "64", "--rounds", "3", "--expert-ranks", "2"]
+    done = subprocess.run([*map(str, command), *sizes], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    group, ours = map(json.loads, done.stdout.splitlines())
+    assert group["bytes"] == 2 * 7 * 64 * 2 and group["samples"] == 3
+    assert ours["limit"] == "gloo" and ours["limit_us"] == group["p50_us"]
