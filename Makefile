@@ -37,10 +37,11 @@ demo: $(DEMO_READY)  ## text from two attention and two expert processes
 	  --prompt "And it came to pass" --prompt "And the LORD said unto Moses"
 
 # The slow ones mostly wait for a compiler or a model checker, so two of their files run at once.
-test: test-fast  ## all tests, the fast ones first (about 15 minutes on two cores)
-	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadfile $(PYTEST_FLAGS)
+test: $(VENV)/.installed-test  ## all tests, the fast ones first (about 15 minutes on two cores)
+	@$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS); fast=$$?; \
+	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadfile $(PYTEST_FLAGS) && exit $$fast
 
-test-fast: $(VENV)/.installed-test  ## tests without the marker `slow` (under two minutes)
+test-fast: $(VENV)/.installed-test  ## tests without the marker `slow` (about four minutes)
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed-test  ## ruff, clang-format, mypy

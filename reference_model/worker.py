@@ -19,7 +19,7 @@ from .config import ModelConfig
 from .engine import AttentionEngine
 from .experts import ExpertWeights, RemoteExperts
 from .model import Decoder, KVCache, Span
-from .precision import dispatch_bytes
+from .precision import FLOAT8, dispatch_bytes
 from .routes import RouteRecorder
 from .run_config import ATTENTION, RunConfig
 from .schedule import expert_schedule
@@ -122,7 +122,7 @@ class _ExpertWorker:
     def _expert(self) -> None:
         batch, began = self.batch, self.tracer.now()
         offsets = batch.expert_offsets.tolist()
-        if self.run.expert_device == "cpu" and batch.x_scales is None:
+        if self.run.expert_device == "cpu" and self.run.dispatch_dtype != FLOAT8:
             # The rows are read where they landed: each expert gathers its own by index.
             self.y_PH = self.weights.outputs(batch.layer, batch.x, offsets, batch.row_index_by_expert)
         else:

@@ -39,6 +39,7 @@ def parse(options: str) -> argparse.Namespace:
     return parser.parse_args(["e2e", *shlex.split(options)])
 
 
+@pytest.mark.slow
 def test_a_tiny_run_has_a_row_for_each_contender_of_each_case(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -71,6 +72,7 @@ def run_with_gloo(
     return [{**event, "role": role, "rank": rank} for event in events]
 
 
+@pytest.mark.slow
 def test_the_verbs_on_gloo_draw_the_tokens_of_the_monolithic_model(tmp_path: Path) -> None:
     # Attention ranks with unlike shares: they are not in step, and one leaves before the other.
     checkpoint = write_checkpoint(tmp_path / "model", ModelShape(32, 32, 2, 5, 2, 4, 2))

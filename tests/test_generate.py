@@ -207,6 +207,7 @@ def test_an_interrupted_run_says_so_and_leaves_no_process(directory: Path, tmp_p
     assert seconds < FAILURE_S
 
 
+@pytest.mark.slow
 def test_ranks_do_not_outlive_a_killed_launcher(directory: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a\n" * 2000)
     options = shlex.split("--prompts prompts.txt --max-new-tokens 200 --max-batch 1 --ignore-eos")
