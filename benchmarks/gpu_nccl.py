@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 import m2n
-from m2n.ranks import run_ranks
+from m2n.testing import run_ranks
 
 WARM_UP = 5
 TIMEOUT_S = 60.0
