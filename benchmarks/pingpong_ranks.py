@@ -17,7 +17,7 @@ from m2n.reference_model.run_config import ATTENTION, EXPERT, RunConfig
 from m2n.reference_model.sampling import SamplingConfig
 from m2n.reference_model.scheduler import Scheduler, Sequence
 from m2n.reference_model.trace import Tracer
-from m2n.reference_model.worker import Comms, load_rank, run_rank
+from m2n.reference_model.worker import Comms, load_rank, run_rank, settle
 
 Kept = dict[Any, Any]
 
@@ -33,6 +33,7 @@ def _loaded(kept: Kept, run: RunConfig, role: str, rank: int) -> Decoder | Exper
     if key not in kept:
         kept.clear()
         kept[key] = load_rank(run, role, rank)
+        settle()
     loaded: Decoder | ExpertWeights = kept[key]
     return loaded
 
@@ -153,6 +154,7 @@ def run_monolithic(kept: Kept, run: RunConfig, rank: int) -> list[dict[str, Any]
     if key not in kept:
         kept.clear()
         kept[key] = (load_rank(one, ATTENTION, 0), load_rank(one, EXPERT, 0))
+        settle()
     decoder, weights = kept[key]
     tracer, prompts, events = Tracer(), prompts_of(run), []
     scheduler = Scheduler(run.max_batch, run.max_tokens, 1)

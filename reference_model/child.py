@@ -45,7 +45,7 @@ def main() -> int:
     lock = threading.Lock()
     statuses: queue.Queue[int] = queue.Queue()
     # Nobody may wait on a GPU while another one's kernels run for the first time.
-    all_loaded = threading.Barrier(len(job["ranks"]))
+    all_loaded = threading.Barrier(len(job["ranks"]), action=_settle)
 
     def run_one(role: str, rank: int, prompts: dict[str, list[int]]) -> None:
         def emit(event: dict[str, Any]) -> None:
@@ -65,6 +65,12 @@ def main() -> int:
     return 0
 
 
+def _settle() -> None:
+    from .worker import settle  # torch takes seconds to load: bad input need not wait for it
+
+    settle()
+
+
 def _run_one(
     job: dict[str, Any],
     role: str,
@@ -76,7 +82,7 @@ def _run_one(
     try:
         run = RunConfig(**job["run"])
         run.check_model(ModelConfig.from_directory(run.checkpoint))
-        from .worker import run_rank  # torch takes seconds to load: bad input need not wait for it
+        from .worker import run_rank
 
         numbered = {int(idx): token_ids for idx, token_ids in prompts.items()}
         run_rank(run, role, rank, numbered, job["store"], emit, meet=all_loaded.wait)

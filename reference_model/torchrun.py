@@ -12,7 +12,7 @@ from typing import Any
 from .errors import InputError
 from .result import RunResult
 from .run_config import ATTENTION, RunConfig
-from .worker import run_rank
+from .worker import run_rank, settle
 
 _VARIABLES = ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -54,7 +54,7 @@ def run_under_torchrun(run: RunConfig, prompts: list[list[int]]) -> RunResult | 
             result.add(events[-1])
 
     share = run.share(role_rank, len(prompts)) if role == ATTENTION else []
-    run_rank(run, role, role_rank, {idx: prompts[idx] for idx in share}, store, emit)
+    run_rank(run, role, role_rank, {idx: prompts[idx] for idx in share}, store, emit, meet=settle)
     if rank != 0:
         store.set(f"result/{rank}", json.dumps(events))
         store.wait(["end"], timedelta(seconds=run.connect_timeout_s))

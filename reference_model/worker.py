@@ -168,10 +168,16 @@ def load_rank(run: RunConfig, role: str, rank: int) -> Decoder | ExpertWeights:
     else:
         placement = run.placement(ModelConfig.from_directory(run.checkpoint))
         loaded = load_experts(run.checkpoint, list(placement.experts_of(rank)), run.torch_dtype, device)
-    # All that is there now stays. To look through it for garbage takes a tenth of a second, in the middle of a step.
+    return loaded
+
+
+def settle() -> None:
+    """All that is there now stays. To look through it for garbage takes a tenth of a second, in the middle of a step.
+
+    Called while no rank of the process has a comm: what is there now and becomes garbage is never collected.
+    """
     gc.collect()
     gc.freeze()
-    return loaded
 
 
 def _warm_up(loaded: Decoder | ExpertWeights, run: RunConfig) -> None:
