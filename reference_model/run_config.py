@@ -161,12 +161,13 @@ class RunConfig:
     @property
     def comm_config(self) -> m2n.Config:
         """The settings of this run's comms. Without a delay it is the environment's to imitate a slow network."""
+        kinds = {name.partition(":")[0] for name in (self.attention_device, self.expert_device)}
         config = m2n.Config(
             job=self.job,
             timeout_s=self.timeout_s,
             connect_timeout_s=self.connect_timeout_s,
             # A GPU and a CPU meet in memory of the host, which both can write.
-            transport="auto" if self.attention_device[:4] == self.expert_device[:4] else "shm",
+            transport="auto" if len(kinds) == 1 else "shm",
         )
         if self.delay_us == 0 and self.jitter_us == 0:
             return config

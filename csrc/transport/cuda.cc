@@ -146,7 +146,7 @@ class CudaTransport final : public Transport {
   Origin origin() const override { return {process_nonce(), uuid_}; }
 
   std::shared_ptr<Mapping> attach(Handle handle, const Origin& origin) override {
-    const int maker = reachable_device(ordinal_, origin.device);
+    const int maker = origin.device == uuid_ ? ordinal_ : reachable_device(ordinal_, origin.device);
     if (origin.process != process_nonce()) {
       return std::make_shared<CudaMapping>(ordinal_, handle.fd.get(), handle.bytes, page_bytes_);
     }
