@@ -121,7 +121,8 @@ def build(run: Run, gpu: dict[str, str] | None) -> None:
     run.step(f"build for {arch}", targets, 300)
     shutil.rmtree(STAGE, ignore_errors=True)
     (STAGE / "m2n").mkdir(parents=True)
-    for source in [*(ROOT / "m2n").glob("*.py"), *BUILD.glob("_C.*.so")]:
+    parts = [*(ROOT / "m2n").glob("*.py"), *BUILD.glob("_C.*.so"), ROOT / "reference_model", ROOT / "benchmarks"]
+    for source in parts:
         (STAGE / "m2n" / source.name).symlink_to(source)
     # Says whether the driver is found, by itself: the module loads without one.
     run.step("m2n info", [sys.executable, "-m", "m2n", "info"], 60)
@@ -142,7 +143,8 @@ def check(run: Run) -> None:
     if importlib.util.find_spec("transformers") is None:
         run.skip("reference model", "transformers, which its tokens are compared with, is not installed")
     else:
-        run.step("reference model", [*suite, str(ROOT / "tests/test_disaggregated.py")], 120, **eager)
+        files = [str(ROOT / "tests" / name) for name in ("test_disaggregated.py", "test_rounds.py")]
+        run.step("reference model", [*suite, *files], 120, **eager)
     tool = find_tool("compute-sanitizer")
     for check_name in ("memcheck", "synccheck"):
         name = f"compute-sanitizer {check_name}"
@@ -154,8 +156,8 @@ def check(run: Run) -> None:
         run.step(name, command, 120, may_refuse=True, PYTORCH_NO_CUDA_MEMORY_CACHING="1", **eager)
 
 
-def time_it(run: Run) -> list[dict[str, Any]]:
-    """What one GPU allows, and what the verbs take."""
+def time_it(run: Run, timeline: Path | None = None) -> list[dict[str, Any]]:
+    """What one GPU allows, and what the verbs take; a drawing of the pipeline where one is wanted."""
     output = run.step("limits and puts", [str(BUILD / "m2n_gpu_timing")], 120)
     verbs = [sys.executable, str(ROOT / "benchmarks/gpu_verbs.py")]
     output += "\n" + run.step("verbs", verbs, 180, CUDA_MODULE_LOADING="EAGER")
@@ -168,6 +170,14 @@ def time_it(run: Run) -> list[dict[str, Any]]:
         CUDA_MODULE_LOADING="EAGER",
         NCCL_MULTI_RANK_GPU_ENABLE="1",
     )
+    if importlib.util.find_spec("safetensors") is None:
+        run.skip("ping-pong on streams", "safetensors, which the reference model is read with, is not installed")
+    else:
+        can_draw = timeline is not None and importlib.util.find_spec("matplotlib") is not None
+        pingpong = [sys.executable, str(ROOT / "benchmarks/gpu_pingpong.py")]
+        pingpong += ["--timeline", str(timeline)] if can_draw else []
+        streams = {"CUDA_MODULE_LOADING": "EAGER"}
+        output += "\n" + run.step("ping-pong on streams", pingpong, 120, **streams)
     rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     for row in rows:
         if row["bytes"] >= 2**20:
@@ -192,11 +202,13 @@ def main() -> int:
         return int(run.has_failed)
     if importlib.util.find_spec("torch") is None:
         sys.exit(f"make gpu: {sys.executable} has no torch; name another one: make gpu PYTHON=...")
+    date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+    name = f"{re.sub(r'[^a-z0-9]+', '-', gpu['name'].lower()).strip('-')}-{date}"
+    options.output.mkdir(parents=True, exist_ok=True)
     rows = []
     if not run.has_failed:
         check(run)
-        rows = time_it(run)
-    date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+        rows = time_it(run, (options.output / f"timeline-{name}.png").resolve())
     torch_version = words_of([sys.executable, "-c", "import torch; print(torch.__version__)"])
     result = {
         "machine": {
@@ -209,9 +221,7 @@ def main() -> int:
         "steps": run.steps,
         "rows": rows,
     }  # fmt: skip
-    slug = re.sub(r"[^a-z0-9]+", "-", gpu["name"].lower()).strip("-")
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / f"{slug}-{date}.json"
+    path = options.output / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"\nmake gpu: {path}")
     for step in run.steps:
@@ -220,8 +230,8 @@ def main() -> int:
     for row in rows:
         beside = f"  {row['ratio']:.2f} of {row['limit']}" if "limit" in row else ""
         goal = f"; goal: {row['goal']}" if "goal" in row else ""
-        name = f"{row['name']}{beside}{goal}"
-        print(f"  {row['p50_us']:10.2f} us p50 {row['p99_us']:10.2f} us p99  {row['bytes']:>10} B  {name}")
+        words = f"{row['name']}{beside}{goal}"
+        print(f"  {row['p50_us']:10.2f} us p50 {row['p99_us']:10.2f} us p99  {row['bytes']:>10} B  {words}")
     return int(run.has_failed)
 
 

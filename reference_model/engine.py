@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
+
 from . import trace
 from .experts import Experts
 from .model import Decoder, KVCache, Microbatch, Span
@@ -26,7 +28,7 @@ class NewToken(NamedTuple):
 
 
 @dataclass
-class _Step:
+class Step:
     """What a microbatch is computing."""
 
     pieces: list[Piece]
@@ -58,7 +60,7 @@ class AttentionEngine:
         self.ignore_eos, self.recorder, self.sends_empty = ignore_eos, recorder, sends_empty
         self.tracer = tracer or Tracer()
         self.num_steps, self.num_tokens = 0, 0
-        self._steps: dict[int, _Step] = {}  # by microbatch
+        self._steps: dict[int, Step] = {}  # by microbatch
         self._do: dict[str, Callable[[Action], Any]] = {
             BEGIN: self._begin,
             ATTEND: self._attend,
@@ -91,17 +93,23 @@ class AttentionEngine:
     def _begin(self, action: Action) -> bool:
         """Admit sequences, and embed the tokens of the microbatch's share of those that are between steps."""
         began = self.tracer.now()
-        for sequence in self.scheduler.admit():
-            num_positions = min(self.decoder.config.context, len(sequence.prompt_ids) + sequence.max_new_tokens)
-            sequence.cache = KVCache(self.decoder.config, num_positions, self.decoder.dtype, self.decoder.device)
-            sequence.sampler = Sampler(self.sampling, sequence.idx)
+        self._admit()
         pieces = self.scheduler.begin(action.microbatch)
         if not pieces and not (self.sends_empty and self.scheduler.has_work):
             return False
-        batch = self.decoder.begin([_span(piece) for piece in pieces])
-        self._steps[action.microbatch] = _Step(pieces, batch)
+        batch = self.decoder.begin([span_of(piece) for piece in pieces])
+        self._steps[action.microbatch] = Step(pieces, batch)
         self.tracer.add(trace.EMBED, began, action.step, -1, action.microbatch)
         return True
+
+    def _admit(self) -> None:
+        for sequence in self.scheduler.admit():
+            num_positions = min(self.decoder.config.context, len(sequence.prompt_ids) + sequence.max_new_tokens)
+            sequence.cache = self._make_cache(num_positions)
+            sequence.sampler = Sampler(self.sampling, sequence.idx)
+
+    def _make_cache(self, num_positions: int) -> KVCache:
+        return KVCache.allocate(self.decoder.config, num_positions, self.decoder.dtype, self.decoder.device)
 
     def _attend(self, action: Action) -> None:
         step, place = self._steps[action.microbatch], (action.step, action.layer, action.microbatch)
@@ -147,7 +155,7 @@ class AttentionEngine:
         self.scheduler.end(action.microbatch)
         completed = [piece.sequence for piece in step.pieces if piece.completes]
         samplers = [sequence.sampler for sequence in completed if sequence.sampler is not None]
-        token_ids = draw(samplers, self.decoder.logits(step.batch)) if completed else []
+        token_ids = draw(samplers, self._logits(step)) if completed else []
         self.experts.check()
         for piece in step.pieces:
             piece.sequence.num_computed += piece.num_tokens
@@ -156,12 +164,19 @@ class AttentionEngine:
             sequence.output_ids.append(token_id)
             finish = self._finish(sequence, token_id)
             if finish is not None:
-                self.scheduler.leave(sequence)
+                self._leave(sequence)
             new_tokens.append(NewToken(sequence.idx, token_id, finish))
         self.num_steps += 1
-        self.num_tokens += step.batch.num_tokens
+        self.num_tokens += sum(piece.num_tokens for piece in step.pieces)
         self.tracer.add(trace.SAMPLE, began, action.step, -1, action.microbatch)
         return new_tokens
+
+    def _logits(self, step: Step) -> torch.Tensor:
+        """After the last token of each piece that completes its sequence."""
+        return self.decoder.logits(step.batch)
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.scheduler.leave(sequence)
 
     def _finish(self, sequence: Sequence, token_id: int) -> str | None:
         if not self.ignore_eos and token_id in self.decoder.config.eos_token_ids:
@@ -170,7 +185,7 @@ class AttentionEngine:
         return "length" if is_full or len(sequence.output_ids) >= sequence.max_new_tokens else None
 
 
-def _span(piece: Piece) -> Span:
+def span_of(piece: Piece) -> Span:
     sequence, start = piece.sequence, piece.sequence.num_computed
     assert sequence.cache is not None
     token_ids = sequence.token_ids[start : start + piece.num_tokens]

@@ -3,17 +3,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 
 import m2n
 
 from .checkpoint import Checkpoint, ExpertNames
 from .config import ModelConfig
-from .model import gated_ffn
+from .model import activation, gated_ffn
 from .precision import as_dispatched, dispatch_bytes
+
+# torch 2.10 and later.
+grouped_mm: Any = getattr(F, "grouped_mm", None)
 
 
 class Experts(Protocol):
@@ -50,15 +55,18 @@ class ExpertWeights:
         dtype: torch.dtype,
     ) -> None:
         self.config, self.dtype, self.device, self.expert_ids = config, dtype, checkpoint.device, list(expert_ids)
-        self._by_layer: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        # By layer, of all experts: gate and up [E, 2 * inner, H], down [E, H, inner].
+        self._by_layer: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for layer, has_experts in enumerate(config.moe_layers):
             if has_experts:
-                self._by_layer[layer] = [_load(checkpoint, names, layer, e, dtype) for e in self.expert_ids]
+                each = (_load(checkpoint, names, layer, e, dtype) for e in self.expert_ids)
+                gate_up, down = (torch.stack(parts) for parts in zip(*each))
+                self._by_layer[layer] = gate_up, down
 
     def run(self, layer: int, local_idx: int, x_TH: torch.Tensor) -> torch.Tensor:
         """Output of one expert, given by its place in expert_ids, for the rows x [T, H]."""
-        gate_up, down = self._by_layer[layer][local_idx]
-        return gated_ffn(x_TH, gate_up, down, self.config.hidden_act)
+        gate_up, down = self._by_layer[layer]
+        return gated_ffn(x_TH, gate_up[local_idx], down[local_idx], self.config.hidden_act)
 
     def outputs(
         self, layer: int, x: torch.Tensor, offsets: Sequence[int], rows_P: torch.Tensor | None = None
@@ -74,6 +82,40 @@ class ExpertWeights:
                 mine = x[first:last] if rows_P is None else x[rows_P[first:last]]
                 y_PH[first:last] = self.run(layer, local_idx, mine)
         return y_PH
+
+    def outputs_at(self, layer: int, x_PH: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """The same where offsets, int32 [E + 1], are known to the device only: one product for all experts.
+
+        Rows behind the last offset are computed or not; they mean nothing.
+        """
+        gate_up, down = self._by_layer[layer]
+        if self.can_group:
+            multiply = functools.partial(grouped_mm, offs=offsets[1:])
+        else:
+            at_ER, place_P = places(offsets, len(x_PH), len(x_PH) // min(self.config.top_k, len(self.expert_ids)))
+            x_PH, multiply = x_PH[at_ER], torch.bmm
+        gate, up = multiply(x_PH, gate_up.transpose(1, 2)).chunk(2, dim=-1)
+        y = multiply(activation(self.config.hidden_act, gate) * up, down.transpose(1, 2))
+        return y if self.can_group else y.flatten(0, 1)[place_P]
+
+    @property
+    def can_group(self) -> bool:
+        """Can torch multiply the rows of all experts at once, each with its own matrix?"""
+        gate_up, down = next(iter(self._by_layer.values()))
+        is_aligned = all(size * gate_up.element_size() % 16 == 0 for size in (gate_up.shape[2], down.shape[2]))
+        has_device = not gate_up.is_cuda or torch.cuda.get_device_capability(gate_up.device) >= (8, 0)
+        return grouped_mm is not None and self.dtype == torch.bfloat16 and is_aligned and has_device
+
+
+def places(offsets: torch.Tensor, num_pairs: int, max_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows laid out in a block of max_rows for each expert: which pair each row of the blocks is [E, max_rows], and in
+    which row each pair lies [num_pairs], counted through all blocks; clamped where there is none."""
+    device = offsets.device
+    at_ER = offsets[:-1, None] + torch.arange(max_rows, dtype=offsets.dtype, device=device)
+    pair_P = torch.arange(num_pairs, dtype=offsets.dtype, device=device)
+    expert_P = torch.searchsorted(offsets[1:], pair_P, right=True).clamp(max=len(offsets) - 2)
+    place_P = expert_P * max_rows + (pair_P - offsets[expert_P]).clamp(max=max_rows - 1)
+    return at_ER.clamp(max=num_pairs - 1), place_P
 
 
 def _load(
@@ -173,6 +215,17 @@ class RemoteExperts:
 
     def route(self, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> m2n.Route:
         return self.comm.route(ids_TK, weights_TK)
+
+    def make_route(self, num_tokens: int, device: str) -> m2n.Route:
+        """For route_again; no token goes anywhere yet."""
+        shape = (num_tokens, self.comm.shape.top_k)
+        return self.comm.route(torch.full(shape, -1, device=device), torch.zeros(shape, device=device))
+
+    def route_again(
+        self, route: m2n.Route, ids_TK: torch.Tensor, weights_TK: torch.Tensor, num_tokens: torch.Tensor
+    ) -> None:
+        """Into the memory of a route of as many tokens, of which the first num_tokens [1] count."""
+        self.comm.route(ids_TK, weights_TK, num_tokens=num_tokens, out=route)
 
     def dispatch(self, x_TH: torch.Tensor, route: m2n.Route, layer: int, microbatch: int) -> tuple[int, int]:
         # x is borrowed by m2n until combine_recv; it holds the tensor.

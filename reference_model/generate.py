@@ -111,6 +111,10 @@ def _add_devices(ranks: Any) -> None:
             help=f"torch's threads on each {role} rank (default: all ranks share the cores evenly)",
         )  # fmt: skip
     ranks.add_argument(
+        "--cuda-graphs", action="store_true",
+        help="on devices: microbatches step together, decode steps as one CUDA graph on each rank",
+    )  # fmt: skip
+    ranks.add_argument(
         "--one-process", action=argparse.BooleanOptionalAction,
         help="ranks are threads of one process (default: where all are on one GPU)",
     )  # fmt: skip
@@ -217,6 +221,7 @@ def _run_config(args: argparse.Namespace) -> RunConfig:
         expert_device=args.expert_device or args.device,
         attention_threads=share if args.attention_threads is None else args.attention_threads,
         expert_threads=share if args.expert_threads is None else args.expert_threads,
+        cuda_graphs=args.cuda_graphs,
         one_process=args.one_process,
     )
     _ = run.sampling  # refuses temperature, top-p and seed out of range

@@ -8,6 +8,7 @@ E experts, B sequences.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import torch
@@ -17,13 +18,18 @@ from .checkpoint import Checkpoint, ExpertNames
 from .config import ModelConfig
 
 
+@dataclass(frozen=True)
 class KVCache:
-    """Keys and values of one sequence for all layers, allocated once for all positions it may ever have."""
+    """Keys and values of one sequence for all layers."""
 
-    def __init__(self, config: ModelConfig, num_positions: int, dtype: torch.dtype, device: str = "cpu") -> None:
+    keys_LGSD: torch.Tensor
+    values_LGSD: torch.Tensor
+
+    @classmethod
+    def allocate(cls, config: ModelConfig, num_positions: int, dtype: torch.dtype, device: str = "cpu") -> KVCache:
+        """Once for all positions that the sequence may ever have."""
         shape = (config.num_layers, config.num_kv_heads, num_positions, config.head_dim)
-        self.keys_LGSD = torch.empty(shape, dtype=dtype, device=device)
-        self.values_LGSD = torch.empty(shape, dtype=dtype, device=device)
+        return cls(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
 
 
 @dataclass
@@ -37,19 +43,70 @@ class Span:
 
 
 @dataclass
-class Microbatch:
-    """The spans of several sequences on their way through the layers."""
+class Microbatch(ABC):
+    """Tokens of several sequences on their way through the layers."""
 
-    spans: list[Span]
     x_TH: torch.Tensor
     cos_TD: torch.Tensor
     sin_TD: torch.Tensor
-    masks: list[torch.Tensor | None]
-    expert_in_TH: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    last_B: torch.Tensor  # int64: the tokens after which logits are wanted
+    expert_in_TH: torch.Tensor = field(default_factory=lambda: torch.empty(0), kw_only=True)
 
     @property
     def num_tokens(self) -> int:
         return self.x_TH.shape[0]
+
+    @abstractmethod
+    def attend(
+        self, config: ModelConfig, layer: int, q_TND: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor
+    ) -> torch.Tensor:
+        """Keep the keys and values of these tokens and look at those of their sequences: [T, N * D]."""
+
+
+@dataclass
+class SpanBatch(Microbatch):
+    """Spans of any length, a sequence after another."""
+
+    spans: list[Span]
+    masks: list[torch.Tensor | None]
+
+    def attend(
+        self, config: ModelConfig, layer: int, q_TND: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor
+    ) -> torch.Tensor:
+        outputs, first = [], 0
+        for span, mask in zip(self.spans, self.masks):
+            last = first + len(span.token_ids)
+            q, k, v = (part[first:last] for part in (q_TND, k_TGD, v_TGD))
+            outputs.append(_attend_span(config, layer, span, mask, q, k, v))
+            first = last
+        return torch.cat(outputs)
+
+
+def _attend_span(
+    config: ModelConfig,
+    layer: int,
+    span: Span,
+    mask: torch.Tensor | None,
+    q_tND: torch.Tensor,
+    k_tGD: torch.Tensor,
+    v_tGD: torch.Tensor,
+) -> torch.Tensor:
+    num_tokens = q_tND.shape[0]
+    end = span.start + num_tokens
+    first = visible_from(config, span.start)
+    keys_GSD, values_GSD = span.cache.keys_LGSD[layer], span.cache.values_LGSD[layer]
+    keys_GSD[:, span.start : end] = k_tGD.transpose(0, 1)
+    values_GSD[:, span.start : end] = v_tGD.transpose(0, 1)
+    # The query heads that share a key head are laid behind each other, so that no key is copied.
+    group = config.num_heads // config.num_kv_heads
+    q_GtD = q_tND.view(num_tokens, config.num_kv_heads, group, -1).permute(1, 2, 0, 3)
+    q_GtD = q_GtD.reshape(config.num_kv_heads, group * num_tokens, -1)
+    grouped_mask = None if mask is None else mask.repeat(group, 1)
+    out = F.scaled_dot_product_attention(
+        q_GtD[None], keys_GSD[None, :, first:end], values_GSD[None, :, first:end], attn_mask=grouped_mask
+    )
+    out = out[0].view(config.num_kv_heads, group, num_tokens, -1).permute(2, 0, 1, 3)
+    return out.reshape(num_tokens, -1)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -99,12 +156,8 @@ class Attention:
         q_TND, k_TGD, v_TGD = self._project(x_TH)
         q_TND = rotate(q_TND, batch.cos_TD, batch.sin_TD)
         k_TGD = rotate(k_TGD, batch.cos_TD, batch.sin_TD)
-        outputs, first = [], 0
-        for span, mask in zip(batch.spans, batch.masks):
-            last = first + len(span.token_ids)
-            outputs.append(self._attend(span, mask, q_TND[first:last], k_TGD[first:last], v_TGD[first:last]))
-            first = last
-        return F.linear(torch.cat(outputs), self.out, self.out_bias)
+        out = batch.attend(self.config, self.layer, q_TND, k_TGD, v_TGD)
+        return F.linear(out, self.out, self.out_bias)
 
     def _project(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         config, num_tokens = self.config, x_TH.shape[0]
@@ -125,31 +178,6 @@ class Attention:
         assert self.q_norm is not None and self.k_norm is not None
         eps = self.config.rms_norm_eps
         return rms_norm(q, self.q_norm, eps), rms_norm(k, self.k_norm, eps)
-
-    def _attend(
-        self,
-        span: Span,
-        mask: torch.Tensor | None,
-        q_tND: torch.Tensor,
-        k_tGD: torch.Tensor,
-        v_tGD: torch.Tensor,
-    ) -> torch.Tensor:
-        config, num_tokens = self.config, q_tND.shape[0]
-        end = span.start + num_tokens
-        first = visible_from(config, span.start)
-        keys_GSD, values_GSD = span.cache.keys_LGSD[self.layer], span.cache.values_LGSD[self.layer]
-        keys_GSD[:, span.start : end] = k_tGD.transpose(0, 1)
-        values_GSD[:, span.start : end] = v_tGD.transpose(0, 1)
-        # The query heads that share a key head are laid behind each other, so that no key is copied.
-        group = config.num_heads // config.num_kv_heads
-        q_GtD = q_tND.view(num_tokens, config.num_kv_heads, group, -1).permute(1, 2, 0, 3)
-        q_GtD = q_GtD.reshape(config.num_kv_heads, group * num_tokens, -1)
-        grouped_mask = None if mask is None else mask.repeat(group, 1)
-        out = F.scaled_dot_product_attention(
-            q_GtD[None], keys_GSD[None, :, first:end], values_GSD[None, :, first:end], attn_mask=grouped_mask
-        )
-        out = out[0].view(config.num_kv_heads, group, num_tokens, -1).permute(2, 0, 1, 3)
-        return out.reshape(num_tokens, -1)
 
 
 def visible_from(config: ModelConfig, position: int) -> int:
@@ -206,12 +234,22 @@ class Decoder:
         """Embed the tokens of a microbatch; there may be none."""
         token_ids = numbers_on(self.device, [token for span in spans for token in span.token_ids])
         spanned = [at for span in spans for at in range(span.start, span.start + len(span.token_ids))]
-        positions = numbers_on(self.device, spanned)
-        angles = positions[:, None].to(torch.float32) * self.inverse_frequency
+        cos_TD, sin_TD = self.angles(numbers_on(self.device, spanned))
+        masks = [causal_mask(self.config, span.start, len(span.token_ids), self.device) for span in spans]
+        last, end = [], 0
+        for span in spans:
+            end += len(span.token_ids)
+            if span.wants_logits:
+                last.append(end - 1)
+        last_B = numbers_on(self.device, last)
+        return SpanBatch(self.embedding[token_ids], cos_TD, sin_TD, last_B, spans, masks)
+
+    def angles(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """By how much heads are turned at these positions: cosine and sine, [T, D] each."""
+        angles = positions_T[:, None].to(torch.float32) * self.inverse_frequency
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = ((turn(angles) * self.rope_factor).to(self.dtype) for turn in (torch.cos, torch.sin))
-        masks = [causal_mask(self.config, span.start, len(span.token_ids), self.device) for span in spans]
-        return Microbatch(spans, self.embedding[token_ids], cos, sin, masks)
+        return cos, sin
 
     def attend(self, layer: int, batch: Microbatch) -> None:
         """Attention of one layer and the norm after it: batch.expert_in_TH is then what the experts see."""
@@ -243,11 +281,6 @@ class Decoder:
         batch.x_TH = batch.x_TH + ffn_out_TH
 
     def logits(self, batch: Microbatch) -> torch.Tensor:
-        """Logits float32 [B, V] after the last token of each span that wants them, in order."""
-        last, first = [], 0
-        for span in batch.spans:
-            first += len(span.token_ids)
-            if span.wants_logits:
-                last.append(first - 1)
-        x_BH = rms_norm(batch.x_TH[numbers_on(self.device, last)], self.final_norm, self.config.rms_norm_eps)
+        """Logits float32 [B, V] after the tokens that want them, in order."""
+        x_BH = rms_norm(batch.x_TH[batch.last_B], self.final_norm, self.config.rms_norm_eps)
         return F.linear(x_BH, self.head).to(torch.float32)

@@ -65,7 +65,7 @@ class MonolithicModel:
         self, token_ids: SequenceOf[int], max_tokens: int = 256, dispatch_dtype: str | None = None
     ) -> torch.Tensor:
         """Logits float32 [V] after the last of these tokens."""
-        cache = KVCache(self.config, len(token_ids), self.decoder.dtype, self.decoder.device)
+        cache = KVCache.allocate(self.config, len(token_ids), self.decoder.dtype, self.decoder.device)
         experts = LocalExperts(self.weights, dispatch_dtype=dispatch_dtype)
         for start in range(0, len(token_ids), max_tokens):
             part = list(token_ids[start : start + max_tokens])

@@ -16,7 +16,7 @@ import numpy as np
 
 from .messages import Messages, combine_delays, dispatch_delays, match
 from .run_config import ATTENTION as ATTENTION_ROLE
-from .trace import ATTENTION, COMBINE_RECV, COMMUNICATING, COMPUTING, DISPATCH_SEND, ROUTE, WAIT, Trace
+from .trace import ATTENTION, COMBINE_RECV, COMMUNICATING, COMPUTING, DISPATCH_SEND, ROUND, ROUTE, WAIT, Trace
 
 # (1): how far T_a and T_e may be apart.
 BALANCE = 1.25
@@ -206,6 +206,7 @@ def _counts(traces: Sequence[Trace]) -> dict[str, int]:
         "steps": max((int(trace.field("step").max(initial=-1)) + 1 for trace in attention), default=0),
         "layers": len({int(layer) for column in layers for layer in np.unique(column) if layer >= 0}),
         "layers_with_experts": len({int(layer) for column in with_experts for layer in np.unique(column)}),
+        "rounds": sum(len(trace.of_kind(ROUND)) for trace in attention),
         "events": sum(len(trace.events) for trace in traces),
         "dropped": sum(trace.num_dropped for trace in traces),
     }
@@ -213,6 +214,11 @@ def _counts(traces: Sequence[Trace]) -> dict[str, int]:
 
 def _advice(summary: dict[str, Any]) -> list[str]:
     """At most three sentences, the most important first."""
+    if summary["counts"]["rounds"]:
+        return [
+            "Decode steps ran as CUDA graphs, whose inside cannot be timed: T_a, T_e and T_c are of the steps with "
+            "prompts; leave out --cuda-graphs to see the others."
+        ]
     t_a, t_e, t_c, t_f = (summary[name] for name in ("t_a_us", "t_e_us", "t_c_us", "t_f_us"))
     if not t_a or not t_e or not t_f:
         return ["No microbatch was traced on its way through the experts: nothing can be said about the pipeline."]

@@ -51,6 +51,7 @@ class RunConfig:
     expert_device: str = "cpu"
     attention_threads: int = 1  # of each attention rank, for torch
     expert_threads: int = 1
+    cuda_graphs: bool = False  # microbatches take their steps together, decode steps as one graph on each rank
     one_process: bool | None = None  # all ranks as threads of one process; None: where all are on one GPU
 
     def __post_init__(self) -> None:
@@ -100,6 +101,11 @@ class RunConfig:
                 f"attention-threads {self.attention_threads} and expert-threads {self.expert_threads}: ranks of one "
                 "process (one-process, or all on one GPU) share torch's number of threads; give both the same"
             )
+        if self.cuda_graphs and ("cpu" in devices or self.record_routes):
+            raise InputError(
+                f"cuda-graphs needs attention and experts on devices and no record-routes, which reads each route on "
+                f"the host; attention-device is {devices[0]}, expert-device {devices[1]}"
+            )
         if config.faults is not None and devices != ["cpu", "cpu"]:
             raise InputError(
                 "delay-us, jitter-us and M2N_FAULTS hold back signals of CPUs only; leave them out, or use --device cpu"
@@ -142,6 +148,10 @@ class RunConfig:
     def torch_device(self, role: str) -> str:
         """Where a role's tensors lie: emulated launches read and write memory of the host."""
         return "cpu" if self.device(role) == "emulated" else self.device(role)
+
+    def max_peers(self, role: str) -> int:
+        """A place for every rank of the other side, and for as many that replace one."""
+        return 2 * (self.expert_ranks if role == ATTENTION else self.attention_ranks)
 
     def num_threads(self, role: str) -> int:
         """Threads of torch on each rank of a role."""

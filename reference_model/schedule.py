@@ -8,7 +8,7 @@ reference model and the simulator (simulate.py) run the same ones.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
 
 # Attention ranks.
@@ -132,3 +132,26 @@ def expert_schedule() -> Generator[Action, tuple[int, int] | None, None]:
         layer, microbatch = work
         yield Action(EXPERT, layer=layer, microbatch=microbatch)
         yield Action(REPLY, layer=layer, microbatch=microbatch)
+
+
+def round_schedule(moe_layers: Sequence[bool], num_microbatches: int, step: int = 0) -> Iterator[Action]:
+    """Yield what an attention rank does in a round: one step of every microbatch, in an order that does not depend on
+    when answers come. Expert ranks are asked for (layer, microbatch) in the order of `served_in_round`."""
+    is_away = False
+    for layer, has_experts in enumerate(moe_layers):
+        for microbatch in range(num_microbatches):
+            if is_away:
+                yield Action(COMBINE, step, layer - 1, microbatch)
+            yield Action(ATTEND, step, layer, microbatch)
+            if has_experts:
+                yield Action(DISPATCH, step, layer, microbatch)
+        is_away = has_experts
+    if is_away:
+        for microbatch in range(num_microbatches):
+            yield Action(COMBINE, step, len(moe_layers) - 1, microbatch)
+
+
+def served_in_round(moe_layers: Sequence[bool], num_microbatches: int) -> list[tuple[int, int]]:
+    """The (layer, microbatch) of a round, as experts are asked for them."""
+    layers = [layer for layer, has_experts in enumerate(moe_layers) if has_experts]
+    return [(layer, microbatch) for layer in layers for microbatch in range(num_microbatches)]

@@ -18,12 +18,13 @@ from .errors import InputError
 from .messages import Messages, match
 from .pipeline import describe_times, summarise
 from .trace import ATTENTION as ATTENTION_KIND
-from .trace import COMMUNICATING, COMPUTING, DISPATCH_SEND, EXPERT, FIELDS, KINDS, WAIT, Trace
+from .trace import COMMUNICATING, COMPUTING, DISPATCH_SEND, EXPERT, FIELDS, KINDS, ROUND, WAIT, Trace
 
 _CATEGORIES = {
     **dict.fromkeys(COMPUTING, "computing"),
     **dict.fromkeys(COMMUNICATING, "communicating"),
     WAIT: "waiting",
+    ROUND: "round",
 }
 # Okabe and Ito's colours, which are told apart by colour-blind eyes.
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
@@ -199,7 +200,7 @@ def _draw_rank(axis: Any, y: int, each: Trace, begin_ns: int, end_ns: int) -> No
     axis.axhline(y, color="#DDDDDD", linewidth=0.8, zorder=0)
     inside = each.events[(each.field("end_ns") > begin_ns) & (each.field("begin_ns") < end_ns)]
     for kind, from_ns, to_ns, _, layer, microbatch, *_ in inside.tolist():
-        if kind == WAIT:
+        if kind in (WAIT, ROUND):
             continue
         left, width = (from_ns - begin_ns) / 1e6, (to_ns - from_ns) / 1e6
         color = _COLORS[microbatch % len(_COLORS)]

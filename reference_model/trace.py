@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import base64
+import functools
+import threading
 import time
 import zlib
 from array import array
@@ -26,10 +28,12 @@ KINDS = (
     "expert",
     "combine_send",
     "wait",  # either: nothing could be done
+    "round",  # either, with CUDA graphs: all layers of all microbatches, waits included
 )
-EMBED, ATTENTION, ROUTE, DENSE, SAMPLE, DISPATCH_SEND, COMBINE_RECV, DISPATCH_RECV, EXPERT, COMBINE_SEND, WAIT = range(
-    len(KINDS)
-)
+(
+    EMBED, ATTENTION, ROUTE, DENSE, SAMPLE, DISPATCH_SEND, COMBINE_RECV, DISPATCH_RECV, EXPERT, COMBINE_SEND, WAIT,
+    ROUND,
+) = range(len(KINDS))  # fmt: skip
 COMPUTING = (EMBED, ATTENTION, ROUTE, DENSE, SAMPLE, EXPERT)
 COMMUNICATING = (DISPATCH_SEND, COMBINE_RECV, DISPATCH_RECV, COMBINE_SEND)
 
@@ -50,19 +54,24 @@ class Tracer:
         self.num_dropped = 0
         self.total_ns = [0] * len(KINDS)
 
-    now = staticmethod(time.monotonic_ns)
+    def now(self) -> Any:
+        """The begin of an event, for `add`."""
+        return time.monotonic_ns()
 
     def add(
-        self, kind: int, begin_ns: int, step: int, layer: int, microbatch: int, num_bytes: int = 0, ranks: int = 0
-    ) -> int:
+        self, kind: int, begin_ns: Any, step: int, layer: int, microbatch: int, num_bytes: int = 0, ranks: int = 0
+    ) -> Any:
         """Ends an event now; returns now, where the next one may begin."""
         end_ns = time.monotonic_ns()
+        self._keep(kind, begin_ns, end_ns, step, layer, microbatch, num_bytes, ranks)
+        return end_ns
+
+    def _keep(self, kind: int, begin_ns: int, end_ns: int, *about: int) -> None:
         self.total_ns[kind] += end_ns - begin_ns
         if len(self._numbers) < self._max_numbers:
-            self._numbers.extend((kind, begin_ns, end_ns, step, layer, microbatch, num_bytes, ranks))
+            self._numbers.extend((kind, begin_ns, end_ns, *about))
         else:
             self.num_dropped += 1
-        return end_ns
 
     def seconds(self, kinds: tuple[int, ...]) -> float:
         """Time spent in events of these kinds, dropped ones included."""
@@ -72,6 +81,74 @@ class Tracer:
         """The events as JSON values, to be sent to whoever collects them."""
         packed = base64.b64encode(zlib.compress(self._numbers.tobytes(), 1)).decode("ascii")
         return {"events": packed, "num_dropped": self.num_dropped}
+
+
+class DeviceTracer(Tracer):
+    """A Tracer of what a GPU does on the current stream, by CUDA events; not for launches that a graph records.
+
+    A receive is one launch or two, of which nobody can tell from outside how long it waited and how long it moved rows:
+    all of it counts as waiting, and the receive itself as a moment at its end.
+    """
+
+    def __init__(self, device: str, max_events: int = MAX_EVENTS) -> None:
+        super().__init__(max_events)
+        with _clock_lock:  # ranks may be threads
+            self._origin, self._origin_ns = _device_clock(device)
+        self._pending: list[tuple[int, Any, Any, tuple[int, ...]]] = []
+
+    def now(self) -> Any:
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def add(
+        self, kind: int, begin: Any, step: int, layer: int, microbatch: int, num_bytes: int = 0, ranks: int = 0
+    ) -> Any:
+        end, about = self.now(), (step, layer, microbatch, num_bytes, ranks)
+        if kind in (COMBINE_RECV, DISPATCH_RECV):
+            self._pending.append((WAIT, begin, end, about[:3] + (0, 0)))
+            begin = end
+        self._pending.append((kind, begin, end, about))
+        return end
+
+    def _read(self) -> None:
+        """The host waits until all of it has happened."""
+        for kind, begin, end, about in self._pending:
+            end.synchronize()
+            begin_ns, end_ns = (self._origin_ns + round(1e6 * self._origin.elapsed_time(at)) for at in (begin, end))
+            self._keep(kind, begin_ns, end_ns, *about)
+        self._pending.clear()
+
+    def seconds(self, kinds: tuple[int, ...]) -> float:
+        self._read()
+        return super().seconds(kinds)
+
+    def encode(self) -> dict[str, Any]:
+        self._read()
+        return super().encode()
+
+
+_clock_lock = threading.Lock()
+
+
+@functools.cache
+def _device_clock(device: str) -> tuple[Any, int]:
+    """An event of a GPU and when it was, as time.monotonic_ns() counts: one for all ranks of a process, so that what
+    they do there keeps its order."""
+    import torch
+
+    with torch.cuda.device(device):
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()  # on a stream that is idle; the others may be waiting for this rank
+        event.synchronize()
+        return event, time.monotonic_ns()
+
+
+def make_tracer(device: str) -> Tracer:
+    """The one for a rank whose tensors lie on this device."""
+    return DeviceTracer(device) if device.startswith("cuda") else Tracer()
 
 
 @dataclass(frozen=True)

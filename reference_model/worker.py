@@ -16,15 +16,17 @@ import m2n
 from . import schedule, trace
 from .checkpoint import Checkpoint, check
 from .config import ModelConfig
+from .decode import CachePool, DecodeBatch
 from .engine import AttentionEngine
 from .experts import ExpertWeights, RemoteExperts
-from .model import Decoder, KVCache, Span
+from .model import Decoder, KVCache, Microbatch, Span
 from .precision import FLOAT8, dispatch_bytes
+from .rounds import Repeated, RoundEngine
 from .routes import RouteRecorder
-from .run_config import ATTENTION, RunConfig
-from .schedule import expert_schedule
+from .run_config import ATTENTION, EXPERT, RunConfig
+from .schedule import expert_schedule, served_in_round
 from .scheduler import Scheduler, Sequence
-from .trace import Tracer
+from .trace import Tracer, make_tracer
 
 Event = dict[str, Any]
 Emit = Callable[[Event], None]
@@ -32,6 +34,7 @@ Emit = Callable[[Event], None]
 Comms = tuple[Callable[..., Any], Callable[..., Any]]
 # How often an expert rank without work looks whether every attention rank has left.
 _IDLE_S = 0.05
+_LONGEST_LINGER_US = 1e9  # that a verb takes
 
 
 def load_decoder(directory: str | Path, dtype: torch.dtype, device: str = "cpu") -> Decoder:
@@ -52,18 +55,17 @@ def run_attention(
     comm: m2n.AttentionComm, run: RunConfig, decoder: Decoder, prompts: dict[int, list[int]], emit: Emit
 ) -> None:
     """Answer these prompts (by their number in the run); emits "tokens" per step and at the end "done"."""
-    tracer = Tracer()
+    tracer = make_tracer(decoder.device)
     recorder = RouteRecorder(comm.rank, decoder.config.top_k) if run.record_routes else None
-    engine = AttentionEngine(
-        decoder,
-        RemoteExperts(comm, run.timeout_s, is_launched=run.attention_device != "cpu"),
-        Scheduler(run.max_batch, run.max_tokens, run.microbatches),
-        run.sampling,
-        run.ignore_eos,
-        recorder,
-        tracer,
-        sends_empty=run.is_lockstep and run.attention_ranks > 1,
-    )
+    experts = RemoteExperts(comm, run.timeout_s, is_launched=run.attention_device != "cpu")
+    scheduler = Scheduler(run.max_batch, run.max_tokens, run.microbatches)
+    common = (decoder, experts, scheduler, run.sampling, run.ignore_eos, recorder, tracer)
+    engine: AttentionEngine
+    if run.cuda_graphs:
+        longest = max(map(len, prompts.values()), default=0) + run.max_new_tokens
+        engine = RoundEngine(*common, num_positions=min(decoder.config.context, longest))
+    else:
+        engine = AttentionEngine(*common, sends_empty=run.is_lockstep and run.attention_ranks > 1)
     sequences = [Sequence(idx, token_ids, run.max_new_tokens) for idx, token_ids in prompts.items()]
     for new_tokens in engine.run(sequences):
         emit({"event": "tokens", "tokens": [list(token) for token in new_tokens]})
@@ -77,7 +79,7 @@ class _ExpertWorker:
     """Carries out expert_schedule."""
 
     def __init__(self, comm: m2n.ExpertComm, run: RunConfig, weights: ExpertWeights) -> None:
-        self.comm, self.run, self.weights, self.tracer = comm, run, weights, Tracer()
+        self.comm, self.run, self.weights, self.tracer = comm, run, weights, make_tracer(weights.device)
         self.num_batches, self.num_pairs = 0, 0
         self.do: dict[str, Callable[[], Any]] = {
             schedule.RECEIVE: self._receive,
@@ -85,7 +87,16 @@ class _ExpertWorker:
             schedule.REPLY: self._reply,
         }
         # In strict lockstep: whom a batch must have; a rank that is done leaves it.
-        self.attention_ranks = list(range(run.attention_ranks)) if run.is_lockstep else None
+        is_strict = run.is_lockstep or run.cuda_graphs
+        self.attention_ranks = list(range(run.attention_ranks)) if is_strict else None
+
+    def serve(self) -> None:
+        """Answer whichever (layer, microbatch) is ready, until every attention rank of the run has left."""
+        actions = expert_schedule()
+        answer: tuple[int, int] | None = None
+        with contextlib.suppress(StopIteration):
+            while True:
+                answer = self.do[actions.send(answer).kind]()
 
     def _receive(self) -> tuple[int, int] | None:
         at, batch = self.tracer.now(), self._next_batch(0.0)
@@ -121,13 +132,15 @@ class _ExpertWorker:
 
     def _expert(self) -> None:
         batch, began = self.batch, self.tracer.now()
-        offsets = batch.expert_offsets.tolist()
         if self.run.expert_device == "cpu" and self.run.dispatch_dtype != FLOAT8:
             # The rows are read where they landed: each expert gathers its own by index.
+            offsets = batch.expert_offsets.tolist()
             self.y_PH = self.weights.outputs(batch.layer, batch.x, offsets, batch.row_index_by_expert)
-        else:
+        elif self.weights.can_group:
             # One launch gathers for all experts; rows of float8 get their scales on the way.
-            self.y_PH = self.weights.outputs(batch.layer, batch.gather(), offsets)
+            self.y_PH = self.weights.outputs_at(batch.layer, batch.gather(), batch.expert_offsets)
+        else:
+            self.y_PH = self.weights.outputs(batch.layer, batch.gather(), batch.expert_offsets.tolist())
         self.tracer.add(trace.EXPERT, began, *self.place)
 
     def _reply(self) -> None:
@@ -138,14 +151,46 @@ class _ExpertWorker:
         self.tracer.add(trace.COMBINE_SEND, began, *self.place, num_bytes)
 
 
+class _RoundWorker(_ExpertWorker):
+    """The other side of a RoundEngine: the batches of a round in its order, in a CUDA graph."""
+
+    def serve(self) -> None:
+        served, device = served_in_round(self.weights.config.moe_layers, self.run.microbatches), self.weights.device
+        num_pairs = torch.zeros(1, dtype=torch.int64, device=device)
+        # A launched receive waits for whoever has dispatched before and is live, however long: after a round with all
+        # of them it needs no list, which would have to change when one leaves.
+        linger_us = min(1e6 * self.run.timeout_s, _LONGEST_LINGER_US)
+
+        def launch() -> None:
+            for layer, microbatch in served:
+                batch = self.comm.dispatch_recv(layer, microbatch, linger_us=linger_us, sync=False)
+                assert batch is not None
+                num_pairs.add_(batch.counts[2])
+                self.comm.combine_send(batch, self.weights.outputs_at(layer, batch.gather(), batch.expert_offsets))
+
+        for _ in served:
+            if self._receive() is not None:
+                self._expert()
+                self._reply()
+        repeat = Repeated(launch, device)
+        while served and self._has_work():
+            began = self.tracer.now()
+            repeat()
+            self.num_batches += len(served)
+            self.tracer.add(trace.ROUND, began, -1, -1, -1)
+        self.num_pairs += int(num_pairs)
+
+    def _has_work(self) -> bool:
+        while self.comm.wait_work(_IDLE_S) is None:
+            if self._is_over():
+                return False
+        return True
+
+
 def run_expert(comm: m2n.ExpertComm, run: RunConfig, weights: ExpertWeights, emit: Emit) -> None:
-    """Answer whichever (layer, microbatch) is ready, until every attention rank of the run has left."""
-    worker = _ExpertWorker(comm, run, weights)
-    actions = expert_schedule()
-    answer: tuple[int, int] | None = None
-    with contextlib.suppress(StopIteration):
-        while True:
-            answer = worker.do[actions.send(answer).kind]()
+    """Answer what attention ranks send, until every one of the run has left."""
+    worker = (_RoundWorker if run.cuda_graphs else _ExpertWorker)(comm, run, weights)
+    worker.serve()
     about = {"device": run.expert_device, "batches": worker.num_batches, "pairs": worker.num_pairs}
     _emit_end(comm, worker.tracer, about, emit)
 
@@ -186,21 +231,31 @@ def _warm_up(loaded: Decoder | ExpertWeights, run: RunConfig) -> None:
     config = loaded.config
     for num_tokens in (1, min(run.max_tokens, config.context)):
         if isinstance(loaded, Decoder):
-            _decode(loaded, num_tokens)
+            cache = KVCache.allocate(config, num_tokens, loaded.dtype, loaded.device)
+            _pass_through(loaded, loaded.begin([Span(cache, [0] * num_tokens, 0, wants_logits=True)]))
         elif any(config.moe_layers):
-            num_experts = len(loaded.expert_ids)
-            num_pairs = run.attention_ranks * num_tokens * min(config.top_k, num_experts)
-            rows_P = torch.zeros(num_pairs, dtype=torch.int32, device=loaded.device)
-            x_RH = torch.zeros((1, config.hidden), dtype=loaded.dtype, device=loaded.device)
-            offsets = [idx * num_pairs // num_experts for idx in range(num_experts + 1)]
-            loaded.outputs(config.moe_layers.index(True), x_RH[rows_P], offsets)
+            _run_experts(loaded, run, num_tokens)
+    if isinstance(loaded, Decoder) and run.cuda_graphs:
+        batch = DecodeBatch.allocate(loaded, CachePool(loaded, 1, 2), run.max_batch)
+        batch.begin(loaded)
+        _pass_through(loaded, batch)
 
 
-def _decode(decoder: Decoder, num_tokens: int) -> None:
-    """A step of one sequence, without what its experts would say."""
-    config, cache = decoder.config, KVCache(decoder.config, num_tokens, decoder.dtype, decoder.device)
-    batch = decoder.begin([Span(cache, [0] * num_tokens, 0, wants_logits=True)])
-    for layer, has_experts in enumerate(config.moe_layers):
+def _run_experts(weights: ExpertWeights, run: RunConfig, num_tokens: int) -> None:
+    config, num_experts = weights.config, len(weights.expert_ids)
+    layer = config.moe_layers.index(True)
+    num_pairs = run.max_peers(EXPERT) * num_tokens * min(config.top_k, num_experts)
+    x_PH = torch.zeros((num_pairs, config.hidden), dtype=weights.dtype, device=weights.device)
+    offsets = [idx * num_pairs // num_experts for idx in range(num_experts + 1)]
+    if run.cuda_graphs or weights.can_group:
+        weights.outputs_at(layer, x_PH, torch.tensor(offsets, dtype=torch.int32, device=weights.device))
+    if not weights.can_group:
+        weights.outputs(layer, x_PH, offsets)
+
+
+def _pass_through(decoder: Decoder, batch: Microbatch) -> None:
+    """A step without what its experts would say."""
+    for layer, has_experts in enumerate(decoder.config.moe_layers):
         decoder.attend(layer, batch)
         if has_experts:
             decoder.route(layer, batch)
@@ -260,8 +315,7 @@ def _run_loaded(
         "shape": run.shape(loaded.config),
         "placement": run.placement(loaded.config),
         "store": store,
-        # A place for every rank of the other side, and for as many that replace one.
-        "max_peers": 2 * (run.expert_ranks if role == ATTENTION else run.attention_ranks),
+        "max_peers": run.max_peers(role),
         "config": run.comm_config,
         **({} if run.device(role) == "cpu" else {"device": run.device(role)}),
     }

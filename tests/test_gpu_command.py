@@ -99,3 +99,23 @@ def test_processes_beside_a_group_of_torch_run_without_a_gpu() -> None:
     group, ours = map(json.loads, done.stdout.splitlines())
     assert group["bytes"] == 2 * 7 * 64 * 2 and group["samples"] == 3
     assert ours["limit"] == "gloo" and ours["limit_us"] == group["p50_us"]
+
+
+@pytest.mark.slow
+def test_the_pipeline_on_streams_runs_without_a_gpu(tmp_path: Path) -> None:
+    """Launches on CPU threads in the place of streams; rows say what one more microbatch gained, whatever that was."""
+    drawing = tmp_path / "timeline.png"
+    command = [sys.executable, SOURCE.with_name("gpu_pingpong.py"), "--device", "emulated", "--timeline", drawing]
+    sizes = ["--microbatches", "1", "2", "--sequences", "2", "--steps", "9", "--rounds", "1"]
+    model = ["--hidden", "32", "--layers", "1"]
+    done = subprocess.run([*map(str, command), *sizes, *model], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["name"].split(", ", 1)[1] for row in rows] == [
+        f"{m} x 2 sequences, {kind}" for kind in ("launched", "in CUDA graphs") for m in (1, 2)
+    ]
+    for one, two in (rows[:2], rows[2:]):
+        assert one["ratio"] == 1 and two["ratio"] == round(two["tokens_per_s"] / one["tokens_per_s"], 3)
+        assert (one["samples"], two["samples"]) == (3 * 2, 3 * 4)
+        assert 0 < one["p50_us"] <= one["p99_us"] and two["bytes"] == 2 * one["bytes"]
+    assert drawing.stat().st_size > 1000

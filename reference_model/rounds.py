@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps in rounds, for ranks on devices: all microbatches take a step together, in one order of layers and microbatches
+that both sides know, so that a round of decode steps can be recorded in a CUDA graph on each side and repeated.
+
+While the experts have one microbatch of a layer, the stream of an attention rank computes the others (round_schedule).
+Every microbatch takes part in every round, with no tokens where it has no sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+
+from . import trace
+from .decode import CachePool, DecodeBatch
+from .engine import AttentionEngine, NewToken, Step, span_of
+from .experts import RemoteExperts
+from .model import KVCache
+from .schedule import ATTEND, COMBINE, DISPATCH, END, Action, round_schedule
+from .scheduler import Piece, Sequence
+
+
+class Repeated:
+    """Launches that are the same each time. On a GPU the first call makes them, so that all is loaded and allocated;
+    the second records them in a CUDA graph, and from then on it is replayed. Elsewhere each call makes them."""
+
+    def __init__(self, launch: Callable[[], None], device: str) -> None:
+        self._launch, self._has_graphs = launch, device.startswith("cuda")
+        self._is_warm = False
+        self._graph: Any = None
+
+    def __call__(self) -> None:
+        if not self._has_graphs or not self._is_warm:
+            self._is_warm = True
+            self._launch()
+            return
+        if self._graph is None:
+            self._graph = torch.cuda.CUDAGraph()
+            # Other ranks may be threads of this process, and go on meanwhile.
+            stream = torch.cuda.current_stream()
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+                self._launch()
+        self._graph.replay()
+
+
+class RoundEngine(AttentionEngine):
+    """An AttentionEngine whose microbatches take their steps together.
+
+    Args:
+        experts: launched ones.
+        num_positions: of the longest sequence, its answer included.
+        The rest as for AttentionEngine.
+    """
+
+    def __init__(self, *args: Any, num_positions: int, **options: Any) -> None:
+        super().__init__(*args, **options)
+        assert isinstance(self.experts, RemoteExperts) and self.experts.is_launched
+        self.remote, self.moe_layers = self.experts, self.decoder.config.moe_layers
+        self.num_microbatches, max_batch = self.scheduler.num_microbatches, self.scheduler.max_batch
+        num_places = min(-(-max_batch // self.num_microbatches), self.scheduler.max_tokens)
+        self.pool = CachePool(self.decoder, max_batch, num_positions)
+        microbatches = range(self.num_microbatches)
+        self.decode = [DecodeBatch.allocate(self.decoder, self.pool, num_places) for _ in microbatches]
+        self.routes = [self.remote.make_route(num_places, self.decoder.device) for _ in microbatches]
+        self._repeat_decode = Repeated(self._launch_decode, self.decoder.device)
+
+    def run(self, sequences: Iterable[Sequence]) -> Iterator[list[NewToken]]:
+        """Yield the new tokens of each step of a microbatch, until every sequence has left."""
+        self.scheduler.add(sequences)
+        step = 0
+        while self.scheduler.has_work:
+            self._admit()
+            pieces = [self.scheduler.begin(microbatch) for microbatch in range(self.num_microbatches)]
+            if all(piece.num_tokens == 1 and piece.completes for each in pieces for piece in each):
+                began = self.tracer.now()
+                self._decode_round(pieces)
+                self.tracer.add(trace.ROUND, began, step, -1, -1)
+            else:
+                self._mixed_round(step, pieces)
+            for microbatch in range(self.num_microbatches):
+                new_tokens = self._end(Action(END, step, microbatch=microbatch))
+                if new_tokens:
+                    yield new_tokens
+            step += 1
+
+    def _mixed_round(self, step: int, pieces: list[list[Piece]]) -> None:
+        """With prompts among them, whose length differs each time."""
+        for microbatch, each in enumerate(pieces):
+            began = self.tracer.now()
+            self._steps[microbatch] = Step(each, self.decoder.begin([span_of(piece) for piece in each]))
+            self.tracer.add(trace.EMBED, began, step, -1, microbatch)
+        for action in round_schedule(self.moe_layers, self.num_microbatches, step):
+            self._do[action.kind](action)
+
+    def _decode_round(self, pieces: list[list[Piece]]) -> None:
+        for microbatch, (batch, each) in enumerate(zip(self.decode, pieces)):
+            batch.fill([span_of(piece) for piece in each])
+            self._steps[microbatch] = Step(each, batch)
+        self._repeat_decode()
+
+    def _launch_decode(self) -> None:
+        for batch in self.decode:
+            batch.begin(self.decoder)
+        for kind, _, layer, microbatch, _ in round_schedule(self.moe_layers, self.num_microbatches):
+            batch, route = self.decode[microbatch], self.routes[microbatch]
+            if kind == COMBINE:
+                self.decoder.finish(batch, self.remote.combine(microbatch))
+            elif kind == DISPATCH:
+                self.remote.dispatch(batch.expert_in_TH, route, layer, microbatch)
+            elif kind == ATTEND:
+                self.decoder.attend(layer, batch)
+                if self.moe_layers[layer]:
+                    self.remote.route_again(route, *self.decoder.route(layer, batch), batch.num_used)
+                else:
+                    self.decoder.finish(batch, self.decoder.dense_ffn(layer, batch))
+        for batch in self.decode:
+            batch.logits_BV = self.decoder.logits(batch)
+
+    def _logits(self, step: Step) -> torch.Tensor:
+        if isinstance(step.batch, DecodeBatch):
+            return step.batch.logits_BV[: len(step.pieces)]
+        return super()._logits(step)
+
+    def _make_cache(self, num_positions: int) -> KVCache:
+        return self.pool.take()
+
+    def _leave(self, sequence: Sequence) -> None:
+        assert sequence.cache is not None
+        self.pool.give_back(sequence.cache)
+        super()._leave(sequence)
