@@ -21,6 +21,7 @@ import torch
 
 import m2n
 from m2n import testing
+from m2n.benchmarks.gpu_copies import CopyExchange, Streams
 
 NUM_RANKS = 8
 WARM_UP = 5
@@ -86,6 +87,17 @@ def times_of(
             torch.cuda.synchronize()
         if i >= WARM_UP:
             samples.append(us)
+    return samples
+
+
+def times_in_turn(works: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+    """Microseconds of each of `repeats` runs of each, which take turns."""
+    clock, samples = Clock(), {name: [] for name in works}
+    for i in range(repeats + WARM_UP):
+        for name, work in works.items():
+            us = clock.us(work)
+            if i >= WARM_UP:
+                samples[name].append(us)
     return samples
 
 
@@ -173,10 +185,18 @@ class Bench:
         for side in self.sides:
             here.wait_stream(side.stream)
 
+    def rank_of_pair(self) -> torch.Tensor:
+        """The expert rank of each (token, k)."""
+        return (torch.arange(64, device="cuda") // (64 // NUM_RANKS))[self.ids]
+
+    def in_copies(self, streams: Streams) -> CopyExchange:
+        """The same bytes there and back by cudaMemcpyAsync; nobody gathers or sums."""
+        of_pair = self.rank_of_pair()
+        return CopyExchange([[self.x[(of_pair == rank).any(1)] for rank in range(NUM_RANKS)]], streams)
+
     def in_torch(self) -> Callable[[], None]:
         """The same bytes and sums with index_select, copies and index_add; the lists are made before."""
-        home = torch.arange(64, device="cuda") // (64 // NUM_RANKS)
-        of_pair = home[self.ids]
+        of_pair = self.rank_of_pair()
         moves = []
         for rank, side in enumerate(self.sides):
             tokens = (of_pair == rank).any(1).nonzero()[:, 0]
@@ -277,20 +297,24 @@ def time_large(store: str) -> None:
 
 
 def time_round_trips(store: str) -> None:
-    """Whole round trips in graphs and eager, against torch's own operations."""
+    """Whole round trips in graphs and eager, against torch's own operations, and against copies and events."""
+    streams = Streams(1 + NUM_RANKS, "cuda")
     for num_tokens in (1, 8, 128):
         bench = Bench(store, num_tokens, microbatches=1)
-        bench.round_trip()
-        torch_work = bench.in_torch()
-        torch_work()
+        works = {"m2n": bench.round_trip, "torch": bench.in_torch(), "copies": bench.in_copies(streams).round_trip}
+        for work in works.values():
+            work()
         torch.cuda.synchronize()
-        graph, torch_graph = capture(bench.round_trip), capture(torch_work)
+        graphs = {name: capture(work).replay for name, work in works.items()}
+        samples = times_in_turn(graphs, 1000)
         size = f"{num_tokens} x 7168 bf16, top-8, 8 ranks"
-        by_torch = times_of(torch_graph.replay, 200)
-        torch_us = emit(f"round trip in torch, index_select + copies, graph, {size}", by_torch)
-        emit(f"round trip, graph, {size}", times_of(graph.replay, 1000), 2 * bench.num_bytes, limit_us=torch_us,
-             limit="the same in torch", goal="at most 0.33 of torch; p99/p50 at most 1.2")  # fmt: skip
-        replayed = [host_us(graph.replay) for _ in range(60)][10:]
+        torch_us = emit(f"round trip in torch, index_select + copies, graph, {size}", samples["torch"])
+        copies_us = emit(f"round trip, cudaMemcpyAsync + events, neither gathers nor sums, graph, {size}",
+                         samples["copies"], 2 * bench.num_bytes)  # fmt: skip
+        emit(f"round trip, graph, {size}", samples["m2n"], 2 * bench.num_bytes, limit_us=torch_us,
+             limit="the same in torch", goal="at most 0.33 of torch; p99/p50 at most 1.2",
+             copies_us=round(copies_us, 3))  # fmt: skip
+        replayed = [host_us(graphs["m2n"]) for _ in range(60)][10:]
         replayed_us = emit(f"round trip, graph, host clock, {size}", replayed, 2 * bench.num_bytes)
         eager = [host_us(bench.round_trip) for _ in range(60)][10:]
         emit(f"round trip, eager, host clock, {size}", eager, 2 * bench.num_bytes, limit_us=replayed_us,
