@@ -56,7 +56,7 @@ format: $(VENV)/.installed-test  ## rewrites the sources in the house style
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 # With what is installed: a machine with a GPU may reach no package index.
-gpu:  ## on a machine with a GPU: builds, tests, checks and measures (under 8 minutes); elsewhere it compiles
+gpu:  ## on a machine with a GPU: builds, tests, checks and measures (under 9 minutes); elsewhere it compiles
 	$(if $(wildcard $(VENV)/bin/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(GPU_FLAGS)
 
 CHECKPOINT ?= build/kjv-moe

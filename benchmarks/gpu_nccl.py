@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""m2n between processes beside NCCL's grouped send and recv, on one GPU or several. Part of `make gpu`; prints lines of
-JSON.
+"""m2n between processes beside NCCL, on one GPU or several: its grouped send and recv, or its one-sided puts
+(`--peer nccl-put`: ncclPutSignal). Part of `make gpu`; prints lines of JSON.
 
 One attention rank and N expert ranks, a process each; with several GPUs the attention rank has the first, the experts
 the second. A round trip brings T rows to their expert ranks, T / N each, and as many back. The two take turns in one
-run; the host's clock times them, the end on the device included. Several ranks on one GPU need NCCL 2.30 or later and
-NCCL_MULTI_RANK_GPU_ENABLE=1. With `--backend gloo --device cpu` the same runs where there is no GPU.
+run; the host's clock times them, the end on the device included. Peers are favoured: they know all counts, and rows to
+be put lie in a registered window already. Several ranks on one GPU need NCCL 2.30 or later and
+NCCL_MULTI_RANK_GPU_ENABLE=1. With `--peer gloo --device cpu`, or with a library in NCCL's place (`--nccl`), the same
+runs where there is no GPU.
 """
 
 from __future__ import annotations
@@ -24,10 +26,12 @@ import torch
 import torch.distributed as dist
 
 import m2n
+from m2n.benchmarks.nccl_put import SHARED_SINCE, Library, NcclError, Window, find_library
 from m2n.testing import run_ranks
 
 WARM_UP = 5
-TIMEOUT_S = 60.0
+TIMEOUT_S = 30.0
+WHOLE_RUN_S = 50.0  # then all ranks are ended: one that hangs would keep the GPU from what comes next
 
 
 def device_of(kind: str, process: int) -> str:
@@ -35,14 +39,36 @@ def device_of(kind: str, process: int) -> str:
     return f"cuda:{min(process, torch.cuda.device_count() - 1, 1)}" if kind == "cuda" else kind
 
 
-def join_group(options: argparse.Namespace, store: str, process: int) -> None:
-    torch.set_num_threads(1)
-    if options.device == "cuda":
-        torch.cuda.set_device(device_of("cuda", process))
-    dist.init_process_group(
-        options.backend, init_method=f"file://{store}/group", rank=process, world_size=1 + options.expert_ranks,
-        timeout=datetime.timedelta(seconds=TIMEOUT_S),
-    )  # fmt: skip
+def bounds_of(options: argparse.Namespace) -> list[int]:
+    """The first row of each expert rank, and the number of all."""
+    return [-(-options.tokens * rank // options.expert_ranks) for rank in range(options.expert_ranks + 1)]
+
+
+class GroupPeer:
+    """Grouped sends and receives of torch.distributed, over NCCL or gloo."""
+
+    def __init__(self, options: argparse.Namespace, store: str, process: int, device: str) -> None:
+        dist.init_process_group(
+            options.peer, init_method=f"file://{store}/group", rank=process, world_size=1 + options.expert_ranks,
+            timeout=datetime.timedelta(seconds=TIMEOUT_S),
+        )  # fmt: skip
+        bounds = bounds_of(options)
+        self.counts = [end - first for first, end in zip(bounds, bounds[1:])]
+        self.processes = range(1, 1 + options.expert_ranks)
+        num_rows = options.tokens if process == 0 else self.counts[process - 1]
+        self.x = torch.empty(num_rows, options.hidden, dtype=torch.bfloat16, device=device)
+        self.replies = torch.empty_like(self.x)
+
+    def round_trip(self) -> None:
+        exchange(list(zip(self.x.split(self.counts), self.processes)), [])
+        exchange([], list(zip(self.replies.split(self.counts), self.processes)))
+
+    def answer(self) -> None:
+        exchange([], [(self.x, 0)])
+        exchange([(self.x, 0)], [])
+
+    def close(self) -> None:
+        dist.destroy_process_group()
 
 
 def exchange(sends: list[tuple[torch.Tensor, int]], receives: list[tuple[torch.Tensor, int]]) -> None:
@@ -51,6 +77,42 @@ def exchange(sends: list[tuple[torch.Tensor, int]], receives: list[tuple[torch.T
     operations += [dist.P2POp(dist.irecv, tensor, process) for tensor, process in receives]
     for work in dist.batch_isend_irecv(operations):
         work.wait()
+
+
+class PutPeer:
+    """ncclPutSignal. Each rank's window holds rows to be sent, and behind them those that have come."""
+
+    def __init__(self, options: argparse.Namespace, store: str, process: int, device: str) -> None:
+        shared = dist.FileStore(f"{store}/group", 1 + options.expert_ranks)
+        shared.set_timeout(datetime.timedelta(seconds=TIMEOUT_S))
+        bounds = bounds_of(options)
+        self.process, row_bytes = process, 2 * options.hidden
+        self.half = options.tokens * row_bytes
+        self.places = [(row_bytes * first, row_bytes * (end - first)) for first, end in zip(bounds, bounds[1:])]
+        sizes = (1 + options.expert_ranks, 2 * self.half)
+        self.window = Window(Library(options.nccl), shared, process, *sizes, device)
+        halves = self.window.memory.view(torch.bfloat16).view(2, options.tokens, options.hidden)
+        self.x, self.replies = halves
+
+    def round_trip(self) -> None:
+        self.window.put([(1 + k, size, first, self.half) for k, (first, size) in enumerate(self.places)])
+        self.window.wait(range(1, 1 + len(self.places)))
+
+    def answer(self) -> None:
+        first, size = self.places[self.process - 1]
+        self.window.wait([0])
+        self.window.put([(0, size, self.half, self.half + first)])
+
+    def close(self) -> None:
+        self.window.close()
+
+
+def join(options: argparse.Namespace, store: str, process: int, device: str) -> GroupPeer | PutPeer:
+    """The peer's end of a process; both communicate on the current stream."""
+    torch.set_num_threads(1)
+    if device != "cpu":
+        torch.cuda.set_device(device)
+    return (PutPeer if options.peer == "nccl-put" else GroupPeer)(options, store, process, device)
 
 
 def host_us(work: Callable[[], Any], device: str) -> float:
@@ -62,59 +124,51 @@ def host_us(work: Callable[[], Any], device: str) -> float:
 
 
 def attention(comm: m2n.AttentionComm, options: argparse.Namespace, store: str) -> dict[str, list[float]]:
-    """The one attention rank: times round trips, those of m2n and of the group in turn."""
-    join_group(options, store, 0)
+    """The one attention rank: times round trips, those of m2n and of the peer in turn."""
     device, tokens = comm.device, options.tokens
+    peer = join(options, store, 0, device)
     x = torch.randn(tokens, options.hidden, device=device).to(torch.bfloat16)
-    y, replies = torch.empty_like(x), torch.empty_like(x)
+    y = torch.empty_like(x)
+    peer.x.copy_(x)
     ids = (torch.arange(tokens, device=device) * options.expert_ranks // tokens)[:, None]
     route = comm.route(ids, torch.ones(tokens, 1, device=device))
-    counts = torch.bincount(ids[:, 0], minlength=options.expert_ranks).tolist()
-    processes = range(1, 1 + options.expert_ranks)
 
     def by_m2n() -> None:
         comm.dispatch_send(x, route)
         comm.combine_recv(out=y)
 
-    def by_group() -> None:
-        exchange(list(zip(x.split(counts), processes)), [])
-        exchange([], list(zip(replies.split(counts), processes)))
-
-    samples: dict[str, list[float]] = {"m2n": [], options.backend: []}
+    samples: dict[str, list[float]] = {"m2n": [], options.peer: []}
     for i in range(options.rounds + WARM_UP):
-        for name, work in (("m2n", by_m2n), (options.backend, by_group)):
+        for name, work in (("m2n", by_m2n), (options.peer, peer.round_trip)):
             us = host_us(work, device)
             if i >= WARM_UP:
                 samples[name].append(us)
     comm.check()
-    if not torch.equal(y, x) or not torch.equal(replies, x):
+    if not torch.equal(y, x) or not torch.equal(peer.replies, x):
         raise RuntimeError("the rows that came back are not those that were sent")
-    dist.destroy_process_group()
+    peer.close()
     return samples
 
 
 def expert(comm: m2n.ExpertComm, options: argparse.Namespace, store: str) -> None:
     """Sends what it gets back as it is."""
-    join_group(options, store, 1 + comm.rank)
-    first, last = (-(-options.tokens * end // options.expert_ranks) for end in (comm.rank, comm.rank + 1))
-    rows = torch.empty(last - first, options.hidden, dtype=torch.bfloat16, device=comm.device)
+    peer = join(options, store, 1 + comm.rank, comm.device)
     for _ in range(options.rounds + WARM_UP):
         batch = comm.dispatch_recv(timeout=TIMEOUT_S)
         if batch is None:
             raise RuntimeError("no rows have come in time")
         comm.combine_send(batch, batch.gather())
-        exchange([], [(rows, 0)])
-        exchange([(rows, 0)], [])
+        peer.answer()
     if comm.device != "cpu":
         torch.cuda.synchronize()
-    dist.destroy_process_group()
+    peer.close()
 
 
 def rows_of(samples: dict[str, list[float]], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Lines of the result: the group's first, which is the limit of m2n's."""
+    """Lines of the result: the peer's first, which is the limit of m2n's."""
     rows, limit_us = [], None
     num_bytes = 2 * 2 * options.hidden * options.tokens
-    for name in (options.backend, "m2n"):
+    for name in (options.peer, "m2n"):
         each = sorted(samples[name])
         p50, p99 = each[len(each) // 2], each[min(len(each) - 1, round(0.99 * len(each)))]
         row = {
@@ -123,21 +177,37 @@ def rows_of(samples: dict[str, list[float]], options: argparse.Namespace) -> lis
             "bytes": num_bytes, "samples": len(each), "p50_us": round(p50, 3), "p99_us": round(p99, 3),
         }  # fmt: skip
         if limit_us is not None:
-            row |= {"limit_us": round(limit_us, 3), "ratio": round(p50 / limit_us, 3), "limit": options.backend}
+            row |= {"limit_us": round(limit_us, 3), "ratio": round(p50 / limit_us, 3), "limit": options.peer}
         rows, limit_us = [*rows, row], p50
     return rows
 
 
+def require_nccl(options: argparse.Namespace) -> str:
+    """Which NCCL puts, in words; ends the program where none can."""
+    library = Library(options.nccl)
+    words = f"NCCL {library.version_words} ({library.path})"
+    if options.device == "cuda" and torch.cuda.device_count() < 2 and library.version < SHARED_SINCE:
+        raise NcclError(f"{words}: two ranks on one GPU are not supported before 2.30")
+    return words
+
+
 def main() -> int:
     """The command line."""
+    began = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", default="nccl", choices=("nccl", "gloo"))
+    parser.add_argument("--peer", default="nccl", choices=("nccl", "nccl-put", "gloo"))
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--nccl", default=find_library(), help="libnccl.so.2 of nccl-put (default %(default)s)")
     parser.add_argument("--expert-ranks", type=int, default=1)
     parser.add_argument("--tokens", type=int, nargs="+", default=[8, 128, 4096])
     parser.add_argument("--hidden", type=int, default=7168)
     parser.add_argument("--rounds", type=int, default=100)
     options = parser.parse_args()
+    if options.peer == "nccl-put":
+        try:
+            print(require_nccl(options), flush=True)
+        except NcclError as error:
+            sys.exit(f"gpu_nccl: {error}")
     for tokens in options.tokens:
         each = argparse.Namespace(**{**vars(options), "tokens": tokens})
         shape = m2n.Shape(options.hidden, options.expert_ranks, 1, tokens)
@@ -146,8 +216,8 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="m2n-") as store:
             bodies = tuple(functools.partial(body, options=each, store=store) for body in (attention, expert))
             samples = run_ranks(
-                bodies, 1, options.expert_ranks, shape=shape, processes=True, timeout=3 * TIMEOUT_S, device=devices,
-                config=config,
+                bodies, 1, options.expert_ranks, shape=shape, processes=True, device=devices, config=config,
+                timeout=max(WHOLE_RUN_S + began - time.monotonic(), 1.0),
             )["attention", 0]  # fmt: skip
         for row in rows_of(samples, each):
             print(json.dumps(row), flush=True)

@@ -92,7 +92,7 @@ def test_lines_of_the_timing_program_become_rows(
 @pytest.mark.slow
 def test_processes_beside_a_group_of_torch_run_without_a_gpu() -> None:
     """gloo in NCCL's place: rows come back as they were sent, by both, or it fails."""
-    command = [sys.executable, SOURCE.with_name("gpu_nccl.py"), "--backend", "gloo", "--device", "cpu"]
+    command = [sys.executable, SOURCE.with_name("gpu_nccl.py"), "--peer", "gloo", "--device", "cpu"]
     sizes = ["--tokens", "7", "--hidden", "64", "--rounds", "3", "--expert-ranks", "2"]
     done = subprocess.run([*map(str, command), *sizes], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
