@@ -305,7 +305,7 @@ class Mpi4py(Peer):
 
 _CLASSES: dict[str, Any] = {"m2n": M2n, "gloo": Gloo, "gloo-a2a": GlooAllToAll, "mpi4py": Mpi4py}
 PYTHON_CONTENDERS = (*_CLASSES, "ucxx", "nccl", "nccl-put")
-_NO_GPU = "needs a GPU for each rank: m2n on GPUs is measured by `make gpu`, and this version has no NCCL beside it"
+_NO_GPU = "needs GPUs: `make gpu` has it beside m2n there"
 
 
 def why_not(name: str) -> str:

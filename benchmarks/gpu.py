@@ -119,14 +119,19 @@ def build(run: Run, gpu: dict[str, str] | None) -> None:
     run.step("configure", configure, 120)
     targets = ["cmake", "--build", str(BUILD), "--parallel", "--target", "_C", "m2n_gpu_timing"]
     run.step(f"build for {arch}", targets, 300)
+    lay_out()
+    # Says whether the driver is found, by itself: the module loads without one.
+    run.step("m2n info", [sys.executable, "-m", "m2n", "info"], 60)
+
+
+def lay_out() -> None:
+    """The package as it would be installed, of links."""
     shutil.rmtree(STAGE, ignore_errors=True)
     (STAGE / "m2n").mkdir(parents=True)
     for source in [*(ROOT / "m2n").glob("*.py"), *BUILD.glob("_C.*.so")]:
         (STAGE / "m2n" / source.name).symlink_to(source)
     for folder in ("benchmarks", "reference_model"):
         (STAGE / "m2n" / folder).symlink_to(ROOT / folder)
-    # Says whether the driver is found, by itself: the module loads without one.
-    run.step("m2n info", [sys.executable, "-m", "m2n", "info"], 60)
 
 
 def check(run: Run) -> None:

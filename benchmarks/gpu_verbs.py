@@ -301,12 +301,14 @@ def time_round_trips(store: str) -> None:
     streams = Streams(1 + NUM_RANKS, "cuda")
     for num_tokens in (1, 8, 128):
         bench = Bench(store, num_tokens, microbatches=1)
-        works = {"m2n": bench.round_trip, "torch": bench.in_torch(), "copies": bench.in_copies(streams).round_trip}
+        copies = bench.in_copies(streams)
+        works = {"m2n": bench.round_trip, "torch": bench.in_torch(), "copies": copies.round_trip}
         for work in works.values():
             work()
         torch.cuda.synchronize()
         graphs = {name: capture(work).replay for name, work in works.items()}
         samples = times_in_turn(graphs, 1000)
+        assert all(map(torch.equal, copies.sources[0], copies.replies[0]))
         size = f"{num_tokens} x 7168 bf16, top-8, 8 ranks"
         torch_us = emit(f"round trip in torch, index_select + copies, graph, {size}", samples["torch"])
         copies_us = emit(f"round trip, cudaMemcpyAsync + events, neither gathers nor sums, graph, {size}",

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+import m2n
 
 SOURCE = Path(__file__).parents[1] / "benchmarks/gpu.py"
 
@@ -75,6 +78,24 @@ def test_a_gpu_is_found_by_what_nvidia_smi_says(
     tool.unlink()
     monkeypatch.setenv("PATH", str(tmp_path))
     assert gpu.find_gpu() is None
+
+
+def test_the_package_of_a_run_holds_what_its_steps_import(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native, stage = Path(m2n._C.__file__), tmp_path / "stage"
+    (tmp_path / native.name).symlink_to(native)
+    monkeypatch.setattr(gpu, "BUILD", tmp_path)
+    monkeypatch.setattr(gpu, "STAGE", stage)
+    gpu.lay_out()
+    names = "gpu_verbs", "gpu_figures", "gpu_nccl"
+    code = f"import m2n.benchmarks.{', m2n.benchmarks.'.join(names)}, m2n.reference_model.launcher as last; print(last)"
+    # Without this environment's own m2n, which a hook of its site-packages would find first.
+    path = os.pathsep.join([str(stage), *(place for place in sys.path if place.endswith("-packages"))])
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert str(stage) in done.stdout
 
 
 def test_lines_of_the_timing_program_become_rows(

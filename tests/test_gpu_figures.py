@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -91,6 +92,55 @@ def test_wrong_rows_are_seen(tmp_path: Path, spoil: Callable[[Case], None], word
     with pytest.raises(RuntimeError, match=words):
         case.measure(rounds=1, seconds=60)
     case.exchange.close()
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> list[mock.Mock]:
+    """torch's streams and events in name only, with the arguments they take; the streams that were made."""
+    made: list[mock.Mock] = []
+    stream_type, event_type = torch.cuda.Stream, torch.cuda.Event
+
+    def make_stream(*_: object) -> mock.Mock:
+        made.append(mock.create_autospec(stream_type, instance=True))
+        return made[-1]
+
+    def make_event(**_: bool) -> mock.Mock:
+        event = mock.create_autospec(event_type, instance=True)
+        event.elapsed_time.return_value = 0.25
+        return event
+
+    here = make_stream()
+    for name, fake in (("Stream", make_stream), ("Event", make_event), ("current_stream", lambda: here)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    for name in ("_sleep", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, mock.create_autospec(getattr(torch.cuda, name)))
+    return made
+
+
+def test_on_a_gpu_streams_are_forked_signalled_and_joined(cuda: list[mock.Mock]) -> None:
+    streams = Streams(2, "cuda:0")
+    here, sender, receiver = cuda
+    streams.fork()
+    streams.signal(0, 1)
+    streams.join()
+    (event,) = receiver.wait_event.call_args.args
+    event.record.assert_called_once_with(sender)
+    assert sender.method_calls == [mock.call.wait_stream(here)]
+    assert receiver.method_calls == [mock.call.wait_stream(here), mock.call.wait_event(event)]
+    assert here.method_calls == [mock.call.wait_stream(sender), mock.call.wait_stream(receiver)]
+    with pytest.raises(ValueError, match="31 ranks: torch has streams for 30"):
+        Streams(31, "cuda")
+
+
+def test_on_a_gpu_what_takes_turns_is_enqueued_behind_a_sleep_and_timed_by_events(cuda: list[mock.Mock]) -> None:
+    timer, order = Timer("cuda:0"), []
+    torch.cuda._sleep.side_effect = lambda cycles: order.append("sleep")
+    torch.cuda.synchronize.side_effect = lambda: order.append("synchronize")
+    timer.begin_round()
+    timer.run("a", lambda: order.append("a"))
+    timer.run("b", lambda: order.append("b"))
+    assert timer.end_round() == {"a": 250.0, "b": 250.0}
+    assert order == ["sleep", "a", "b", "synchronize"]
 
 
 class Recorder(Streams):
