@@ -7,6 +7,7 @@ the launcher is gone, however that came about.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import queue
@@ -65,7 +66,9 @@ def main() -> int:
     return 0
 
 
+@functools.cache
 def _settle() -> None:
+    """Once, when no rank has a comm yet."""
     from .worker import settle  # torch takes seconds to load: bad input need not wait for it
 
     settle()

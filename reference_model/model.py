@@ -9,6 +9,7 @@ E experts, B sequences.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -279,6 +280,16 @@ class Decoder:
     def finish(self, batch: Microbatch, ffn_out_TH: torch.Tensor) -> None:
         """End of a layer: add what the experts (or the dense layer) answered."""
         batch.x_TH = batch.x_TH + ffn_out_TH
+
+    def pass_through(self, batch: Microbatch, layers: Sequence[int] | None = None) -> torch.Tensor:
+        """Logits of a step, or of these layers alone, with experts that answer what they get."""
+        for layer in range(self.config.num_layers) if layers is None else layers:
+            has_experts = self.config.moe_layers[layer]
+            self.attend(layer, batch)
+            if has_experts:
+                self.route(layer, batch)
+            self.finish(batch, batch.expert_in_TH if has_experts else self.dense_ffn(layer, batch))
+        return self.logits(batch)
 
     def logits(self, batch: Microbatch) -> torch.Tensor:
         """Logits float32 [B, V] after the tokens that want them, in order."""

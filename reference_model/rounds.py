@@ -23,26 +23,24 @@ from .scheduler import Piece, Sequence
 
 
 class Repeated:
-    """Launches that are the same each time. On a GPU the first call makes them, so that all is loaded and allocated;
-    the second records them in a CUDA graph, and from then on it is replayed. Elsewhere each call makes them."""
+    """Launches that are the same each time: on a GPU recorded in a CUDA graph, which a call replays; elsewhere each
+    call makes them.
+
+    To be made before any rank of the process has a kernel that waits: recording may wait for those that run. What is
+    launched must have been computed once on this stream, so that nothing has to be loaded.
+    """
 
     def __init__(self, launch: Callable[[], None], device: str) -> None:
-        self._launch, self._has_graphs = launch, device.startswith("cuda")
-        self._is_warm = False
-        self._graph: Any = None
+        self._run: Callable[[], Any] = launch
+        if device.startswith("cuda"):
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            # Other ranks may be threads of this process, which record theirs.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                launch()
+            self._run = graph.replay
 
     def __call__(self) -> None:
-        if not self._has_graphs or not self._is_warm:
-            self._is_warm = True
-            self._launch()
-            return
-        if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            # Other ranks may be threads of this process, and go on meanwhile.
-            stream = torch.cuda.current_stream()
-            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-                self._launch()
-        self._graph.replay()
+        self._run()
 
 
 class RoundEngine(AttentionEngine):
@@ -51,7 +49,7 @@ class RoundEngine(AttentionEngine):
     Args:
         experts: launched ones.
         num_positions: of the longest sequence, its answer included.
-        The rest as for AttentionEngine.
+        The rest as for AttentionEngine. Made before any rank of the process sends something (see Repeated).
     """
 
     def __init__(self, *args: Any, num_positions: int, **options: Any) -> None:
@@ -64,6 +62,9 @@ class RoundEngine(AttentionEngine):
         microbatches = range(self.num_microbatches)
         self.decode = [DecodeBatch.allocate(self.decoder, self.pool, num_places) for _ in microbatches]
         self.routes = [self.remote.make_route(num_places, self.decoder.device) for _ in microbatches]
+        for batch in self.decode:  # all that will be computed, but for what the experts answer
+            batch.begin(self.decoder)
+            self.decoder.pass_through(batch)
         self._repeat_decode = Repeated(self._launch_decode, self.decoder.device)
 
     def run(self, sequences: Iterable[Sequence]) -> Iterator[list[NewToken]]:

@@ -16,10 +16,9 @@ import m2n
 from . import schedule, trace
 from .checkpoint import Checkpoint, check
 from .config import ModelConfig
-from .decode import CachePool, DecodeBatch
 from .engine import AttentionEngine
 from .experts import ExpertWeights, RemoteExperts
-from .model import Decoder, KVCache, Microbatch, Span
+from .model import Decoder, KVCache, Span
 from .precision import FLOAT8, dispatch_bytes
 from .rounds import Repeated, RoundEngine
 from .routes import RouteRecorder
@@ -52,9 +51,17 @@ def load_experts(
 
 
 def run_attention(
-    comm: m2n.AttentionComm, run: RunConfig, decoder: Decoder, prompts: dict[int, list[int]], emit: Emit
+    comm: m2n.AttentionComm,
+    run: RunConfig,
+    decoder: Decoder,
+    prompts: dict[int, list[int]],
+    emit: Emit,
+    meet: Callable[[], object] = lambda: None,
 ) -> None:
-    """Answer these prompts (by their number in the run); emits "tokens" per step and at the end "done"."""
+    """Answer these prompts (by their number in the run); emits "tokens" per step and at the end "done".
+
+    meet: called before anything is sent.
+    """
     tracer = make_tracer(decoder.device)
     recorder = RouteRecorder(comm.rank, decoder.config.top_k) if run.record_routes else None
     experts = RemoteExperts(comm, run.timeout_s, is_launched=run.attention_device != "cpu")
@@ -67,6 +74,7 @@ def run_attention(
     else:
         engine = AttentionEngine(*common, sends_empty=run.is_lockstep and run.attention_ranks > 1)
     sequences = [Sequence(idx, token_ids, run.max_new_tokens) for idx, token_ids in prompts.items()]
+    meet()
     for new_tokens in engine.run(sequences):
         emit({"event": "tokens", "tokens": [list(token) for token in new_tokens]})
     if recorder is not None:
@@ -90,8 +98,9 @@ class _ExpertWorker:
         is_strict = run.is_lockstep or run.cuda_graphs
         self.attention_ranks = list(range(run.attention_ranks)) if is_strict else None
 
-    def serve(self) -> None:
+    def serve(self, meet: Callable[[], object]) -> None:
         """Answer whichever (layer, microbatch) is ready, until every attention rank of the run has left."""
+        meet()
         actions = expert_schedule()
         answer: tuple[int, int] | None = None
         with contextlib.suppress(StopIteration):
@@ -154,7 +163,7 @@ class _ExpertWorker:
 class _RoundWorker(_ExpertWorker):
     """The other side of a RoundEngine: the batches of a round in its order, in a CUDA graph."""
 
-    def serve(self) -> None:
+    def serve(self, meet: Callable[[], object]) -> None:
         served, device = served_in_round(self.weights.config.moe_layers, self.run.microbatches), self.weights.device
         num_pairs = torch.zeros(1, dtype=torch.int64, device=device)
         # A launched receive waits for whoever has dispatched before and is live, however long: after a round with all
@@ -168,11 +177,12 @@ class _RoundWorker(_ExpertWorker):
                 num_pairs.add_(batch.counts[2])
                 self.comm.combine_send(batch, self.weights.outputs_at(layer, batch.gather(), batch.expert_offsets))
 
+        repeat = Repeated(launch, device)
+        meet()
         for _ in served:
             if self._receive() is not None:
                 self._expert()
                 self._reply()
-        repeat = Repeated(launch, device)
         while served and self._has_work():
             began = self.tracer.now()
             repeat()
@@ -187,10 +197,16 @@ class _RoundWorker(_ExpertWorker):
         return True
 
 
-def run_expert(comm: m2n.ExpertComm, run: RunConfig, weights: ExpertWeights, emit: Emit) -> None:
-    """Answer what attention ranks send, until every one of the run has left."""
+def run_expert(
+    comm: m2n.ExpertComm,
+    run: RunConfig,
+    weights: ExpertWeights,
+    emit: Emit,
+    meet: Callable[[], object] = lambda: None,
+) -> None:
+    """Answer what attention ranks send, until every one of the run has left. meet: called before any wait."""
     worker = (_RoundWorker if run.cuda_graphs else _ExpertWorker)(comm, run, weights)
-    worker.serve()
+    worker.serve(meet)
     about = {"device": run.expert_device, "batches": worker.num_batches, "pairs": worker.num_pairs}
     _emit_end(comm, worker.tracer, about, emit)
 
@@ -226,41 +242,37 @@ def settle() -> None:
 
 
 def _warm_up(loaded: Decoder | ExpertWeights, run: RunConfig) -> None:
-    """Compute a least and a largest step for nothing: a kernel's first launch, and memory that must be allocated, may
-    wait for kernels that spin."""
-    config = loaded.config
-    for num_tokens in (1, min(run.max_tokens, config.context)):
-        if isinstance(loaded, Decoder):
-            cache = KVCache.allocate(config, num_tokens, loaded.dtype, loaded.device)
-            _pass_through(loaded, loaded.begin([Span(cache, [0] * num_tokens, 0, wants_logits=True)]))
-        elif any(config.moe_layers):
-            _run_experts(loaded, run, num_tokens)
-    if isinstance(loaded, Decoder) and run.cuda_graphs:
-        batch = DecodeBatch.allocate(loaded, CachePool(loaded, 1, 2), run.max_batch)
-        batch.begin(loaded)
-        _pass_through(loaded, batch)
+    """Compute with every number of rows once, for nothing. A matrix product may need another kernel for each; to load
+    one waits for kernels that run, so also for a kernel that waits for what this rank has to compute."""
+    if isinstance(loaded, Decoder):
+        _warm_up_decoder(loaded, run)
+    elif any(loaded.config.moe_layers):
+        _warm_up_experts(loaded, run)
 
 
-def _run_experts(weights: ExpertWeights, run: RunConfig, num_tokens: int) -> None:
+def _warm_up_decoder(decoder: Decoder, run: RunConfig) -> None:
+    config = decoder.config
+    layers = sorted({config.moe_layers.index(kind) for kind in config.moe_layers})  # one of each kind
+    most = min(run.max_tokens, config.context)
+    cache = KVCache.allocate(config, most, decoder.dtype, decoder.device)
+    for num_tokens in range(1, most + 1):
+        batch = decoder.begin([Span(cache, [0] * num_tokens, 0, wants_logits=True)])
+        batch.last_B = batch.last_B.expand(min(num_tokens, run.max_batch))
+        decoder.pass_through(batch, layers).argmax(dim=-1).tolist()
+
+
+def _warm_up_experts(weights: ExpertWeights, run: RunConfig) -> None:
     config, num_experts = weights.config, len(weights.expert_ids)
-    layer = config.moe_layers.index(True)
-    num_pairs = run.max_peers(EXPERT) * num_tokens * min(config.top_k, num_experts)
+    layer, most_rows = config.moe_layers.index(True), run.max_peers(EXPERT) * run.max_tokens
+    num_pairs = most_rows * min(config.top_k, num_experts)
     x_PH = torch.zeros((num_pairs, config.hidden), dtype=weights.dtype, device=weights.device)
-    offsets = [idx * num_pairs // num_experts for idx in range(num_experts + 1)]
     if run.cuda_graphs or weights.can_group:
-        weights.outputs_at(layer, x_PH, torch.tensor(offsets, dtype=torch.int32, device=weights.device))
+        offsets = torch.zeros(num_experts + 1, dtype=torch.int32, device=weights.device)
+        weights.outputs_at(layer, x_PH, offsets)
     if not weights.can_group:
-        weights.outputs(layer, x_PH, offsets)
-
-
-def _pass_through(decoder: Decoder, batch: Microbatch) -> None:
-    """A step without what its experts would say."""
-    for layer, has_experts in enumerate(decoder.config.moe_layers):
-        decoder.attend(layer, batch)
-        if has_experts:
-            decoder.route(layer, batch)
-        decoder.finish(batch, batch.expert_in_TH if has_experts else decoder.dense_ffn(layer, batch))
-    decoder.logits(batch).argmax(dim=-1).tolist()
+        for num_rows in range(1, min(run.attention_ranks * run.max_tokens, most_rows) + 1):
+            weights.run(layer, 0, x_PH[:num_rows])
+        weights.outputs(layer, x_PH, [0] * num_experts + [num_pairs])
 
 
 @contextlib.contextmanager
@@ -289,15 +301,16 @@ def run_rank(
 
     Args:
         comms: others with the same verbs, for comparison.
-        meet: called between loading and connecting.
+        meet: called between loading and connecting, and again before anything is sent or awaited: where ranks are
+            threads it waits for all of them.
     """
     torch.set_num_threads(run.num_threads(role))
     with _own_stream(run.torch_device(role)):
         loaded = loaded or load_rank(run, role, rank)
-        if run.device(role) != "cpu":
+        if run.torch_device(role) != "cpu":
             _warm_up(loaded, run)
         meet()
-        _run_loaded(run, role, rank, prompts, store, emit, loaded, comms)
+        _run_loaded(run, role, rank, prompts, store, emit, loaded, comms, meet)
 
 
 def _run_loaded(
@@ -309,6 +322,7 @@ def _run_loaded(
     emit: Emit,
     loaded: Decoder | ExpertWeights,
     comms: Comms,
+    meet: Callable[[], object],
 ) -> None:
     options: dict[str, Any] = {
         "rank": rank,
@@ -322,8 +336,8 @@ def _run_loaded(
     if isinstance(loaded, Decoder):
         with comms[0](**options) as attention_comm:
             emit({"event": "ready"})
-            run_attention(attention_comm, run, loaded, prompts, emit)
+            run_attention(attention_comm, run, loaded, prompts, emit, meet)
     else:
         with comms[1](**options) as expert_comm:
             emit({"event": "ready"})
-            run_expert(expert_comm, run, loaded, emit)
+            run_expert(expert_comm, run, loaded, emit, meet)
