@@ -164,7 +164,9 @@ def check(run: Run) -> None:
 
 def time_it(run: Run, timeline: Path | None = None) -> list[dict[str, Any]]:
     """What one GPU allows, and what the verbs take; a drawing of the pipeline where one is wanted."""
-    output = run.step("limits and puts", [str(BUILD / "m2n_gpu_timing")], 120)
+    timing = str(BUILD / "m2n_gpu_timing")
+    output = run.step("limits and puts", [timing], 120)
+    output += "\n" + run.step("signal by stream memory operations", [timing, "--stream-signal"], 20, may_refuse=True)
     verbs = [sys.executable, str(ROOT / "benchmarks/gpu_verbs.py")]
     output += "\n" + run.step("verbs", verbs, 180, CUDA_MODULE_LOADING="EAGER")
     figures = [sys.executable, "-m", "m2n.benchmarks.gpu_figures"]

@@ -11,21 +11,23 @@ device. Each m is run with launches from the host and with decode rounds in CUDA
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import statistics
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from m2n.benchmarks.synthetic import ModelShape, write_checkpoint
-from m2n.reference_model.launcher import Launcher
-from m2n.reference_model.run_config import RunConfig
+from m2n.reference_model.result import RunResult
+from m2n.reference_model.run_config import ATTENTION, RunConfig
 from m2n.reference_model.timeline import check_matplotlib, draw_timeline
 from m2n.reference_model.trace import Trace
+from m2n.reference_model.worker import run_rank
 
 MICROBATCHES = (1, 2, 3, 4)
 # The first steps of a run compile, record and fill the pipeline.
@@ -36,18 +38,32 @@ TIMEOUT_S = 60.0
 def run_once(run: RunConfig) -> tuple[list[float], float, list[Trace]]:
     """(seconds between two tokens of a sequence, tokens per second, traces)."""
     prompts = [[1 + idx % 200] for idx in range(run.max_batch)]
-    launcher, times_s = Launcher(run, prompts), [[] for _ in prompts]
-    with contextlib.closing(launcher.events()) as events:
-        for event in events:
-            if event["event"] == "stderr":
-                print(event["text"], file=sys.stderr)
-            elif event["event"] == "tokens":
-                for sequence, *_ in event["tokens"]:
-                    times_s[sequence].append(time.perf_counter())
+    times_s: list[list[float]] = [[] for _ in prompts]
+    result, meeting = RunResult(run, prompts), threading.Barrier(len(run.ranks))
+
+    def emit(event: dict[str, Any]) -> None:
+        if event["event"] == "tokens":
+            now = time.perf_counter()
+            for sequence, *_ in event["tokens"]:
+                times_s[sequence].append(now)
+        result.add(event)
+
+    def rank_main(role: str, rank: int) -> None:
+        share = dict(enumerate(prompts)) if role == ATTENTION else {}
+        try:
+            run_rank(run, role, rank, share, store, lambda event: emit({**event, "role": role, "rank": rank}),
+                     meet=meeting.wait)  # fmt: skip
+        except BaseException:
+            meeting.abort()
+            raise
+
+    with tempfile.TemporaryDirectory(prefix="m2n-") as store, ThreadPoolExecutor(len(run.ranks)) as pool:
+        for future in [pool.submit(rank_main, *rank) for rank in run.ranks]:
+            future.result()
     counted = [each[WARM_UP_STEPS - 1 :] for each in times_s]
     began, ended = (edge(each[at] for each in counted) for edge, at in ((min, 0), (max, -1)))
     between_s = [later - earlier for each in counted for earlier, later in itertools.pairwise(each)]
-    return between_s, len(between_s) / (ended - began), launcher.result.traces
+    return between_s, len(between_s) / (ended - began), result.traces
 
 
 def config_of(options: argparse.Namespace, checkpoint: Path, microbatches: int, is_graph: bool) -> RunConfig:
@@ -107,8 +123,8 @@ def main() -> int:
     parser.add_argument("--sequences", type=int, default=64, help="of a microbatch")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--timeline", type=Path, metavar="FILE.png", help="of two microbatches, launched")
     options = parser.parse_args()
     if options.steps <= WARM_UP_STEPS:

@@ -144,6 +144,20 @@ void attach_peer(Comm& comm, uint32_t peer_idx, const std::vector<std::pair<int,
   comm.attach(peer_idx, std::move(handles), {process, device}, wakes);
 }
 
+void watch_peer_of(Comm& comm, uint32_t peer_idx, int connection_fd, int pidfd, double send_every_s,
+                   double lost_after_s) {
+  const auto ns = [](double seconds) { return static_cast<int64_t>(seconds * 1e9); };
+  comm.watch(peer_idx, connection_fd, pidfd, {ns(send_every_s), ns(lost_after_s)});
+}
+
+py::list clock_offsets_list(const Comm& comm) {
+  py::list list;
+  for (const auto& [rank, offset] : comm.clock_offsets()) {
+    list.append(py::make_tuple(rank, offset.ahead_ns, offset.round_trip_ns));
+  }
+  return list;
+}
+
 py::dict stats_dict(const Comm& comm) {
   const Stats stats = comm.stats();
   py::dict dict;
@@ -194,8 +208,8 @@ void bind_comm(py::module_& module) {
       py::arg("rank"), py::arg("life"));
   type.def("attach", &attach_peer, py::arg("peer_idx"), py::arg("objects"), py::arg("process"), py::arg("device"),
            py::arg("wakes"));
-  type.def("watch", &Comm::watch, py::arg("peer_idx"), py::arg("connection_fd"), py::arg("pidfd"),
-           py::call_guard<py::gil_scoped_release>());
+  type.def("watch", &watch_peer_of, py::arg("peer_idx"), py::arg("connection_fd"), py::arg("pidfd"),
+           py::arg("send_every_s"), py::arg("lost_after_s"), py::call_guard<py::gil_scoped_release>());
   type.def(  // for tests
       "drop_peer", [](Comm& comm, uint32_t peer_idx) { comm.drop_peer(peer_idx, LossCause::kProtocol); },
       py::arg("peer_idx"));
@@ -203,6 +217,7 @@ void bind_comm(py::module_& module) {
   type.def("abort", &Comm::abort, py::call_guard<py::gil_scoped_release>());
   type.def("check", &Comm::check);
   type.def("peers", &peers_list);
+  type.def("clock_offsets", &clock_offsets_list);
   type.def("stats", &stats_dict);
   type.def("wait_peer", &wait_peer, py::arg("rank"), py::arg("timeout_s"));
   type.def_property_readonly("is_closed", &Comm::is_closed);

@@ -100,8 +100,8 @@ class AttentionComm(Comm):
         self._native = self._make_native(require_int("max_peers", max_peers, 1))
         native = self._native
         with self._opened(native) as key:
-            opened = open_store(store, self.config.connect_timeout_s)
-            bootstrap.publish(opened, self._identity, None)
+            opened = open_store(store, min(self.config.store_timeout_s, self.config.connect_timeout_s))
+            bootstrap.publish(opened, self._identity)
             for expert_rank in range(placement.num_expert_ranks):
                 bootstrap.connect(native, self._identity, opened, expert_rank, deadline)
         self._keep_open(native, None, key)

@@ -1,35 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How two ranks meet: the store gives an address, a Unix socket carries one handshake, and stays open for the watcher.
+"""How two ranks meet: the store gives an address, a control connection (channel.py) carries one handshake, and stays
+open for the watcher.
 
-Attention ranks connect, expert ranks listen. The handshake is one message each way (JSON, at most 64 KiB) with the
-file descriptors of the memory objects. Nothing is unpickled.
+Attention ranks connect, expert ranks listen: on a Unix socket, and on a network address where `Config.bind` names one.
+The handshake is one message each way, with the file descriptors of the memory objects on one host.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
-import os
 import secrets
 import socket
-import struct
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from ._C import SetupError
+from .channel import PROTOCOL_VERSION, Channel, Refused, TcpChannel, UnixChannel, close_all, split_address
+from .interfaces import host_name
 from .shape import Shape
 from .store import Store, look_up
 
-PROTOCOL_VERSION = 2
-_MAX_MESSAGE_BYTES = 64 * 1024
 _MAX_DEVICE_CHARS = 64
 _NUM_OBJECTS = 3  # rows, small, wake
-_HANDSHAKE_TIMEOUT_S = 10.0
+# How long an address may be out of reach before it is taken for a wrong one.
+_UNREACHABLE_S = 4.0
 _FIRST_NOTE_S = 2.0
 _NOTE_EVERY_S = 10.0
+_HEARTBEATS_TO_LOSS = 3
+_LEAST_HEARTBEAT_S, _MOST_HEARTBEAT_S = 0.01, 3600.0
 
 
 class NativeComm(Protocol):
@@ -37,12 +39,14 @@ class NativeComm(Protocol):
 
     def offer(self, rank: int, life: int) -> dict[str, Any]: ...
     def attach(self, peer_idx: int, objects: list[tuple[int, int]], process: int, device: str, wakes: bool) -> None: ...
-    def watch(self, peer_idx: int, connection_fd: int, pidfd: int) -> None: ...
+    def watch(
+        self, peer_idx: int, connection_fd: int, pidfd: int, send_every_s: float, lost_after_s: float
+    ) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """Who a comm is. A restarted rank has another life."""
+    """Who a comm is, and how it may be reached. A restarted rank has another life."""
 
     job: str
     name: str
@@ -50,6 +54,9 @@ class Identity:
     rank: int
     shape: Shape
     transport: str = "shm"
+    heartbeat_s: float = 1.0
+    job_key: str | None = dataclasses.field(default=None, repr=False)
+    insecure: bool = False
     life: int = dataclasses.field(default_factory=lambda: secrets.randbits(63) | 1)
 
     def store_key(self, role: str, rank: int) -> str:
@@ -60,56 +67,7 @@ class Identity:
         return f"{self.role} rank {self.rank}"
 
 
-class Refused(SetupError):
-    """The peer answered the handshake with an error; trying again cannot help."""
-
-
-def _send(connection: socket.socket, message: dict[str, Any], fds: list[int]) -> None:
-    socket.send_fds(connection, [json.dumps(message).encode()], fds)
-
-
-def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """One message and its descriptors. Raises SetupError when it is none of ours."""
-    data, fds, flags, _ = socket.recv_fds(connection, _MAX_MESSAGE_BYTES, _NUM_OBJECTS, socket.MSG_CMSG_CLOEXEC)
-    try:
-        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-            raise ValueError("too long")
-        if not data:
-            raise ValueError("the connection was closed")
-        message = json.loads(data)
-        if not isinstance(message, dict):
-            raise ValueError("not an object")
-    except (ValueError, RecursionError) as error:
-        _close_all(fds)
-        raise SetupError(f"handshake: not a message of m2n: {error}") from error
-    return message, fds
-
-
-def _close_all(fds: list[int]) -> None:
-    for fd in fds:
-        os.close(fd)
-
-
-def _credentials(connection: socket.socket) -> int:
-    """The peer's pid (0: not in our pid namespace), after checking that it is our own user."""
-    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    pid, uid, _ = struct.unpack("3i", data)
-    if uid != os.geteuid():
-        raise SetupError(f"handshake: the peer runs as user {uid}, this process as {os.geteuid()}; they must be equal")
-    return int(pid)
-
-
-def _pidfd(pid: int) -> int:
-    """A descriptor that tells of the peer's death; -1 where there is none: its connection's end has to do."""
-    if pid in (0, os.getpid()):
-        return -1
-    try:
-        return os.pidfd_open(pid)
-    except OSError:
-        return -1
-
-
-def _introduction(identity: Identity, offer: dict[str, Any]) -> dict[str, Any]:
+def introduction(identity: Identity, offer: dict[str, Any]) -> dict[str, Any]:
     return {
         "m2n": PROTOCOL_VERSION,
         "role": identity.role,
@@ -117,6 +75,7 @@ def _introduction(identity: Identity, offer: dict[str, Any]) -> dict[str, Any]:
         "life": identity.life,
         "shape": dataclasses.asdict(identity.shape),
         "transport": identity.transport,
+        "heartbeat_s": identity.heartbeat_s,
         "process": offer["process"],
         "device": offer["device"],
         "wakes": offer["wakes"],
@@ -125,11 +84,11 @@ def _introduction(identity: Identity, offer: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _descriptors(offer: dict[str, Any]) -> list[int]:
+def descriptors(offer: dict[str, Any]) -> list[int]:
     return [fd for fd, _ in offer["objects"] if fd >= 0]
 
 
-def _check_introduction(identity: Identity, message: dict[str, Any], num_fds: int) -> None:
+def check_introduction(identity: Identity, message: dict[str, Any], num_fds: int) -> None:
     """Both sides check the other's introduction. Raises SetupError with what differs."""
     theirs = f"{message.get('role')} rank {message.get('rank')}"
     if message.get("m2n") != PROTOCOL_VERSION:
@@ -164,6 +123,9 @@ def _check_introduction(identity: Identity, message: dict[str, Any], num_fds: in
     device, wakes = message.get("device"), message.get("wakes")
     if not isinstance(device, str) or len(device) > _MAX_DEVICE_CHARS or not isinstance(wakes, bool):
         raise SetupError(f"handshake: {theirs} does not say where its memory lies")
+    heartbeat_s: Any = message.get("heartbeat_s")
+    if type(heartbeat_s) not in (int, float) or not _LEAST_HEARTBEAT_S <= heartbeat_s <= _MOST_HEARTBEAT_S:
+        raise SetupError(f"handshake: {theirs} sends heartbeats every {str(heartbeat_s)[:40]!r} s")
     numbers = [(message.get("rank"), 32)]
     numbers += [(number, 64) for number in (message.get("life"), message.get("process"), *objects)]
     for number, bits in numbers:
@@ -171,93 +133,50 @@ def _check_introduction(identity: Identity, message: dict[str, Any], num_fds: in
             raise SetupError(f"handshake: {theirs} sent a number that is none: {str(number)[:40]}")
 
 
-def _join(
-    native: NativeComm, peer_idx: int, message: dict[str, Any], fds: list[int], connection: socket.socket
+def join(
+    native: NativeComm, identity: Identity, peer_idx: int, message: dict[str, Any], fds: list[int], channel: Channel
 ) -> Callable[[], None]:
     """Maps the peer's memory; the returned call makes the link live and hands the connection to the watcher."""
     remaining = iter(fds)
     each = [next(remaining) if sent else -1 for sent in message["has_fd"]]
     objects = list(zip(each, message["objects"]))
     native.attach(peer_idx, objects, message["process"], message["device"], message["wakes"])
-    pid = _credentials(connection)
-    return lambda: native.watch(peer_idx, connection.detach(), _pidfd(pid))
+    pidfd = channel.pidfd()
+    # The system tells of the end of a process that it knows, and this one's is its own.
+    needs_heartbeats = pidfd < 0 and not channel.is_of_this_process
+    send_every_s = identity.heartbeat_s if needs_heartbeats else 0.0
+    lost_after_s = _HEARTBEATS_TO_LOSS * message["heartbeat_s"] if needs_heartbeats else 0.0
+    return lambda: native.watch(peer_idx, channel.connection.detach(), pidfd, send_every_s, lost_after_s)
 
 
-class Listener:
-    """The expert rank's side: an address of its own, and a thread that answers handshakes until closed."""
+@dataclasses.dataclass(frozen=True)
+class Address:
+    """Where an expert rank listens, as it publishes it."""
 
-    def __init__(self, native: NativeComm, identity: Identity) -> None:
-        self._native = native
-        self._identity = identity
-        self._pid = os.getpid()
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        # The abstract namespace: nothing in the file system, gone with the process.
-        self.address = "m2n-" + secrets.token_hex(16)
-        self._socket.bind("\0" + self.address)
-        self._socket.listen(128)
-        self._thread = threading.Thread(target=self._serve, name="m2n-listener", daemon=True)
-        self._thread.start()
+    life: int
+    address: str  # of its Unix socket
+    host: str  # host_name() where that socket is
+    network_address: str  # host:port, or "": none
 
-    def close(self) -> None:
-        """Ends the thread and frees the address. In a forked child only this process's descriptor goes."""
-        if os.getpid() != self._pid:
-            self._socket.close()
-            return
+    @classmethod
+    def parse(cls, key: str, value: bytes) -> Address:
+        """What a store holds. Raises SetupError."""
         try:
-            self._socket.shutdown(socket.SHUT_RDWR)  # wakes accept(), which close() alone would not
-        except OSError:
-            pass
-        if self._thread is not threading.current_thread():
-            self._thread.join(timeout=_HANDSHAKE_TIMEOUT_S)
-        self._socket.close()
+            entry = json.loads(value)
+            texts = (str(entry[name]) for name in ("address", "host", "network_address"))
+            return cls(int(entry["life"]), *texts)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise SetupError(f"store: the value of {key!r} is not an address of m2n: {value[:100]!r}") from error
 
-    def _serve(self) -> None:
-        while True:
-            try:
-                connection, _ = self._socket.accept()
-            except OSError:
-                return
-            # One thread each: a joiner that is slow or stuck must not keep the others out.
-            threading.Thread(target=self._answer, args=(connection,), name="m2n-handshake", daemon=True).start()
-
-    def _answer(self, connection: socket.socket) -> None:
-        with connection:
-            connection.settimeout(_HANDSHAKE_TIMEOUT_S)
-            try:
-                self._welcome(connection)
-            except (SetupError, ValueError, OSError, RuntimeError) as error:
-                # The joiner raises it; here it is nobody's call that fails, so it is said on stderr.
-                print(f"m2n: {self._identity}: a peer could not join: {error}", file=sys.stderr, flush=True)
-                try:
-                    _send(connection, {"error": str(error)}, [])
-                except OSError:
-                    pass
-
-    def _welcome(self, connection: socket.socket) -> None:
-        _credentials(connection)
-        message, fds = _receive(connection)
-        try:
-            _check_introduction(self._identity, message, len(fds))
-            if message.get("to_life") != self._identity.life:
-                raise SetupError(f"handshake: {self._identity} has another life than the one that was looked up")
-            offer = self._native.offer(message["rank"], message["life"])
-        except BaseException:
-            _close_all(fds)
-            raise
-        offered = _descriptors(offer)
-        try:
-            go_live = _join(self._native, offer["peer_idx"], message, fds, connection)
-            _send(connection, _introduction(self._identity, offer), offered)
-        finally:
-            _close_all(offered)
-        go_live()
+    def __str__(self) -> str:
+        return self.network_address or self.address
 
 
-def publish(store: Store, identity: Identity, address: str | None) -> None:
-    """Makes a rank findable; the last life published wins."""
-    value = json.dumps({"life": identity.life, "address": address})
+def publish(store: Store, identity: Identity, address: str = "", network_address: str = "") -> None:
+    """Makes a rank findable, at a listener's addresses; the last life published wins."""
+    entry = Address(identity.life, address, host_name(), network_address)
     try:
-        store.set(identity.store_key(identity.role, identity.rank), value)
+        store.set(identity.store_key(identity.role, identity.rank), json.dumps(dataclasses.asdict(entry)))
     except SetupError:
         raise
     except Exception as error:
@@ -268,10 +187,10 @@ def connect(native: NativeComm, identity: Identity, store: Store, expert_rank: i
     """Joins one expert rank: looks its address up, again if it is stale, until the deadline (time.monotonic()).
 
     Raises:
-        SetupError: it did not appear in time, or refused.
+        SetupError: it did not appear in time, cannot be reached, or refused.
     """
     began = time.monotonic()
-    note_at = began + _FIRST_NOTE_S
+    note_at, lost_from = began + _FIRST_NOTE_S, None
     problem = "it has not published its address"
     key = identity.store_key("expert", expert_rank)
     while True:
@@ -292,40 +211,70 @@ def connect(native: NativeComm, identity: Identity, store: Store, expert_rank: i
         value = look_up(store, key, min(1.0, deadline - now))
         if value is None:
             continue
+        address = Address.parse(key, value)
         try:
-            entry = json.loads(value)
-            address, life = str(entry["address"]), int(entry["life"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise SetupError(f"store: the value of {key!r} is not an address of m2n: {value[:100]!r}") from error
-        try:
-            _greet(native, identity, address, life, expert_rank)
+            _greet(native, identity, address, expert_rank)
             return
         except Refused:
             raise
         except (OSError, SetupError) as error:
-            problem = f"its address is stale ({error})"
+            problem = f"its address {address} is stale ({error})"
+            # Nobody listens there any more: a new life may be on its way. No way to there at all: that does not mend
+            # itself, but for an interface that is coming up.
+            is_out_of_reach = (
+                isinstance(error, OSError) and error.errno != errno.ECONNREFUSED and address.network_address
+            )
+            lost_from = (lost_from or now) if is_out_of_reach else None
+            if lost_from is not None and time.monotonic() - lost_from >= _UNREACHABLE_S:
+                raise SetupError(
+                    f"{identity}: expert rank {expert_rank} listens at {address}, which cannot be reached from here: "
+                    f"{error}; is its Config.bind (M2N_BIND) an address of the right network, and the port open?"
+                ) from error
             time.sleep(0.02)
 
 
-def _greet(native: NativeComm, identity: Identity, address: str, life: int, expert_rank: int) -> None:
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with connection:
-        connection.settimeout(_HANDSHAKE_TIMEOUT_S)
-        connection.connect("\0" + address)
-        offer = native.offer(expert_rank, life)
-        offered = _descriptors(offer)
+def _open_channel(identity: Identity, address: Address, expert_rank: int) -> Channel:
+    if address.host == host_name():
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            introduction = {**_introduction(identity, offer), "to_life": life}
-            _send(connection, introduction, offered)
+            connection.connect("\0" + address.address)
+            return UnixChannel(connection)
+        except BaseException:
+            connection.close()
+            raise
+    if not address.network_address:
+        raise SetupError(
+            f"expert rank {expert_rank} runs on another host or in another network namespace, and listens on no "
+            "network address; give it Config(bind=...) or M2N_BIND, an address, an interface or a network of its host"
+        )
+    if identity.job_key is None and not identity.insecure:
+        raise Refused(
+            f"{identity}: expert rank {expert_rank} runs on another host, at {address}: all ranks need the same "
+            "Config(job_key=...) or M2N_JOB_KEY, or Config(insecure=True) where the network is yours alone"
+        )
+    connection = socket.create_connection(split_address(address.network_address), timeout=_UNREACHABLE_S / 2)
+    try:
+        return TcpChannel(connection, identity.job_key, is_listener=False)
+    except BaseException:
+        connection.close()
+        raise
+
+
+def _greet(native: NativeComm, identity: Identity, address: Address, expert_rank: int) -> None:
+    with _open_channel(identity, address, expert_rank) as channel:
+        offer = native.offer(expert_rank, address.life)
+        offered = descriptors(offer)
+        try:
+            channel.send({**introduction(identity, offer), "to_life": address.life}, offered)
         finally:
-            _close_all(offered)
-        message, fds = _receive(connection)
+            close_all(offered)
+        message, fds = channel.receive()
         if "error" in message:
-            _close_all(fds)
+            close_all(fds)
             raise Refused(f"{identity} was refused by expert rank {expert_rank}: {message['error']}")
         try:
-            _check_introduction(identity, message, len(fds))
+            check_introduction(identity, message, len(fds))
         except SetupError as error:
-            _close_all(fds)
+            close_all(fds)
             raise Refused(str(error)) from error
-        _join(native, offer["peer_idx"], message, fds, connection)()
+        join(native, identity, offer["peer_idx"], message, fds, channel)()

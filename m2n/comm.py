@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from . import _C, arrays, bootstrap
+from .listener import Listener
 from .shape import Config, Placement, Shape, require_int
 
 _open_ranks: set[tuple[str, str, str, int]] = set()
@@ -39,7 +40,7 @@ class PeerStatus(NamedTuple):
 
 def _shut_down(
     native: _C.Comm,
-    listener: bootstrap.Listener | None,
+    listener: Listener | None,
     key: tuple[str, str, str, int],
 ) -> None:
     native.close()
@@ -90,7 +91,8 @@ class Comm:
                     "kernels; use device='cpu', or no faults (M2N_FAULTS)"
                 )
             self._transport = self.config.faults._transport(transport)
-        self._identity = bootstrap.Identity(self.config.job, name, self.role, self.rank, shape, transport)
+        wire = (self.config.heartbeat_s, self.config.job_key, self.config.insecure)
+        self._identity = bootstrap.Identity(self.config.job, name, self.role, self.rank, shape, transport, *wire)
 
     def _on(self, stream: Any) -> tuple[int, ...]:
         """The last argument of verbs that run on a device; none on the CPU."""
@@ -140,7 +142,7 @@ class Comm:
         if self.device != "cpu":
             self._native.set_timeout(timeout)
 
-    def _keep_open(self, native: Any, listener: bootstrap.Listener | None, key: tuple[str, str, str, int]) -> None:
+    def _keep_open(self, native: Any, listener: Listener | None, key: tuple[str, str, str, int]) -> None:
         # Runs at close(), when the comm is collected, or at the end of the program, whichever comes first.
         self._finalizer = weakref.finalize(self, _shut_down, native, listener, key)
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from . import _C, arrays, bootstrap
 from .comm import Comm
+from .listener import Listener
 from .shape import Config, Placement, Shape, require_int
 from .store import open_store
 
@@ -169,10 +170,10 @@ class ExpertComm(Comm):
         else:
             native = _C.DeviceExpertComm(*common, self.device, experts)
         with self._opened(native) as key:
-            opened = open_store(store, self.config.connect_timeout_s)
-            listener = bootstrap.Listener(native, self._identity)
+            opened = open_store(store, min(self.config.store_timeout_s, self.config.connect_timeout_s))
+            listener = Listener(native, self._identity, self.config.bind)
             try:
-                bootstrap.publish(opened, self._identity, listener.address)
+                bootstrap.publish(opened, self._identity, listener.address, listener.network_address)
             except BaseException:
                 listener.close()
                 raise

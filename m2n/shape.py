@@ -213,6 +213,9 @@ class Faults:
         return f"faulty:delay_ns={delay_ns},jitter_ns={jitter_ns},seed={self.seed}:{inner}"
 
 
+_MIN_KEY_CHARS = 16
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Settings of a comm that its peers need not share. The only place that reads environment variables.
@@ -221,6 +224,15 @@ class Config:
         job: separates jobs that use one store; default: M2N_JOB or "default".
         timeout_s: deadline of a verb that is given none, in seconds; no wait is endless.
         connect_timeout_s: deadline for finding and joining all peers, in seconds.
+        store_timeout_s: deadline for reaching the store, in seconds. It has to be served before; so a wrong address is
+            told soon.
+        bind: where an expert rank listens for attention ranks of other hosts: an address, an interface or a network, as
+            "10.0.0.5", "eth0" or "10.0.0.0/16", each with or without ":port"; default: M2N_BIND, or nowhere.
+        job_key: a secret of the job's ranks, by which those of different hosts prove that they belong to it; default:
+            M2N_JOB_KEY. Nothing is encrypted.
+        insecure: let ranks of different hosts join without a key; default: M2N_INSECURE=1.
+        heartbeat_s: how often, in seconds, a rank tells those of other hosts that it is alive. One that is silent for
+            three of its own periods is lost.
         transport: where windows lie: "cuda" in the memory of GPUs, "shm" in that of the host, "auto" where the comm's
             device is. All ranks of a comm need the same; with "shm" ranks on GPUs link with ranks on CPUs.
         arrays: what an expert rank gets its batches as: "torch", "numpy", "cupy", or "auto": torch if it was imported,
@@ -233,15 +245,28 @@ class Config:
     job: str = dataclasses.field(default_factory=lambda: os.environ.get("M2N_JOB", "default"))
     timeout_s: float = 30.0
     connect_timeout_s: float = 60.0
+    store_timeout_s: float = 4.0
+    bind: str = dataclasses.field(default_factory=lambda: os.environ.get("M2N_BIND", ""))
+    job_key: str | None = dataclasses.field(default_factory=lambda: os.environ.get("M2N_JOB_KEY") or None, repr=False)
+    insecure: bool = dataclasses.field(default_factory=lambda: os.environ.get("M2N_INSECURE", "") == "1")
+    heartbeat_s: float = 1.0
     transport: str = "auto"
     arrays: Literal["auto", "torch", "numpy", "cupy"] = "auto"
     num_sms: int = 64
     faults: Faults | None = dataclasses.field(default_factory=Faults._from_environment)
 
     def __post_init__(self) -> None:
-        for field in ("timeout_s", "connect_timeout_s"):
+        for field in ("timeout_s", "connect_timeout_s", "store_timeout_s"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"{field}: expected seconds > 0, got {getattr(self, field)!r}")
+        if not 0.01 <= self.heartbeat_s <= 3600:
+            raise ValueError(f"heartbeat_s: expected seconds from 0.01 to 3600, got {self.heartbeat_s!r}")
+        if self.job_key is not None and (not isinstance(self.job_key, str) or len(self.job_key) < _MIN_KEY_CHARS):
+            raise ValueError(
+                f"job_key: expected at least {_MIN_KEY_CHARS} characters, as `openssl rand -hex 16` prints"
+            )
+        if self.job_key is not None and self.insecure:
+            raise ValueError("insecure: a job_key is set too (M2N_JOB_KEY); leave one of them out")
         require_int("num_sms", self.num_sms, 1)
         for field, known in (("transport", ("auto", "shm", "cuda")), ("arrays", ("auto", "torch", "numpy", "cupy"))):
             if getattr(self, field) not in known:

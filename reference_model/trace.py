@@ -11,7 +11,7 @@ import zlib
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -43,6 +43,7 @@ FIELDS = ("kind", "begin_ns", "end_ns", "step", "layer", "microbatch", "num_byte
 ALL_RANKS = -1
 # Of one rank: 16 MB. What comes later is counted and not kept.
 MAX_EVENTS = 250_000
+MAX_DEVICE_EVENTS = 20_000  # CUDA events
 
 
 class Tracer:
@@ -88,25 +89,43 @@ class DeviceTracer(Tracer):
 
     A receive is one launch or two, of which nobody can tell from outside how long it waited and how long it moved rows:
     all of it counts as waiting, and the receive itself as a moment at its end.
+
+    To make an event, and to end one, may wait for all kernels that run (seen on an H200), also for one that waits for
+    this rank. So a tracer is made before anything waits on the device, with all events that it may need, and they go
+    back to a pool of the process.
     """
 
-    def __init__(self, device: str, max_events: int = MAX_EVENTS) -> None:
+    _pools: ClassVar[dict[str, list[Any]]] = {}  # by device
+
+    def __init__(self, device: str, max_events: int = MAX_DEVICE_EVENTS) -> None:
+        import torch
+
         super().__init__(max_events)
+        self._pool = self._pools.setdefault(device, [])
+        self._unused = [self._pool.pop() for _ in range(min(max_events, len(self._pool)))]
+        self._used: list[Any] = []
+        for _ in range(max_events - len(self._unused)):
+            self._unused.append(torch.cuda.Event(enable_timing=True))
+            self._unused[-1].record()  # it is made now
         with _clock_lock:  # ranks may be threads
             self._origin, self._origin_ns = _device_clock(device)
         self._pending: list[tuple[int, Any, Any, tuple[int, ...]]] = []
 
     def now(self) -> Any:
-        import torch
-
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        """None when all events are used up."""
+        if not self._unused:
+            return None
+        self._used.append(self._unused.pop())
+        self._used[-1].record()
+        return self._used[-1]
 
     def add(
         self, kind: int, begin: Any, step: int, layer: int, microbatch: int, num_bytes: int = 0, ranks: int = 0
     ) -> Any:
         end, about = self.now(), (step, layer, microbatch, num_bytes, ranks)
+        if end is None or begin is None:
+            self.num_dropped += 1
+            return end
         if kind in (COMBINE_RECV, DISPATCH_RECV):
             self._pending.append((WAIT, begin, end, about[:3] + (0, 0)))
             begin = end
@@ -120,6 +139,9 @@ class DeviceTracer(Tracer):
             begin_ns, end_ns = (self._origin_ns + round(1e6 * self._origin.elapsed_time(at)) for at in (begin, end))
             self._keep(kind, begin_ns, end_ns, *about)
         self._pending.clear()
+
+    def __del__(self) -> None:
+        self._pool += self._unused + self._used
 
     def seconds(self, kinds: tuple[int, ...]) -> float:
         self._read()

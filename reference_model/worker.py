@@ -255,6 +255,9 @@ def _warm_up_decoder(decoder: Decoder, run: RunConfig) -> None:
     layers = sorted({config.moe_layers.index(kind) for kind in config.moe_layers})  # one of each kind
     most = min(run.max_tokens, config.context)
     cache = KVCache.allocate(config, most, decoder.dtype, decoder.device)
+    # Page-locked memory for what goes to the device at the begin of a step, kept by torch from then on.
+    sizes = [2**power for power in range((3 * most).bit_length() + 1)]
+    _ = [torch.empty(size, dtype=torch.int64, pin_memory=True) for size in sizes for _ in range(6 * run.microbatches)]
     for num_tokens in range(1, most + 1):
         batch = decoder.begin([Span(cache, [0] * num_tokens, 0, wants_logits=True)])
         batch.last_B = batch.last_B.expand(min(num_tokens, run.max_batch))

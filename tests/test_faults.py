@@ -275,7 +275,7 @@ def test_a_peer_that_joins_a_comm_that_closes_meanwhile_hears_the_goodbye() -> N
     native.close()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
-        native.watch(0, ours.detach(), -1)
+        native.watch(0, ours.detach(), -1, 0, 0)
         theirs.settimeout(SOON_S)
         assert theirs.recv(1) == b"G" and theirs.recv(1) == b""
 

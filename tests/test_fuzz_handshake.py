@@ -22,6 +22,9 @@ from test_faults import SHAPE, SOON_S, answer, attention, dispatch, expert
 
 import m2n
 from m2n import _C, bootstrap
+from m2n.channel import UnixChannel, close_all
+from m2n.interfaces import host_name
+from m2n.listener import Listener
 from m2n.store import PathStore
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -58,7 +61,7 @@ def introduction(role: str) -> dict[str, Any]:
     """What a proper peer of that role says; another process, so that its descriptors are looked at."""
     identity = bootstrap.Identity("default", "default", role, 0, SHAPE, life=LIFE)
     offer = {"process": 1, "device": "", "wakes": True, "objects": [(0, 1), (0, 2), (0, 3)]}
-    return {**bootstrap._introduction(identity, offer), "to_life": LIFE}
+    return {**bootstrap.introduction(identity, offer), "to_life": LIFE}
 
 
 @st.composite
@@ -111,7 +114,7 @@ def sealed_object(num_bytes: int) -> int:
 def sizes_of_objects(comm: Any) -> list[int]:
     fds = [fd for fd, _ in comm.offer(0, 1)["objects"]]
     sizes = [os.fstat(fd).st_size for fd in fds]
-    bootstrap._close_all(fds)
+    close_all(fds)
     return sizes
 
 
@@ -173,18 +176,18 @@ def test_what_is_received_is_a_message_or_a_setup_error(text: bytes, kinds: list
         send(theirs, text, make_fds(kinds, "attention"))
         theirs.shutdown(socket.SHUT_WR)
         try:
-            message, fds = bootstrap._receive(ours)
+            message, fds = UnixChannel(ours).receive()
         except m2n.SetupError:
             pass
         else:
             try:
-                bootstrap._check_introduction(identity, message, len(fds))
+                bootstrap.check_introduction(identity, message, len(fds))
                 assert message["role"] == "attention" and sum(message["has_fd"]) == len(fds)
                 assert all(0 <= number < 2**64 for number in message["objects"])
             except m2n.SetupError:
                 pass
             finally:
-                bootstrap._close_all(fds)
+                close_all(fds)
     assert num_fds() == before
 
 
@@ -193,9 +196,9 @@ def _watcher() -> None:
     """The watcher's own descriptor is made with the first link of the process, and stays."""
     native = _C.AttentionComm(SHAPE._native(), 0, 1, "shm")
     offer = native.offer(0, 1)
-    bootstrap._close_all([fd for fd, _ in offer["objects"]])
+    close_all([fd for fd, _ in offer["objects"]])
     ours, theirs = pair()
-    native.watch(offer["peer_idx"], ours.detach(), -1)
+    native.watch(offer["peer_idx"], ours.detach(), -1, 0, 0)
     native.close()
     theirs.close()
 
@@ -203,26 +206,26 @@ def _watcher() -> None:
 @pytest.fixture
 def pidfds_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks that are threads of one process watch no pidfd: here they do, so that one that is left behind is seen."""
-    monkeypatch.setattr(bootstrap, "_pidfd", lambda pid: os.pidfd_open(pid))
+    monkeypatch.setattr(UnixChannel, "pidfd", lambda channel: os.pidfd_open(channel._pid))
 
 
 @pytest.fixture
 def ended(monkeypatch: pytest.MonkeyPatch) -> list[BaseException | None]:
     """How each handshake at the listener has ended."""
     ends: list[BaseException | None] = []
-    welcome = bootstrap.Listener._welcome
+    welcome = Listener._welcome
 
-    def watched(self: Any, connection: socket.socket) -> None:
+    def watched(self: Any, channel: UnixChannel) -> None:
         end: BaseException | None = None
         try:
-            welcome(self, connection)
+            welcome(self, channel)
         except BaseException as error:
             end = error
             raise
         finally:
             ends.append(end)
 
-    monkeypatch.setattr(bootstrap.Listener, "_welcome", watched)
+    monkeypatch.setattr(Listener, "_welcome", watched)
     monkeypatch.setattr(threading, "excepthook", lambda arguments: None)  # `ends` has it
     return ends
 
@@ -258,7 +261,7 @@ def test_whatever_knocks_at_the_listener_leaves_nothing_and_keeps_nobody_out(
                 connection.shutdown(socket.SHUT_WR)
                 if is_patient:
                     reply, fds, _, _ = socket.recv_fds(connection, 65536, 3)
-                    bootstrap._close_all(fds)
+                    close_all(fds)
                     joined += len(fds) == 3
                     assert not fds or "error" not in json.loads(reply)
             await_end(ended, num_ended)
@@ -282,7 +285,7 @@ def test_whatever_answers_a_joiner_leaves_nothing(pidfds_count: None) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
         listening.bind("")  # an address that the kernel picks
         listening.listen(8)
-        address = listening.getsockname()[1:].decode()
+        address = bootstrap.Address(LIFE, listening.getsockname()[1:].decode(), host_name(), "")
 
         @fuzz(20, without=(Phase.shrink, Phase.explain))  # each look at a leak takes seconds
         @given(messages("expert"), descriptors)
@@ -294,13 +297,13 @@ def test_whatever_answers_a_joiner_leaves_nothing(pidfds_count: None) -> None:
             def serve() -> None:
                 connection, _ = listening.accept()
                 with connection:
-                    bootstrap._close_all(bootstrap._receive(connection)[1])
+                    close_all(UnixChannel(connection).receive()[1])
                     send(connection, text, make_fds(kinds, "expert"))
 
             server = threading.Thread(target=serve)
             server.start()
             try:
-                bootstrap._greet(native, identity, address, LIFE, 0)
+                bootstrap._greet(native, identity, address, 0)
                 joined += 1
             except m2n.SetupError:
                 pass

@@ -18,6 +18,7 @@ from test_faults import SHAPE, SOON_S, answer, attention, dispatch, expert
 
 import m2n
 from m2n import _C, bootstrap
+from m2n.channel import UnixChannel
 from m2n.store import PathStore
 
 
@@ -30,11 +31,12 @@ class FakePeer:
         entry = bootstrap.json.loads(bootstrap.look_up(PathStore(store), identity.store_key("expert", 0), 5.0))
         self.connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.connection.connect("\0" + entry["address"])
+        channel = UnixChannel(self.connection)
         offer = self._native.offer(0, entry["life"])
         fds = [fd for fd, _ in offer["objects"]]
-        introduction = {**bootstrap._introduction(identity, offer), "to_life": entry["life"]}
-        bootstrap._send(self.connection, introduction, fds)
-        message, theirs = bootstrap._receive(self.connection)
+        introduction = {**bootstrap.introduction(identity, offer), "to_life": entry["life"]}
+        channel.send(introduction, fds)
+        message, theirs = channel.receive()
         assert "error" not in message
         self.small = mmap.mmap(theirs[1], 0)
         for fd in [*fds, *theirs]:
@@ -115,7 +117,7 @@ def test_a_message_before_the_reply_is_a_protocol_error(device: str, tmp_path: P
 def introduced(**changes: Any) -> bytes:
     identity = bootstrap.Identity("default", "default", "attention", 0, SHAPE)
     offer = {"process": 1, "device": "", "wakes": True, "objects": [(0, 1), (0, 2), (0, 3)]}
-    return json.dumps({**bootstrap._introduction(identity, offer), **changes}).encode()
+    return json.dumps({**bootstrap.introduction(identity, offer), **changes}).encode()
 
 
 def test_garbage_at_the_listener_keeps_nobody_out(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

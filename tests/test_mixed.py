@@ -83,7 +83,7 @@ def test_transports_that_do_not_fit_are_refused_in_words(tmp_path: Path) -> None
     offer = {"process": 1, "device": "", "wakes": False, "objects": [(-1, 1), (-1, 2), (-1, 3)]}
     cpu = bootstrap.Identity("default", "default", "attention", 0, SHAPE, "shm")
     with pytest.raises(m2n.SetupError, match=r"'cuda', attention rank 0 uses 'shm'.*Config\(transport='shm'\)"):
-        bootstrap._check_introduction(cpu, bootstrap._introduction(gpu, offer), 0)
+        bootstrap.check_introduction(cpu, bootstrap.introduction(gpu, offer), 0)
 
 
 @pytest.mark.cuda

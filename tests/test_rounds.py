@@ -225,14 +225,16 @@ def test_a_device_tracer_takes_its_times_from_the_device(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
     trace._device_clock.cache_clear()
-    tracer = trace.DeviceTracer("cuda:0")
+    tracer = trace.DeviceTracer("cuda:0", max_events=3)
     origin_ns = trace._device_clock("cuda:0")[1]
     trace._device_clock.cache_clear()
     began = tracer.now()
     FakeEvent.clock_ms = 0.25
     began = tracer.add(trace.ATTENTION, began, 3, 1, 0)
     FakeEvent.clock_ms = 1.0
-    tracer.add(trace.COMBINE_RECV, began, 3, 1, 0, 64)
+    last = tracer.add(trace.COMBINE_RECV, began, 3, 1, 0, 64)
+    assert tracer.num_dropped == 0
+    assert tracer.add(trace.ROUTE, last, 3, 1, 0) is None and tracer.num_dropped == 1  # no event is left
     assert tracer.seconds(trace.COMPUTING) == pytest.approx(250e-6)
     assert tracer.seconds((trace.WAIT,)) == pytest.approx(750e-6)
     events = trace.Trace.decode("attention", 0, tracer.encode()).events.tolist()

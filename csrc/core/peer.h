@@ -25,7 +25,7 @@ struct PeerView {
 // The state of a peer as its owner sees it. Written by one thread only, read by waiters.
 enum class PeerState : uint32_t { kUnused, kLive, kLeft, kLost };
 
-enum class LossCause : uint32_t { kNone, kProcessDied, kConnectionClosed, kProtocol, kReplaced };
+enum class LossCause : uint32_t { kNone, kProcessDied, kConnectionClosed, kProtocol, kReplaced, kSilent };
 
 // One peer, at an index that is never used again. `view` and `rank` are written before the entry is counted.
 struct PeerEntry {

@@ -48,6 +48,8 @@ const char* describe(LossCause cause) {
       return "it broke the protocol";
     case LossCause::kReplaced:
       return "a newer life of the same rank has joined";
+    case LossCause::kSilent:
+      return "nothing was heard of it for three heartbeats: its process is stopped, or its host or the network is down";
   }
   return "";
 }
@@ -119,12 +121,12 @@ void Comm::attach(uint32_t peer_idx, std::vector<Handle> handles, const Origin& 
                                    reinterpret_cast<WakeWord*>(link.mappings[2]->data())};
 }
 
-void Comm::watch(uint32_t peer_idx, int connection_fd, int pidfd) {
+void Comm::watch(uint32_t peer_idx, int connection_fd, int pidfd, const Heartbeats& heartbeats) {
   std::lock_guard lock(membership_mutex_);
   Link& link = links_.at(peer_idx);
   set_state(peer_idx, PeerState::kLive);
   // After LIVE: the watcher may report the end of the link at once.
-  link.ticket = watch_peer(shared_from_this(), peer_idx, connection_fd, pidfd);
+  link.ticket = watch_peer(shared_from_this(), peer_idx, connection_fd, pidfd, heartbeats);
   if (is_closed()) unwatch_peer(link.ticket, /*say_goodbye=*/true);  // it joined while close() said its goodbyes
   for (uint32_t i = 0; i < peer_idx; ++i) {
     if (rank_of(i) == rank_of(peer_idx)) drop_locked(i, LossCause::kReplaced);
@@ -219,6 +221,16 @@ std::vector<PeerInfo> Comm::peer_infos() const {
     infos.push_back({rank_of(i), links_[i].life, state, cause});
   }
   return infos;
+}
+
+std::vector<std::pair<uint32_t, ClockOffset>> Comm::clock_offsets() const {
+  std::vector<std::pair<uint32_t, ClockOffset>> offsets;
+  for (uint32_t i = 0; i < peers_.size(); ++i) {
+    if (!peers_.is_live(i)) continue;
+    const ClockOffset offset = clock_offset(links_[i].ticket);
+    if (offset.round_trip_ns != 0) offsets.emplace_back(rank_of(i), offset);
+  }
+  return offsets;
 }
 
 Stats Comm::stats() const {

@@ -61,7 +61,7 @@ class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
   void attach(uint32_t peer_idx, std::vector<Handle> handles, const Origin& origin, bool wakes = true);
   // The link is LIVE from here on. Takes both descriptors; pidfd -1: the peer is in this process or on no pid
   // of ours.
-  void watch(uint32_t peer_idx, int connection_fd, int pidfd);
+  void watch(uint32_t peer_idx, int connection_fd, int pidfd, const Heartbeats& heartbeats = {});
   // Gives up a peer from this side: its connection is closed, so it learns of it.
   void drop_peer(uint32_t peer_idx, LossCause cause);
 
@@ -80,6 +80,8 @@ class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
   bool wait_peer(uint32_t peer_rank, int64_t deadline_ns);
 
   std::vector<PeerInfo> peer_infos() const;
+  // Of live peers that send heartbeats, and have answered one.
+  std::vector<std::pair<uint32_t, ClockOffset>> clock_offsets() const;
   virtual Stats stats() const;
   const Shape& shape() const { return shape_; }
   const Layout& layout() const { return layout_; }

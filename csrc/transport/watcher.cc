@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// The watcher's loop: control connections and pidfds in one epoll set.
+// The watcher's loop: control connections and pidfds in one epoll set, heartbeats in between.
 #include "transport/watcher.h"
 
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <sys/epoll.h>
+#include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <mutex>
@@ -18,6 +20,8 @@
 #include <utility>
 
 #include "core/error.h"
+#include "transport/control.h"
+#include "transport/host_exec.h"
 #include "transport/transport.h"
 
 namespace m2n {
@@ -28,15 +32,56 @@ struct Watched {
   uint32_t peer_idx;
   int connection_fd;
   int pidfd;
+  Heartbeats heartbeats;
+  Control control{};
+  int64_t heard_ns = 0;    // when something came last, not counting time in which this thread did not run
+  int64_t send_at_ns = 0;  // the next heartbeat
 };
+
+// What a look at a connection found.
+enum class Heard : uint32_t { kOpen, kGoodbye, kNonsense, kClosed };
 
 // epoll carries the ticket and, in the lowest bit, which of the two descriptors became ready.
 constexpr uint64_t kPidfdBit = 1;
+constexpr int64_t kNsPerMs = 1'000'000;
+
+// Reads what there is.
+Heard listen_to(Watched& watched) {
+  char bytes[256];
+  while (true) {
+    const ssize_t num_read = recv(watched.connection_fd, bytes, sizeof bytes, MSG_DONTWAIT);
+    if (num_read < 0 && errno == EINTR) continue;
+    if (num_read < 0) return errno == EAGAIN ? Heard::kOpen : Heard::kClosed;
+    if (num_read == 0) return Heard::kClosed;
+    watched.heard_ns = now_ns();
+    const Control::Said said = watched.control.take(bytes, static_cast<size_t>(num_read), watched.heard_ns);
+    if (said != Control::Said::kNothingMore) {
+      return said == Control::Said::kGoodbye ? Heard::kGoodbye : Heard::kNonsense;
+    }
+  }
+}
+
+// False where there is no room: the peer has not read what came before, and the connection is of no use any more once a
+// heartbeat went out in part.
+bool send_heartbeat(Watched& watched) {
+  const auto bytes = pack(watched.control.next(now_ns()));
+  const ssize_t num_sent = send(watched.connection_fd, bytes.data(), bytes.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
+  return num_sent <= 0 || static_cast<size_t>(num_sent) == bytes.size();
+}
+
+// A dying process closes its connection a moment before its pidfd tells; the moment buys the right cause.
+bool has_died(int pidfd) {
+  constexpr int kMomentMs = 20;
+  pollfd poll_fd{pidfd, POLLIN, 0};
+  return pidfd >= 0 && poll(&poll_fd, 1, kMomentMs) == 1;
+}
 
 class Watcher {
  public:
-  Watcher() : epoll_fd_(epoll_create1(EPOLL_CLOEXEC)) {
-    if (epoll_fd_ < 0) throw Error(Failure::kSetup, std::string("watcher: epoll_create1: ") + std::strerror(errno));
+  Watcher() : epoll_fd_(epoll_create1(EPOLL_CLOEXEC)), wake_fd_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
+    if (epoll_fd_ < 0 || wake_fd_ < 0 || !listen(wake_fd_, EPOLLIN, kWakeKey)) {
+      throw Error(Failure::kSetup, std::string("watcher: epoll_create1: ") + std::strerror(errno));
+    }
     // Signals belong to the program's own threads.
     sigset_t all, before;
     sigfillset(&all);
@@ -55,7 +100,10 @@ class Watcher {
       close_both(watched);
       throw Error(Failure::kSetup, std::string("watcher: epoll_ctl: ") + std::strerror(error_number));
     }
+    watched.heard_ns = watched.send_at_ns = now_ns();
+    const bool has_heartbeats = watched.heartbeats.send_every_ns != 0;
     watched_.emplace(ticket, std::move(watched));
+    if (has_heartbeats) eventfd_write(wake_fd_, 1);  // the thread may be sleeping for longer
     return ticket;
   }
 
@@ -63,8 +111,7 @@ class Watcher {
     std::lock_guard lock(mutex_);
     const auto found = watched_.find(ticket);
     if (found == watched_.end()) return false;  // the peer went first
-    char byte = 0;
-    const bool has_left = recv(found->second.connection_fd, &byte, 1, MSG_DONTWAIT) == 1 && byte == kGoodbye;
+    const bool has_left = listen_to(found->second) == Heard::kGoodbye;
     if (say_goodbye) {
       (void)!send(found->second.connection_fd, &kGoodbye, 1, MSG_NOSIGNAL | MSG_DONTWAIT);
     }
@@ -73,7 +120,15 @@ class Watcher {
     return has_left;
   }
 
+  ClockOffset offset(uint64_t ticket) {
+    std::lock_guard lock(mutex_);
+    const auto found = watched_.find(ticket);
+    return found == watched_.end() ? ClockOffset{} : found->second.control.offset();
+  }
+
  private:
+  static constexpr uint64_t kWakeKey = ~uint64_t{0};
+
   bool listen(int fd, uint32_t events, uint64_t key) {
     epoll_event event{};
     event.events = events;
@@ -94,11 +149,31 @@ class Watcher {
 
   void run() {
     pthread_setname_np(pthread_self(), "m2n-watcher");
-    epoll_event events[16];
+    int64_t sleep_ns = 0;
     while (true) {
-      const int num_events = epoll_wait(epoll_fd_, events, 16, -1);
-      for (int i = 0; i < num_events; ++i) handle(events[i].data.u64);
+      const int64_t wake_at_ns = now_ns() + sleep_ns;
+      const auto sleep_ms = static_cast<int>(std::min<int64_t>((sleep_ns + kNsPerMs - 1) / kNsPerMs, 1 << 30));
+      // All that has come is read before anybody is called silent.
+      for (int timeout_ms = sleep_ns == kForever ? -1 : sleep_ms; look(timeout_ms); timeout_ms = 0) {
+      }
+      // This thread may have been stopped with its process: what it could not hear is no silence.
+      sleep_ns = beat(std::max<int64_t>(now_ns() - wake_at_ns - kNsPerMs, 0));
     }
+  }
+
+  // True when there may be more.
+  bool look(int timeout_ms) {
+    epoll_event events[16];
+    const int num_events = epoll_wait(epoll_fd_, events, 16, timeout_ms);
+    for (int i = 0; i < num_events; ++i) {
+      eventfd_t count;
+      if (events[i].data.u64 == kWakeKey) {
+        eventfd_read(wake_fd_, &count);
+      } else {
+        handle(events[i].data.u64);
+      }
+    }
+    return num_events > 0;
   }
 
   void handle(uint64_t key) {
@@ -106,33 +181,56 @@ class Watcher {
     std::lock_guard lock(mutex_);
     const auto found = watched_.find(key & ~kPidfdBit);
     if (found == watched_.end()) return;
-    const Watched watched = found->second;
     // A goodbye may still lie in the connection of a process that has ended: read first, whatever woke us.
-    char byte = 0;
-    const ssize_t num_read = recv(watched.connection_fd, &byte, 1, MSG_DONTWAIT);
-    const bool is_open = num_read < 0 && (errno == EAGAIN || errno == EINTR);
-    if (is_open && (key & kPidfdBit) == 0) return;
-    PeerState state = PeerState::kLost;
-    LossCause cause = LossCause::kProtocol;
-    if (num_read == 1) {
-      state = byte == kGoodbye ? PeerState::kLeft : PeerState::kLost;
-      if (byte == kGoodbye) cause = LossCause::kNone;
-    } else {
-      cause = has_died(watched.pidfd) ? LossCause::kProcessDied : LossCause::kConnectionClosed;
+    switch (listen_to(found->second)) {
+      case Heard::kOpen:
+        if ((key & kPidfdBit) != 0) gone(found, PeerState::kLost, LossCause::kProcessDied);
+        return;
+      case Heard::kGoodbye:
+        return gone(found, PeerState::kLeft, LossCause::kNone);
+      case Heard::kNonsense:
+        return gone(found, PeerState::kLost, LossCause::kProtocol);
+      case Heard::kClosed:
+        const bool is_dead = has_died(found->second.pidfd);
+        return gone(found, PeerState::kLost, is_dead ? LossCause::kProcessDied : LossCause::kConnectionClosed);
     }
+  }
+
+  // Heartbeats that are due, and those that have not come; until when to sleep.
+  int64_t beat(int64_t missed_ns) {
+    std::lock_guard lock(mutex_);
+    int64_t sleep_ns = kForever;
+    const int64_t now = now_ns();
+    for (auto next = watched_.begin(); next != watched_.end();) {
+      const auto at = next++;
+      Watched& watched = at->second;
+      if (watched.heartbeats.send_every_ns == 0) continue;
+      watched.heard_ns = std::min(watched.heard_ns + missed_ns, now);
+      bool is_lost = now - watched.heard_ns >= watched.heartbeats.lost_after_ns;
+      if (!is_lost && now >= watched.send_at_ns) {
+        watched.send_at_ns = now + watched.heartbeats.send_every_ns;
+        is_lost = !send_heartbeat(watched);
+      }
+      if (is_lost) {
+        gone(at, PeerState::kLost, LossCause::kSilent);
+        continue;
+      }
+      const int64_t lost_at_ns = watched.heard_ns + watched.heartbeats.lost_after_ns;
+      sleep_ns = std::min(sleep_ns, std::max<int64_t>(std::min(watched.send_at_ns, lost_at_ns) - now, 0));
+    }
+    return sleep_ns;
+  }
+
+  void gone(std::unordered_map<uint64_t, Watched>::iterator at, PeerState state, LossCause cause) {
+    const Watched watched = std::move(at->second);
     close_both(watched);
-    watched_.erase(found);
+    watched_.erase(at);
     watched.listener->peer_gone(watched.peer_idx, state, cause);
   }
 
-  // A dying process closes its connection a moment before its pidfd tells; the moment buys the right cause.
-  static bool has_died(int pidfd) {
-    constexpr int kMomentMs = 20;
-    pollfd poll_fd{pidfd, POLLIN, 0};
-    return pidfd >= 0 && poll(&poll_fd, 1, kMomentMs) == 1;
-  }
+  static constexpr int64_t kForever = int64_t{1} << 62;
 
-  int epoll_fd_;
+  int epoll_fd_, wake_fd_;
   std::mutex mutex_;
   std::unordered_map<uint64_t, Watched> watched_;
   uint64_t next_ticket_ = 0;
@@ -153,10 +251,13 @@ Watcher& watcher() {
 
 }  // namespace
 
-uint64_t watch_peer(std::shared_ptr<PeerListener> listener, uint32_t peer_idx, int connection_fd, int pidfd) {
-  return watcher().add({std::move(listener), peer_idx, connection_fd, pidfd});
+uint64_t watch_peer(std::shared_ptr<PeerListener> listener, uint32_t peer_idx, int connection_fd, int pidfd,
+                    const Heartbeats& heartbeats) {
+  return watcher().add({std::move(listener), peer_idx, connection_fd, pidfd, heartbeats});
 }
 
 bool unwatch_peer(uint64_t ticket, bool say_goodbye) { return watcher().remove(ticket, say_goodbye); }
+
+ClockOffset clock_offset(uint64_t ticket) { return watcher().offset(ticket); }
 
 }  // namespace m2n

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+// What goes over a control connection after the handshake: heartbeats, and a goodbye. The connection may be a stream.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+
+#include "transport/watcher.h"
+
+namespace m2n {
+
+// The first byte of a message says what it is.
+inline constexpr char kGoodbye = 'G';  // and nothing else
+inline constexpr char kHeartbeat = 'H';
+
+// The clocks of both ends, so that each learns where the other's stands.
+struct Heartbeat {
+  int64_t sent_ns;  // of the sender, now
+  int64_t echo_ns;  // the last sent_ns that the sender got; 0: none yet
+  int64_t held_ns;  // for how long it has had that one
+};
+inline constexpr size_t kHeartbeatBytes = 1 + sizeof(Heartbeat);
+
+inline std::array<char, kHeartbeatBytes> pack(const Heartbeat& heartbeat) {
+  std::array<char, kHeartbeatBytes> bytes{kHeartbeat};
+  std::memcpy(bytes.data() + 1, &heartbeat, sizeof heartbeat);  // both ends are little-endian, as all we run on
+  return bytes;
+}
+
+// One end of a conversation: what the other end said, and where its clock stands.
+class Control {
+ public:
+  enum class Said : uint32_t { kNothingMore, kGoodbye, kNonsense };
+
+  // Takes bytes as they came, at `now_ns`.
+  Said take(const char* bytes, size_t num_bytes, int64_t now_ns) {
+    for (size_t i = 0; i < num_bytes; ++i) {
+      if (num_held_ == 0 && bytes[i] == kGoodbye) return Said::kGoodbye;
+      if (num_held_ == 0 && bytes[i] != kHeartbeat) return Said::kNonsense;
+      held_[num_held_++] = bytes[i];
+      if (num_held_ < kHeartbeatBytes) continue;
+      Heartbeat heartbeat;
+      std::memcpy(&heartbeat, held_.data() + 1, sizeof heartbeat);
+      num_held_ = 0;
+      hear(heartbeat, now_ns);
+    }
+    return Said::kNothingMore;
+  }
+
+  Heartbeat next(int64_t now_ns) const {
+    return {now_ns, last_sent_ns_, last_sent_ns_ == 0 ? 0 : now_ns - last_heard_ns_};
+  }
+
+  ClockOffset offset() const { return offset_; }
+
+ private:
+  // A clock drifts by some us a second: what was seen so many heartbeats ago gives way to something slower.
+  static constexpr int kFresh = 16;
+
+  void hear(const Heartbeat& heartbeat, int64_t now_ns) {
+    last_sent_ns_ = heartbeat.sent_ns;
+    last_heard_ns_ = now_ns;
+    // In the arithmetic of unsigned numbers: the peer may say anything.
+    const auto round_trip_ns =
+        static_cast<int64_t>(static_cast<uint64_t>(now_ns) - static_cast<uint64_t>(heartbeat.echo_ns) -
+                             static_cast<uint64_t>(heartbeat.held_ns));
+    if (heartbeat.echo_ns == 0 || round_trip_ns <= 0) return;
+    if (offset_.round_trip_ns != 0 && round_trip_ns > offset_.round_trip_ns && ++age_ < kFresh) return;
+    age_ = 0;
+    offset_.round_trip_ns = round_trip_ns;
+    offset_.ahead_ns = static_cast<int64_t>(static_cast<uint64_t>(heartbeat.sent_ns) +
+                                            static_cast<uint64_t>(round_trip_ns / 2) - static_cast<uint64_t>(now_ns));
+  }
+
+  std::array<char, kHeartbeatBytes> held_{};  // a heartbeat of which not all has come
+  size_t num_held_ = 0;
+  int64_t last_sent_ns_ = 0, last_heard_ns_ = 0;
+  ClockOffset offset_;
+  int age_ = 0;
+};
+
+}  // namespace m2n

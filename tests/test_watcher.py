@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Control connections of the native watcher: heartbeats over a stream, silence, clocks; the other end is the test."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from test_faults import SHAPE
+
+from m2n import _C
+from m2n.channel import close_all
+
+HEARTBEAT_S = 0.05
+LOST_AFTER_S = 3 * HEARTBEAT_S
+SOON_S = 10.0
+SIZE = 25
+
+
+class Watched:
+    """A comm with one link, of which the test holds the other end."""
+
+    def __init__(
+        self, send_every_s: float = HEARTBEAT_S, lost_after_s: float = LOST_AFTER_S, stream: bool = True
+    ) -> None:
+        self.native: Any = _C.AttentionComm(SHAPE._native(), 0, 1, "shm")
+        offer = self.native.offer(0, 1)
+        close_all([fd for fd, _ in offer["objects"]])
+        kind = socket.SOCK_STREAM if stream else socket.SOCK_SEQPACKET
+        ours, self.end = socket.socketpair(socket.AF_UNIX, kind)
+        self.end.settimeout(SOON_S)
+        self.native.watch(offer["peer_idx"], ours.detach(), -1, send_every_s, lost_after_s)
+
+    @property
+    def peer(self) -> tuple[str, str]:
+        ((_, state, _, cause),) = self.native.peers()
+        return state, cause
+
+    def read(self) -> tuple[int, int, int]:
+        """The next heartbeat: when it was sent, the echo, how long that was held."""
+        data = b""
+        while len(data) < SIZE:
+            data += self.end.recv(SIZE - len(data))
+        assert data[:1] == b"H"
+        return struct.unpack("<3q", data[1:])  # type: ignore[return-value]
+
+    def beat(self, sent_ns: int = 1, echo_ns: int = 0, held_ns: int = 0) -> bytes:
+        return b"H" + struct.pack("<3q", sent_ns, echo_ns, held_ns)
+
+    def wait_end(self) -> tuple[str, str]:
+        deadline = time.monotonic() + SOON_S
+        while self.peer[0] == "live":
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        return self.peer
+
+
+@pytest.fixture
+def watched() -> Iterator[Watched]:
+    made = Watched()
+    yield made
+    made.native.close()
+    made.end.close()
+
+
+def test_heartbeats_come_in_their_period_and_keep_the_peer_alive(watched: Watched) -> None:
+    began = time.monotonic()
+    for _ in range(12):
+        watched.read()
+        watched.end.sendall(watched.beat())
+    assert time.monotonic() - began > 10 * HEARTBEAT_S > LOST_AFTER_S
+    assert watched.peer[0] == "live"
+
+
+def test_a_silent_peer_is_lost_after_so_long_and_not_before(watched: Watched) -> None:
+    watched.read()
+    watched.end.sendall(watched.beat())
+    began = time.monotonic()
+    state, cause = watched.wait_end()
+    assert (state, "three heartbeats" in cause) == ("lost", True)
+    assert time.monotonic() - began >= LOST_AFTER_S - 0.01
+    while watched.end.recv(4096):  # what it had sent, and the end
+        pass
+
+
+def test_without_heartbeats_silence_is_no_loss() -> None:
+    quiet = Watched(send_every_s=0, lost_after_s=0)
+    time.sleep(2 * LOST_AFTER_S)
+    assert quiet.peer[0] == "live"
+    quiet.end.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        quiet.end.recv(1)
+    quiet.native.close()
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "packets"])
+def test_messages_may_come_in_pieces_and_together(stream: bool) -> None:
+    watched = Watched(lost_after_s=SOON_S, stream=stream)
+    text = watched.beat() * 3 + b"G"
+    for piece in (text[:1], text[1:7], text[7:60], text[60:-1]):
+        watched.end.send(piece)
+        time.sleep(0.01)
+        assert watched.peer[0] == "live"
+    watched.end.send(text[-1:])
+    assert watched.wait_end()[0] == "left"
+
+
+@pytest.mark.parametrize("text", [b"X", b"\0", b"H" + bytes(24) + b"?"], ids=repr)
+def test_anything_else_breaks_the_protocol(text: bytes, watched: Watched) -> None:
+    watched.end.sendall(text)
+    assert watched.wait_end() == ("lost", "it broke the protocol")
+
+
+def test_the_clock_of_a_peer_is_known_to_half_a_round_trip(watched: Watched) -> None:
+    ahead_ns = 5_000_000_000_000
+    assert watched.native.clock_offsets() == []
+    for _ in range(4):
+        sent_ns, _, _ = watched.read()
+        got_ns = time.monotonic_ns()
+        watched.end.sendall(watched.beat(time.monotonic_ns() + ahead_ns, sent_ns, time.monotonic_ns() - got_ns))
+    sent_ns, echo_ns, held_ns = watched.read()
+    assert echo_ns > ahead_ns and 0 <= held_ns < SOON_S * 1e9  # it repeats what it got
+    ((rank, found_ns, round_trip_ns),) = watched.native.clock_offsets()
+    assert rank == 0 and 0 < round_trip_ns < SOON_S * 1e9
+    assert abs(found_ns - ahead_ns) <= round_trip_ns / 2 + 1000
+
+
+def test_clocks_that_cannot_be_are_not_believed(watched: Watched) -> None:
+    for numbers in ((1, 2**63 - 1, 0), (-(2**63), 1, 2**63 - 1), (0, -(2**63), -(2**63))):
+        watched.read()
+        watched.end.sendall(watched.beat(*numbers))
+    watched.read()
+    assert all(round_trip_ns > 0 for _, _, round_trip_ns in watched.native.clock_offsets())
+    assert watched.peer[0] == "live"
+
+
+STOPPED = """
+import os, signal, sys, threading, time
+sys.path.insert(0, {tests!r})
+from test_watcher import Watched, HEARTBEAT_S
+watched = Watched()
+print(os.getpid(), flush=True)
+def answer():
+    while True:
+        watched.read()
+        watched.end.sendall(watched.beat())
+# The other end goes on while this process is stopped: a child that shares the connection.
+if os.fork() == 0:
+    answer()
+time.sleep(10 * HEARTBEAT_S)
+print(watched.peer[0], flush=True)
+sys.stdin.readline()
+time.sleep(10 * HEARTBEAT_S)
+print(watched.peer[0], flush=True)
+os.kill(0, signal.SIGKILL)
+"""
+
+
+def test_a_process_that_was_stopped_does_not_call_others_silent() -> None:
+    """It could not hear them: what lies in its connections counts, and time in which it did not run does not."""
+    code = STOPPED.format(tests=os.path.dirname(__file__))
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdin and process.stdout
+        process_id = int(process.stdout.readline())
+        assert process.stdout.readline() == "live\n"
+        os.kill(process_id, signal.SIGSTOP)
+        time.sleep(4 * LOST_AFTER_S)
+        os.kill(process_id, signal.SIGCONT)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "live\n"
