@@ -7,6 +7,8 @@ file descriptors of the memory objects. Nothing is unpickled.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import dataclasses
 import json
 import os
@@ -23,10 +25,11 @@ from ._C import SetupError
 from .shape import Shape
 from .store import Store, look_up
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 _MAX_MESSAGE_BYTES = 64 * 1024
 _MAX_DEVICE_CHARS = 64
 _NUM_OBJECTS = 3  # rows, small, wake
+_MAX_DOOR_BYTES = 32 * 1024
 _HANDSHAKE_TIMEOUT_S = 10.0
 _FIRST_NOTE_S = 2.0
 _NOTE_EVERY_S = 10.0
@@ -36,7 +39,9 @@ class NativeComm(Protocol):
     """The native half of a comm, as far as the handshake needs it."""
 
     def offer(self, rank: int, life: int) -> dict[str, Any]: ...
-    def attach(self, peer_idx: int, objects: list[tuple[int, int]], process: int, device: str, wakes: bool) -> None: ...
+    def attach(
+        self, peer_idx: int, objects: list[tuple[int, int]], process: int, device: str, wakes: bool, door: bytes
+    ) -> None: ...
     def watch(self, peer_idx: int, connection_fd: int, pidfd: int) -> None: ...
 
 
@@ -122,11 +127,23 @@ def _introduction(identity: Identity, offer: dict[str, Any]) -> dict[str, Any]:
         "wakes": offer["wakes"],
         "objects": [object_id for _, object_id in offer["objects"]],
         "has_fd": [fd >= 0 for fd, _ in offer["objects"]],
+        "door": base64.b64encode(offer["door"]).decode(),
     }
 
 
 def _descriptors(offer: dict[str, Any]) -> list[int]:
     return [fd for fd, _ in offer["objects"] if fd >= 0]
+
+
+def _door(message: dict[str, Any], theirs: str) -> bytes:
+    """How the peer is reached over a network; empty where its memory is shared."""
+    text = message.get("door")
+    try:
+        if not isinstance(text, str) or len(text) > _MAX_DOOR_BYTES // 3 * 4:
+            raise ValueError
+        return base64.b64decode(text, validate=True)
+    except (ValueError, binascii.Error):
+        raise SetupError(f"handshake: {theirs} does not say how it is reached") from None
 
 
 def _check_introduction(identity: Identity, message: dict[str, Any], num_fds: int) -> None:
@@ -164,6 +181,7 @@ def _check_introduction(identity: Identity, message: dict[str, Any], num_fds: in
     device, wakes = message.get("device"), message.get("wakes")
     if not isinstance(device, str) or len(device) > _MAX_DEVICE_CHARS or not isinstance(wakes, bool):
         raise SetupError(f"handshake: {theirs} does not say where its memory lies")
+    _door(message, theirs)
     numbers = [(message.get("rank"), 32)]
     numbers += [(number, 64) for number in (message.get("life"), message.get("process"), *objects)]
     for number, bits in numbers:
@@ -178,7 +196,8 @@ def _join(
     remaining = iter(fds)
     each = [next(remaining) if sent else -1 for sent in message["has_fd"]]
     objects = list(zip(each, message["objects"]))
-    native.attach(peer_idx, objects, message["process"], message["device"], message["wakes"])
+    door = _door(message, "the peer")
+    native.attach(peer_idx, objects, message["process"], message["device"], message["wakes"], door)
     pid = _credentials(connection)
     return lambda: native.watch(peer_idx, connection.detach(), _pidfd(pid))
 

@@ -78,12 +78,21 @@ class Comm:
         transport: str = self.config.transport
         if transport == "auto":
             transport = "cuda" if is_on_gpu else "shm"
+        if transport == "ucx" and self.device != "cpu":
+            raise ValueError(f"config.transport: 'ucx' links ranks on CPUs so far, and the device is {self.device!r}")
         if transport == "cuda" and not is_on_gpu:
             raise ValueError(f"config.transport: device {self.device!r} needs 'auto' or 'shm', got 'cuda'")
         self._transport = transport
         if is_on_gpu:
             self._transport = self.device if transport == "cuda" else f"pinned:{self.device}"
+        if transport == "ucx":
+            self._transport = self.config._ucx()
         if self.config.faults is not None:
+            if transport == "ucx":
+                raise ValueError(
+                    "config.faults: signals over 'ucx' cannot be held back yet; use transport='shm', or no faults "
+                    "(M2N_FAULTS)"
+                )
             if self.device != "cpu":
                 raise ValueError(
                     f"config.faults: signals of kernels cannot be held back yet, and device {self.device!r} launches "

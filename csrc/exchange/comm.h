@@ -43,7 +43,7 @@ const char* describe(LossCause cause);
 // link need the same. Read when a comm is made; Python's lock guards it.
 inline uint32_t g_first_seq = 0;
 
-class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
+class Comm : public PeerListener, public LinkListener, public std::enable_shared_from_this<Comm> {
  public:
   enum class Role { kAttention, kExpert };
 
@@ -52,13 +52,16 @@ class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
     uint32_t peer_idx;
     Origin origin;
     bool wakes;                   // does it wake a peer that sleeps? A device cannot
-    std::vector<Handle> handles;  // rows, small, wake
+    std::vector<Handle> handles;  // rows, small, wake; over a network nobody can attach to them
+    std::string door;             // what stands for them there, else ""
   };
 
   Comm(Role role, const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport);
+  ~Comm() override;
   // Handshake, in this order. Peer indices are never used again.
   Offer offer(uint32_t peer_rank, uint64_t life);
-  void attach(uint32_t peer_idx, std::vector<Handle> handles, const Origin& origin, bool wakes = true);
+  void attach(uint32_t peer_idx, std::vector<Handle> handles, const Origin& origin, bool wakes = true,
+              const std::string& door = "");
   // The link is LIVE from here on. Takes both descriptors; pidfd -1: the peer is in this process or on no pid
   // of ours.
   void watch(uint32_t peer_idx, int connection_fd, int pidfd);
@@ -66,8 +69,10 @@ class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
   void drop_peer(uint32_t peer_idx, LossCause cause);
 
   void peer_gone(uint32_t peer_idx, PeerState state, LossCause cause) override;
+  void link_broke(uint32_t peer_idx, const std::string& violation) override;
+  void link_ended(uint32_t peer_idx) override;
 
-  // Says goodbye to every peer, once what a relay still holds is delivered; waiting calls end with Error(kSetup).
+  // Says goodbye to every peer, once what a relay or a network still holds is delivered; waiting calls end with Error(kSetup).
   // Windows live as long as views of them.
   virtual void close();
   // Ends every wait at once, of launched verbs too, and closes.
@@ -95,6 +100,8 @@ class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
     LossCause cause = LossCause::kNone;
     uint64_t ticket = 0;
     std::vector<std::shared_ptr<Mapping>> mappings;
+    std::string violation;                   // of the protocol, as the network saw it
+    PeerState end_state = PeerState::kLive;  // what the watcher found, until the network has ended the link
   };
 
   // Do this rank's verbs wake peers that sleep?
@@ -124,21 +131,28 @@ class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
   }
   Header own_header(uint32_t peer_idx, uint32_t slot) const;
 
+  // What arrives over a network arrives while somebody looks.
+  void look_at_network() {
+    if (network_ != nullptr) network_->look();
+  }
+  // Calls send(exec) with an Exec that can send to any peer, one message after another. `copies`: over a network, what is
+  // put is copied into the send area, so that it is free when this returns.
+  template <class Send>
+  auto with_sender(Send&& send, bool copies = false) {
+    if (network_ == nullptr) return send(exec_);
+    Draft draft(*network_, copies);
+    HostExec exec(exec_, &draft);
+    return send(exec);
+  }
+
   // Waits for ready() with the comm's own ending conditions; throws when the comm is closed meanwhile. A short wait
   // reads no clock.
   template <class Ready>
   WaitResult wait(Ready&& ready, int64_t deadline_ns) {
     require_usable();
+    if (network_ != nullptr) return wait_on_network(ready, deadline_ns);
     if (deadline_ns == kNoWait) return ready() ? WaitResult::kReady : WaitResult::kTimeout;
-    const auto is_over = [&] { return ready() || is_closed(); };
-    WaitResult result = WaitResult::kReady;
-    if (!exec_.spin(is_over)) {
-      const int64_t began_ns = now_ns();
-      result = exec_.wait(is_over, deadline_ns);
-      add_relaxed(&stats_.wait_ns, static_cast<uint64_t>(now_ns() - began_ns));
-    }
-    require_usable();
-    return result;
+    return wait_until([&] { return ready() || is_closed(); }, deadline_ns);
   }
 
   const Rows& rows() const { return role_ == Role::kExpert ? layout_.dispatch_rows : layout_.combine_rows; }
@@ -158,7 +172,36 @@ class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
   Stats stats_;
 
  private:
+  template <class IsOver>
+  WaitResult wait_until(IsOver&& is_over, int64_t deadline_ns) {
+    WaitResult result = WaitResult::kReady;
+    if (!exec_.spin(is_over)) {
+      const int64_t began_ns = now_ns();
+      result = exec_.wait(is_over, deadline_ns);
+      add_relaxed(&stats_.wait_ns, static_cast<uint64_t>(now_ns() - began_ns));
+    }
+    require_usable();
+    return result;
+  }
+  // Whoever waits makes the network's progress.
+  template <class Ready>
+  WaitResult wait_on_network(Ready&& ready, int64_t deadline_ns) {
+    const auto is_over = [&] {
+      network_->look();
+      return ready() || is_closed();
+    };
+    if (deadline_ns == kNoWait) return is_over() ? WaitResult::kReady : WaitResult::kTimeout;
+    struct Driver {
+      Network& network;
+      explicit Driver(Network& of) : network(of) { network.enter(); }
+      ~Driver() { network.leave(); }
+    };
+    const Driver driver(*network_);
+    return wait_until(is_over, deadline_ns);
+  }
+
   void set_state(uint32_t peer_idx, PeerState state);
+  void set_gone(uint32_t peer_idx, PeerState state, LossCause cause);
   void drop_locked(uint32_t peer_idx, LossCause cause);
 
   const std::unique_ptr<Transport> host_transport_;
@@ -172,6 +215,7 @@ class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
   const std::unique_ptr<SignalRelay> relay_;  // ends before links_, into whose mappings it writes
 
  protected:
+  const std::unique_ptr<Network> network_;  // nullptr: peers share memory
   HostExec exec_;
 };
 

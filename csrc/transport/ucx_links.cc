@@ -1,0 +1,285 @@
+// SPDX-License-Identifier: Apache-2.0
+// Making and ending links: the worker, what a peer must know to reach it, and its endpoint.
+#include "transport/ucx_links.h"
+
+#include <sched.h>
+#include <sys/mman.h>
+#include <sys/random.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#include "core/error.h"
+#include "transport/host_exec.h"
+
+namespace m2n::ucx {
+namespace {
+
+// A link that is down for a moment makes a peer "unreachable".
+constexpr int64_t kConnectNs = 5'000'000'000;
+constexpr int64_t kCloseNs = 1'000'000'000;
+constexpr int64_t kDrainNs = 5'000'000'000;
+
+// What m2n chooses where neither the user's settings nor the environment do. Up to 512 KB a message is one segment over
+// TCP, from there on UCX's rendezvous.
+constexpr const char* kVariables[][2] = {{"TCP_TX_SEG_SIZE", "1m"}, {"TCP_RX_SEG_SIZE", "1m"}, {"RNDV_THRESH", "512k"}};
+
+// The first part of a door, in this machine's byte order; the address and the keys follow.
+struct DoorHead {
+  static constexpr uint32_t kMagic = 0x6D326E01;
+  uint32_t magic = kMagic;
+  uint32_t link = 0;
+  uint64_t key = 0;
+  uint32_t way = 0;
+  uint32_t address_bytes = 0;
+  uint64_t objects[kNumAreas] = {};
+  uint32_t key_bytes[kNumAreas] = {};
+};
+
+[[noreturn]] void fail(const std::string& text) { throw Error(Failure::kSetup, "ucx: " + text); }
+
+uint64_t random_number() {
+  uint64_t number = 0;
+  while (getrandom(&number, sizeof number, 0) != sizeof number) {
+  }
+  return number;
+}
+
+std::shared_ptr<unsigned char> reserve(uint64_t num_bytes) {
+  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  void* data = mmap(nullptr, num_bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
+  if (data == MAP_FAILED) fail("cannot reserve " + std::to_string(num_bytes) + " bytes of addresses for send areas");
+  madvise(data, num_bytes, MADV_DONTFORK);
+  return {static_cast<unsigned char*>(data), [num_bytes](unsigned char* areas) { munmap(areas, num_bytes); }};
+}
+
+void require(const Api& api, Status status, const std::string& call) {
+  if (status != Status::kOk) fail(call + ": " + api.status_string(status));
+}
+
+}  // namespace
+
+Links::Links(const Settings& settings) : api_(load(settings.library, settings.beside)), way_(settings.way) {
+  try {
+    make_worker(settings);
+  } catch (...) {
+    close();
+    throw;
+  }
+}
+
+Links::~Links() { close(); }
+
+void Links::make_worker(const Settings& settings) {
+  Config* config = nullptr;
+  require(api_, api_.config_read(nullptr, nullptr, &config), "ucp_config_read");
+  const std::unique_ptr<Config, void (*)(Config*)> config_owner(config, api_.config_release);
+  for (const auto& [name, value] : kVariables) {
+    // Some versions do not know all of them.
+    if (std::getenv((std::string("UCX_") + name).c_str()) == nullptr) (void)api_.config_modify(config, name, value);
+  }
+  for (const auto& [name, value] : settings.variables) {
+    require(api_, api_.config_modify(config, name.c_str(), value.c_str()), "setting " + name + "=" + value);
+  }
+  Params params;
+  params.features = Params::kAm | Params::kRma | Params::kWakeup;
+  require(api_, api_.init_version(kMajor, kMinor, &params, config, &context_), "ucp_init");
+  require(api_, api_.worker_create(context_, std::make_unique<WorkerParams>().get(), &worker_), "ucp_worker_create");
+  require(api_, api_.worker_get_efd(worker_, &event_fd_), "ucp_worker_get_efd");
+  AmHandler handler;
+  handler.callback = &on_message;
+  handler.arg = this;
+  require(api_, api_.worker_set_am_recv_handler(worker_, &handler), "ucp_worker_set_am_recv_handler");
+  Address* address = nullptr;
+  size_t num_bytes = 0;
+  require(api_, api_.worker_get_address(worker_, &address, &num_bytes), "ucp_worker_get_address");
+  address_.assign(reinterpret_cast<const char*>(address), num_bytes);
+  api_.worker_release_address(worker_, address);
+}
+
+void Links::open(const Network::Peers& peers, std::function<void()> on_signal, std::function<void()> on_report) {
+  std::lock_guard lock(mutex_);
+  peers_ = peers;
+  send_areas_ = reserve(peers.max_peers * (peers.rows_bytes + peers.small_bytes));
+  on_signal_ = std::move(on_signal);
+  on_report_ = std::move(on_report);
+}
+
+std::string Links::make_door(uint32_t peer_idx, const Areas& own) {
+  std::lock_guard lock(mutex_);
+  if (is_closed_) fail("the comm is closed");
+  if (links_.size() <= peer_idx) links_.resize(peer_idx + 1);
+  links_[peer_idx] = std::make_unique<Link>();
+  Link& link = *links_[peer_idx];
+  link.links = this;
+  link.peer_idx = peer_idx;
+  link.key = random_number();
+  link.own = own;
+  DoorHead head;
+  head.link = peer_idx;
+  head.key = link.key;
+  head.way = static_cast<uint32_t>(way_);
+  head.address_bytes = static_cast<uint32_t>(address_.size());
+  std::string keys;
+  const std::pair<unsigned char*, uint64_t> areas[] = {{own.rows, own.rows_bytes}, {own.small, own.small_bytes}};
+  for (uint32_t i = 0; i < kNumAreas; ++i) {
+    MapParams params;
+    params.address = areas[i].first;
+    params.length = areas[i].second;
+    require(api_, api_.mem_map(context_, &params, &link.own_memory[i]), "ucp_mem_map");
+    void* packed = nullptr;
+    size_t num_bytes = 0;
+    require(api_, api_.rkey_pack(context_, link.own_memory[i], &packed, &num_bytes), "ucp_rkey_pack");
+    keys.append(static_cast<const char*>(packed), num_bytes);
+    api_.rkey_buffer_release(packed);
+    head.objects[i] = reinterpret_cast<uint64_t>(areas[i].first);
+    head.key_bytes[i] = static_cast<uint32_t>(num_bytes);
+  }
+  return std::string(reinterpret_cast<const char*>(&head), sizeof head) + address_ + keys;
+}
+
+Areas Links::connect(uint32_t peer_idx, const std::string& door, bool* wakes) {
+  DoorHead head;
+  if (door.size() < sizeof head) fail("the peer's address is too short");
+  std::memcpy(&head, door.data(), sizeof head);
+  uint64_t num_bytes = sizeof head + uint64_t{head.address_bytes};
+  for (uint32_t key_bytes : head.key_bytes) num_bytes += key_bytes;
+  if (head.magic != DoorHead::kMagic || num_bytes != door.size() || head.way > static_cast<uint32_t>(Way::kPut)) {
+    fail("the peer's address is none of this version, on a machine of this byte order");
+  }
+  std::unique_lock lock(mutex_);
+  Link& link = *links_.at(peer_idx);
+  const int64_t until_ns = now_ns() + kConnectNs;
+  while (true) {
+    if (is_closed_) fail("the comm is closed");
+    try {
+      make_endpoint(link, door.substr(sizeof head, head.address_bytes));
+      break;
+    } catch (const Error&) {
+      if (now_ns() > until_ns) throw;
+    }
+    lock.unlock();
+    usleep(10'000);
+    lock.lock();
+  }
+  link.peer_key = head.key;
+  link.peer_link = head.link;
+  const bool is_real = has_real_puts(link);
+  const auto puts = [is_real](Way way) { return way == Way::kPut || (way == Way::kAuto && is_real); };
+  link.is_put = puts(way_);
+  *wakes = !puts(static_cast<Way>(head.way));
+  const char* packed = door.data() + sizeof head + head.address_bytes;
+  for (uint32_t i = 0; i < kNumAreas; ++i) {
+    link.remote[i] = head.objects[i];
+    if (link.is_put) {
+      require(api_, api_.ep_rkey_unpack(link.endpoint, packed, &link.remote_keys[i]),
+              "ucp_ep_rkey_unpack: the peer's memory cannot be reached by puts");
+    }
+    packed += head.key_bytes[i];
+  }
+  unsigned char* rows = send_areas_.get() + peer_idx * (peers_.rows_bytes + peers_.small_bytes);
+  return {rows, peers_.rows_bytes, rows + peers_.rows_bytes, peers_.small_bytes};
+}
+
+void Links::make_endpoint(Link& link, const std::string& address) {
+  EndpointParams params;
+  params.field_mask = EndpointParams::kAddress | EndpointParams::kErrorMode | EndpointParams::kErrorHandler;
+  params.address = reinterpret_cast<const Address*>(address.data());
+  params.error_mode = EndpointParams::kPeerErrors;
+  params.error_callback = &on_error;
+  params.error_arg = &link;
+  Status status = api_.ep_create(worker_, &params, &link.endpoint);
+  link.has_errors = status == Status::kOk;
+  if (status != Status::kOk) {  // shared memory does not notice errors
+    params.field_mask = EndpointParams::kAddress;
+    status = api_.ep_create(worker_, &params, &link.endpoint);
+  }
+  if (status != Status::kOk) {
+    link.endpoint = nullptr;
+    fail(std::string("no connection to the peer: ") + api_.status_string(status) +
+         "; do both sides have the same UCX_TLS and a network in common?");
+  }
+}
+
+bool Links::has_real_puts(const Link& link) const {
+  Transport transports[16];
+  EndpointAttributes attributes;
+  attributes.transports = transports;
+  attributes.num_transports = std::size(transports);
+  if (api_.ep_query(link.endpoint, &attributes) != Status::kOk) return false;
+  for (const Transport& transport : transports) {
+    const std::string name = transport.name == nullptr ? "" : transport.name;
+    if (name.rfind("rc", 0) == 0 || name.rfind("dc", 0) == 0) return true;
+  }
+  return false;
+}
+
+template <class IsDone>
+bool Links::progress_until(IsDone&& is_done, int64_t most_ns) {
+  const int64_t until_ns = now_ns() + most_ns;
+  while (!is_done()) {
+    if (now_ns() > until_ns) return false;
+    if (api_.worker_progress(worker_) == 0) sched_yield();
+  }
+  return true;
+}
+
+void Links::close_endpoint(Link& link, bool by_force) {
+  if (link.endpoint == nullptr) return;
+  for (RemoteKey*& key : link.remote_keys) {
+    if (key != nullptr) api_.rkey_destroy(std::exchange(key, nullptr));
+  }
+  RequestParam param;
+  param.field_mask = RequestParam::kFlags;
+  param.flags = by_force && link.has_errors ? RequestParam::kForceClose : 0;
+  const Request request = api_.ep_close_nbx(std::exchange(link.endpoint, nullptr), &param);
+  if (request == nullptr || is_error(request)) return;
+  progress_until([&] { return api_.request_check_status(request) != Status::kInProgress; }, kCloseNs);
+  api_.request_free(request);
+}
+
+void Links::end(uint32_t peer_idx) {
+  std::lock_guard lock(mutex_);
+  Link* link = find(peer_idx);
+  if (link == nullptr || is_closed_) return;
+  link->ending_ns = now_ns();
+  on_report_();
+}
+
+void Links::end_now(uint32_t peer_idx) {
+  std::lock_guard lock(mutex_);
+  Link* link = find(peer_idx);
+  if (link == nullptr || link->is_ended || is_closed_) return;
+  while (api_.worker_progress(worker_) != 0) {  // what has arrived still counts
+  }
+  link->is_ended = true;
+  close_endpoint(*link, true);
+  progress_until([&] { return link->num_sending == 0 && link->num_receiving == 0; }, kCloseNs);
+}
+
+void Links::drain() {
+  const int64_t until_ns = now_ns() + kDrainNs;
+  while (num_sending() != 0 && now_ns() < until_ns) {
+    look();
+    sched_yield();
+  }
+}
+
+void Links::close() {
+  std::lock_guard lock(mutex_);
+  if (is_closed_) return;
+  is_closed_ = true;
+  for (const auto& link : links_) {
+    if (link == nullptr) continue;
+    close_endpoint(*link, link->is_broken || link->num_sending != 0);
+    link->is_ended = true;
+    for (Memory* memory : link->own_memory) {
+      if (memory != nullptr) (void)api_.mem_unmap(context_, memory);
+    }
+  }
+  if (worker_ != nullptr) api_.worker_destroy(worker_);
+  if (context_ != nullptr) api_.cleanup(context_);
+}
+
+}  // namespace m2n::ucx

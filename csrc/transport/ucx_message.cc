@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+// Reading the header of an active message: each offset and length within the objects of the link, without overflow.
+#include "transport/ucx_message.h"
+
+#include <cstring>
+
+namespace m2n::ucx {
+namespace {
+
+bool is_within(uint64_t offset, uint64_t num_bytes, uint64_t area_bytes) {
+  return num_bytes <= area_bytes && offset <= area_bytes - num_bytes;
+}
+
+}  // namespace
+
+bool read_head(const void* header, size_t header_bytes, MessageHead* head) {
+  if (header_bytes < sizeof *head) return false;
+  std::memcpy(head, header, sizeof *head);
+  return true;
+}
+
+std::string read_message(const void* header, size_t header_bytes, size_t data_bytes,
+                         const uint64_t (&area_bytes)[kNumAreas], Message* message) {
+  if (!read_head(header, header_bytes, &message->head)) return "a header of " + std::to_string(header_bytes) + " bytes";
+  const MessageHead& head = message->head;
+  if (head.num_parts > kMaxParts) return std::to_string(head.num_parts) + " parts";
+  if (header_bytes != message->header_bytes()) return "a header of " + std::to_string(header_bytes) + " bytes";
+  if (head.word_offset % sizeof(uint64_t) != 0 ||
+      !is_within(head.word_offset, sizeof(uint64_t), area_bytes[kNumAreas - 1])) {
+    return "a signal at " + std::to_string(head.word_offset);
+  }
+  std::memcpy(message->parts, static_cast<const unsigned char*>(header) + sizeof head,
+              head.num_parts * sizeof(MessagePart));
+  uint64_t num_bytes = 0;
+  for (uint32_t i = 0; i < head.num_parts; ++i) {
+    const MessagePart& part = message->parts[i];
+    if (part.area >= kNumAreas || !is_within(part.offset, part.num_bytes, area_bytes[part.area])) {
+      return std::to_string(part.num_bytes) + " bytes at " + std::to_string(part.offset) + " of object " +
+             std::to_string(part.area);
+    }
+    num_bytes += part.num_bytes;  // at most kMaxParts times an area: no overflow
+  }
+  if (num_bytes != data_bytes) {
+    return std::to_string(data_bytes) + " bytes of data for parts of " + std::to_string(num_bytes);
+  }
+  return "";
+}
+
+}  // namespace m2n::ucx

@@ -1,0 +1,277 @@
+// SPDX-License-Identifier: Apache-2.0
+// Messages over the links: what was drafted goes out as one active message or as puts, and what arrives goes from UCX
+// straight into the windows.
+#include <sched.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "core/atomic.h"
+#include "core/error.h"
+#include "transport/host_exec.h"
+#include "transport/ucx_links.h"
+
+namespace m2n::ucx {
+namespace {
+
+constexpr int64_t kFinishNs = 1'000'000'000;
+// The watcher of processes knows better why a connection broke, a moment later.
+constexpr int64_t kGraceNs = 200'000'000;
+// After a goodbye or a death: how long the rest of what was sent may take where UCX does not tell of the end.
+constexpr int64_t kEndingNs = 100'000'000;
+
+unsigned char* data_of(const Areas& areas, uint32_t area) { return area == 0 ? areas.rows : areas.small; }
+
+}  // namespace
+
+Links::Place Links::place_of(const void* at) const {
+  const auto offset = static_cast<uint64_t>(static_cast<const unsigned char*>(at) - send_areas_.get());
+  const uint64_t stride = peers_.rows_bytes + peers_.small_bytes;
+  const uint64_t in_link = offset % stride;
+  const bool is_small = in_link >= peers_.rows_bytes;
+  return {static_cast<uint32_t>(offset / stride), is_small, in_link - (is_small ? peers_.rows_bytes : 0)};
+}
+
+void Links::send(const std::vector<Piece>& pieces, const Signal* word, Signal value) {
+  std::lock_guard lock(mutex_);
+  Link* link = find(place_of(word).peer_idx);
+  // To a peer that is gone nothing is sent; its state says so.
+  if (is_closed_ || link == nullptr || link->endpoint == nullptr || link->is_broken) return;
+  link->is_put ? post_puts(*link, pieces, word, value) : post_message(*link, pieces, word, value);
+}
+
+std::unique_ptr<Links::Sending> Links::start_sending(Link& link, const Signal* word) {
+  auto sending = std::make_unique<Sending>();
+  sending->link = &link;
+  sending->word = word;
+  return sending;
+}
+
+void Links::post_message(Link& link, const std::vector<Piece>& pieces, const Signal* word, Signal value) {
+  auto sending = start_sending(link, word);
+  Message& message = sending->message;
+  message.head = {link.peer_key, link.peer_link, 0, place_of(word).offset, value};
+  uint32_t& num_parts = message.head.num_parts;
+  for (const Piece& piece : pieces) {
+    const Place place = place_of(piece.to);
+    MessagePart* last = num_parts == 0 ? nullptr : &message.parts[num_parts - 1];
+    if (last != nullptr && last->area == place.area && last->offset + last->num_bytes == place.offset) {
+      last->num_bytes += piece.num_bytes;
+    } else if (num_parts == kMaxParts) {
+      throw Error(Failure::kSetup, "ucx: a message of too many parts");
+    } else {
+      message.parts[num_parts++] = {place.area, 0, place.offset, piece.num_bytes};
+    }
+    sending->iov.push_back({const_cast<unsigned char*>(piece.from), piece.num_bytes});
+  }
+  RequestParam param;
+  param.field_mask = RequestParam::kCallback | RequestParam::kUserData | RequestParam::kDatatype;
+  param.callback.send = &on_sent;
+  param.user_data = sending.get();
+  const bool is_one = sending->iov.size() == 1;
+  param.datatype = is_one ? RequestParam::kBytes : RequestParam::kIov;
+  const void* data = is_one ? sending->iov[0].buffer : sending->iov.data();
+  const size_t count = is_one ? sending->iov[0].length : sending->iov.size();
+  const Request request =
+      api_.am_send_nbx(link.endpoint, 0, &message.head, message.header_bytes(), data, count, &param);
+  keep(std::move(sending), request);
+}
+
+void Links::post_puts(Link& link, const std::vector<Piece>& pieces, const Signal* word, Signal value) {
+  auto sending = start_sending(link, word);
+  sending->value = value;
+  RequestParam param;
+  param.field_mask = RequestParam::kCallback | RequestParam::kUserData;
+  param.callback.send = &on_sent;
+  param.user_data = sending.get();
+  std::vector<Request> requests;
+  const auto put = [&](const void* from, uint64_t num_bytes, const void* to) {
+    const Place place = place_of(to);
+    requests.push_back(api_.put_nbx(link.endpoint, from, num_bytes, link.remote[place.area] + place.offset,
+                                    link.remote_keys[place.area], &param));
+  };
+  for (const Piece& piece : pieces) put(piece.from, piece.num_bytes, piece.to);
+  if (api_.worker_fence(worker_) != Status::kOk) return break_link(link, "");
+  put(&sending->value, sizeof sending->value, word);
+  Sending* kept = sending.get();
+  ++kept->num_requests;  // of this function, so that none of the others is the last
+  keep(std::move(sending), nullptr);
+  for (Request request : requests) {
+    if (is_error(request)) {
+      break_link(link, "");
+    } else if (request != nullptr) {
+      ++kept->num_requests;
+    }
+  }
+  end_request(*kept, Status::kOk);
+}
+
+void Links::keep(std::unique_ptr<Sending> sending, Request request) {
+  if (is_error(request)) return break_link(*sending->link, "");
+  if (request != nullptr) ++sending->num_requests;
+  if (sending->num_requests == 0) return;
+  ++sending->link->num_sending;
+  store_release(&num_sending_, num_sending_ + 1);  // SYNC: ucx-sending
+  sending_.push_back(std::move(sending));
+}
+
+void Links::on_sent(void* request, Status status, void* user_data) {
+  auto& sending = *static_cast<Sending*>(user_data);
+  Links& links = *sending.link->links;
+  links.api_.request_free(request);
+  links.end_request(sending, status);
+}
+
+void Links::end_request(Sending& sending, Status status) {
+  Link& link = *sending.link;
+  if (status != Status::kOk) break_link(link, "");
+  if (--sending.num_requests != 0) return;
+  --link.num_sending;
+  std::erase_if(sending_, [&](const auto& one) { return one.get() == &sending; });
+  store_release(&num_sending_, num_sending_ - 1);  // SYNC: ucx-sending
+}
+
+void Links::finish(const Signal* word) {
+  const int64_t until_ns = now_ns() + kFinishNs;
+  while (num_sending() != 0) {
+    std::lock_guard lock(mutex_);
+    const auto is_it = [word](const auto& one) { return one->word == word; };
+    const auto found = std::find_if(sending_.begin(), sending_.end(), is_it);
+    if (is_closed_ || found == sending_.end()) return;
+    if (now_ns() > until_ns) return break_link(*(*found)->link, "");
+    if (api_.worker_progress(worker_) == 0) sched_yield();
+  }
+}
+
+Status Links::on_message(void* arg, const void* header, size_t header_bytes, void* data, size_t num_bytes,
+                         const AmReceived* received) {
+  return static_cast<Links*>(arg)->receive(header, header_bytes, data, num_bytes, *received);
+}
+
+Status Links::receive(const void* header, size_t header_bytes, void* data, size_t num_bytes,
+                      const AmReceived& received) {
+  MessageHead head{};
+  if (!read_head(header, header_bytes, &head)) return Status::kOk;
+  Link* link = find(head.link);
+  // Nobody's: a stranger's, or that of a link which has ended.
+  if (link == nullptr || link->key != head.key || link->is_ended) return Status::kOk;
+  Message message;
+  const std::string wrong =
+      read_message(header, header_bytes, num_bytes, {link->own.rows_bytes, link->own.small_bytes}, &message);
+  if (!wrong.empty()) {
+    break_link(*link, "it sent a message with " + wrong);
+    return Status::kOk;
+  }
+  auto receiving = std::make_unique<Receiving>(Receiving{link, message.head, {}});
+  for (uint32_t i = 0; i < head.num_parts; ++i) {
+    const MessagePart& part = message.parts[i];
+    receiving->iov.push_back({data_of(link->own, part.area) + part.offset, part.num_bytes});
+  }
+  if ((received.attributes & AmReceived::kIsRendezvous) == 0) {
+    // It came in one piece, which lies in memory of UCX until this returns.
+    const auto* from = static_cast<const unsigned char*>(data);
+    for (const Iov& part : receiving->iov) {
+      std::memcpy(part.buffer, from, part.length);
+      from += part.length;
+    }
+    deliver(*link, message.head);
+    return Status::kOk;
+  }
+  RequestParam param;
+  param.field_mask = RequestParam::kCallback | RequestParam::kUserData | RequestParam::kDatatype;
+  param.callback.receive = &on_received;
+  param.user_data = receiving.get();
+  param.datatype = RequestParam::kIov;
+  const Request request =
+      api_.am_recv_data_nbx(worker_, data, receiving->iov.data(), receiving->iov.size(), &param);
+  if (is_error(request)) {
+    break_link(*link, "");
+  } else if (request == nullptr) {
+    deliver(*link, message.head);
+  } else {
+    ++link->num_receiving;
+    receiving.release();  // on_received() takes it
+  }
+  return Status::kInProgress;
+}
+
+void Links::on_received(void* request, Status status, size_t, void* user_data) {
+  const std::unique_ptr<Receiving> receiving(static_cast<Receiving*>(user_data));
+  Link& link = *receiving->link;
+  link.links->api_.request_free(request);
+  --link.num_receiving;
+  if (status != Status::kOk) return link.links->break_link(link, "");
+  if (!link.is_ended) link.links->deliver(link, receiving->head);
+}
+
+void Links::deliver(Link& link, const MessageHead& head) {
+  store_signal(reinterpret_cast<Signal*>(link.own.small + head.word_offset), head.value);  // SYNC: slot-signal
+  on_signal_();
+}
+
+void Links::on_error(void* arg, Endpoint*, Status) {
+  auto& link = *static_cast<Link*>(arg);
+  link.links->break_link(link, "");
+}
+
+void Links::break_link(Link& link, const std::string& violation) {
+  if (link.is_broken) return;
+  link.is_broken = true;
+  link.violation = violation;
+  link.tell_ns = now_ns() + (violation.empty() ? kGraceNs : 0);
+  if (on_report_) on_report_();
+}
+
+void Links::look() {
+  std::unique_lock lock(mutex_, std::try_to_lock);
+  if (lock.owns_lock() && !is_closed_) api_.worker_progress(worker_);
+}
+
+bool Links::settle_and_arm() {
+  std::lock_guard lock(mutex_);
+  if (is_closed_) return true;
+  while (api_.worker_progress(worker_) != 0) {
+  }
+  return api_.worker_arm(worker_) == Status::kOk;
+}
+
+int64_t Links::report(LinkListener& listener) {
+  int64_t next_ns = -1;
+  std::vector<std::pair<uint32_t, std::string>> broken;
+  std::vector<uint32_t> ended;
+  {
+    std::lock_guard lock(mutex_);
+    if (is_closed_) return -1;
+    const int64_t now = now_ns();
+    const auto come_at = [&](int64_t at_ns) {
+      if (next_ns < 0 || at_ns - now < next_ns) next_ns = std::max<int64_t>(at_ns - now, 1);
+    };
+    for (const auto& link : links_) {
+      if (link == nullptr || link->is_ended) continue;
+      if (link->ending_ns >= 0) {
+        const int64_t until_ns = link->ending_ns + kEndingNs;
+        const bool is_over = link->is_broken || !link->has_errors || now >= until_ns;
+        if (is_over) {
+          ended.push_back(link->peer_idx);
+        } else {
+          come_at(until_ns);
+        }
+      } else if (link->is_broken && !link->is_told) {
+        link->is_told = now >= link->tell_ns;
+        if (link->is_told) {
+          broken.emplace_back(link->peer_idx, link->violation);
+        } else {
+          come_at(link->tell_ns);
+        }
+      }
+    }
+  }
+  for (const auto& [peer_idx, violation] : broken) listener.link_broke(peer_idx, violation);
+  for (uint32_t peer_idx : ended) {
+    end_now(peer_idx);
+    listener.link_ended(peer_idx);
+  }
+  return next_ns;
+}
+
+}  // namespace m2n::ucx
