@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import json
 import multiprocessing
@@ -220,7 +221,7 @@ def test_strict_lockstep_names_who_is_late(tmp_path: Path) -> None:
 
 
 def test_an_unanswered_empty_message_is_a_timeout_of_the_next_dispatch(tmp_path: Path) -> None:
-    config = m2n.Config(timeout_s=0.2, arrays="numpy")
+    config = dataclasses.replace(bodies.NUMPY, timeout_s=0.2)
     with expert(tmp_path), m2n.AttentionComm(0, SHAPE, ONE, tmp_path, config=config) as comm:
         comm.dispatch_send(X[:0], comm.route(IDS[:0], WEIGHTS[:0]))
         assert comm.combine_recv().shape == (0, 64)  # not awaited here

@@ -7,8 +7,10 @@
 #include <sys/random.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <string_view>
 
 #include "core/error.h"
 #include "transport/host_exec.h"
@@ -54,6 +56,25 @@ std::shared_ptr<unsigned char> reserve(uint64_t num_bytes) {
   return {static_cast<unsigned char*>(data), [num_bytes](unsigned char* areas) { munmap(areas, num_bytes); }};
 }
 
+// Is this list of UCX_TLS one of shared memory alone? That never tells that a peer is gone, and refuses to be asked.
+bool is_within_host(std::string_view transports) {
+  constexpr std::string_view kWithin[] = {"posix", "sysv", "cma", "xpmem", "knem", "self", "shm", "sm", "mm"};
+  while (!transports.empty()) {
+    const size_t end = std::min(transports.find(','), transports.size());
+    if (std::find(std::begin(kWithin), std::end(kWithin), transports.substr(0, end)) == std::end(kWithin)) return false;
+    transports.remove_prefix(std::min(end + 1, transports.size()));
+  }
+  return true;
+}
+
+// UCX has threads and locks of its own, which a forked child gets in whatever state they were.
+void require_same_process() {
+  static const uint32_t used_at = fork_count();
+  if (used_at != fork_count()) {
+    fail("it was used before fork(), and cannot be used in the child; start processes with 'spawn' or 'forkserver'");
+  }
+}
+
 void require(const Api& api, Status status, const std::string& call) {
   if (status != Status::kOk) fail(call + ": " + api.status_string(status));
 }
@@ -61,6 +82,7 @@ void require(const Api& api, Status status, const std::string& call) {
 }  // namespace
 
 Links::Links(const Settings& settings) : api_(load(settings.library, settings.beside)), way_(settings.way) {
+  require_same_process();
   try {
     make_worker(settings);
   } catch (...) {
@@ -82,6 +104,11 @@ void Links::make_worker(const Settings& settings) {
   for (const auto& [name, value] : settings.variables) {
     require(api_, api_.config_modify(config, name.c_str(), value.c_str()), "setting " + name + "=" + value);
   }
+  const char* transports = std::getenv("UCX_TLS");
+  for (const auto& [name, value] : settings.variables) {
+    if (name == "TLS") transports = value.c_str();
+  }
+  is_within_host_ = transports != nullptr && is_within_host(transports);
   Params params;
   params.features = Params::kAm | Params::kRma | Params::kWakeup;
   require(api_, api_.init_version(kMajor, kMinor, &params, config, &context_), "ucp_init");
@@ -165,10 +192,8 @@ Areas Links::connect(uint32_t peer_idx, const std::string& door, bool* wakes) {
   }
   link.peer_key = head.key;
   link.peer_link = head.link;
-  const bool is_real = has_real_puts(link);
-  const auto puts = [is_real](Way way) { return way == Way::kPut || (way == Way::kAuto && is_real); };
-  link.is_put = puts(way_);
-  *wakes = !puts(static_cast<Way>(head.way));
+  link.is_put = puts(link, way_);
+  *wakes = !puts(link, static_cast<Way>(head.way));
   const char* packed = door.data() + sizeof head + head.address_bytes;
   for (uint32_t i = 0; i < kNumAreas; ++i) {
     link.remote[i] = head.objects[i];
@@ -189,12 +214,9 @@ void Links::make_endpoint(Link& link, const std::string& address) {
   params.error_mode = EndpointParams::kPeerErrors;
   params.error_callback = &on_error;
   params.error_arg = &link;
-  Status status = api_.ep_create(worker_, &params, &link.endpoint);
-  link.has_errors = status == Status::kOk;
-  if (status != Status::kOk) {  // shared memory does not notice errors
-    params.field_mask = EndpointParams::kAddress;
-    status = api_.ep_create(worker_, &params, &link.endpoint);
-  }
+  if (is_within_host_) params.field_mask = EndpointParams::kAddress;
+  const Status status = api_.ep_create(worker_, &params, &link.endpoint);
+  link.has_errors = !is_within_host_;
   if (status != Status::kOk) {
     link.endpoint = nullptr;
     fail(std::string("no connection to the peer: ") + api_.status_string(status) +
@@ -202,17 +224,33 @@ void Links::make_endpoint(Link& link, const std::string& address) {
   }
 }
 
-bool Links::has_real_puts(const Link& link) const {
+std::vector<std::string> Links::transports_of(const Link& link) const {
   Transport transports[16];
   EndpointAttributes attributes;
   attributes.transports = transports;
   attributes.num_transports = std::size(transports);
-  if (api_.ep_query(link.endpoint, &attributes) != Status::kOk) return false;
+  std::vector<std::string> names;
+  if (api_.ep_query(link.endpoint, &attributes) != Status::kOk) return names;
   for (const Transport& transport : transports) {
-    const std::string name = transport.name == nullptr ? "" : transport.name;
-    if (name.rfind("rc", 0) == 0 || name.rfind("dc", 0) == 0) return true;
+    if (transport.name != nullptr) names.emplace_back(transport.name);
   }
-  return false;
+  return names;
+}
+
+bool Links::puts(const Link& link, Way way) const {
+  // Those that reach memory which they have not allocated; the first two without the processors of the other host.
+  constexpr std::string_view kReal[] = {"rc", "dc", "cma", "xpmem", "knem"};
+  const auto names = transports_of(link);
+  const auto has_one_of = [&](size_t count) {
+    return std::any_of(kReal, kReal + count, [&](std::string_view real) {
+      return std::any_of(names.begin(), names.end(), [&](const auto& name) { return name.starts_with(real); });
+    });
+  };
+  if (way == Way::kPut && !names.empty() && !has_one_of(std::size(kReal))) {
+    fail("ucx_way='put' needs real remote memory access, which " + names[0] +
+         " only emulates: it would wait for the peer to make progress; use 'auto'");
+  }
+  return way == Way::kPut || (way == Way::kAuto && has_one_of(2));
 }
 
 template <class IsDone>

@@ -45,7 +45,7 @@ class Links {
   void finish(const Signal* word);
   uint32_t num_sending() const { return load_acquire(&num_sending_); }  // SYNC: ucx-sending
 
-  // Makes progress once, unless another thread is at it.
+  // Makes the progress of a moment, unless another thread is at it.
   void look();
   // Makes all the progress there is. True: from now on event_fd() tells when there is more.
   bool settle_and_arm();
@@ -95,7 +95,8 @@ class Links {
   void make_worker(const Settings& settings);
   Link* find(uint32_t peer_idx) { return peer_idx < links_.size() ? links_[peer_idx].get() : nullptr; }
   void make_endpoint(Link& link, const std::string& address);
-  bool has_real_puts(const Link& link) const;
+  std::vector<std::string> transports_of(const Link& link) const;
+  bool puts(const Link& link, Way way) const;
   // Where an address in the send areas lies in the objects of a peer.
   struct Place {
     uint32_t peer_idx, area;
@@ -104,9 +105,9 @@ class Links {
   Place place_of(const void* at) const;
   void post_message(Link& link, const std::vector<Piece>& pieces, const Signal* word, Signal value);
   void post_puts(Link& link, const std::vector<Piece>& pieces, const Signal* word, Signal value);
-  std::unique_ptr<Sending> start_sending(Link& link, const Signal* word);
-  // Keeps it until the last of its requests has ended.
-  void keep(std::unique_ptr<Sending> sending, Request request);
+  // A message whose memory is kept until the last of its requests has ended.
+  Sending& keep(Link& link, const Signal* word);
+  void note_request(Sending& sending, Request request);
   void end_request(Sending& sending, Status status);
   Status receive(const void* header, size_t header_bytes, void* data, size_t num_bytes, const AmReceived& received);
   void deliver(Link& link, const MessageHead& head);
@@ -124,6 +125,7 @@ class Links {
 
   const Api& api_;
   const Way way_;
+  bool is_within_host_ = false;  // only transports that do not tell of errors
   Context* context_ = nullptr;
   Worker* worker_ = nullptr;
   std::string address_;

@@ -14,6 +14,7 @@
 namespace m2n::ucx {
 namespace {
 
+constexpr int kLooks = 8;  // of one call, while each finds something
 constexpr int64_t kFinishNs = 1'000'000'000;
 // The watcher of processes knows better why a connection broke, a moment later.
 constexpr int64_t kGraceNs = 200'000'000;
@@ -40,16 +41,9 @@ void Links::send(const std::vector<Piece>& pieces, const Signal* word, Signal va
   link->is_put ? post_puts(*link, pieces, word, value) : post_message(*link, pieces, word, value);
 }
 
-std::unique_ptr<Links::Sending> Links::start_sending(Link& link, const Signal* word) {
-  auto sending = std::make_unique<Sending>();
-  sending->link = &link;
-  sending->word = word;
-  return sending;
-}
-
 void Links::post_message(Link& link, const std::vector<Piece>& pieces, const Signal* word, Signal value) {
-  auto sending = start_sending(link, word);
-  Message& message = sending->message;
+  Sending& sending = keep(link, word);
+  Message& message = sending.message;
   message.head = {link.peer_key, link.peer_link, 0, place_of(word).offset, value};
   uint32_t& num_parts = message.head.num_parts;
   for (const Piece& piece : pieces) {
@@ -62,57 +56,54 @@ void Links::post_message(Link& link, const std::vector<Piece>& pieces, const Sig
     } else {
       message.parts[num_parts++] = {place.area, 0, place.offset, piece.num_bytes};
     }
-    sending->iov.push_back({const_cast<unsigned char*>(piece.from), piece.num_bytes});
+    sending.iov.push_back({const_cast<unsigned char*>(piece.from), piece.num_bytes});
   }
   RequestParam param;
   param.field_mask = RequestParam::kCallback | RequestParam::kUserData | RequestParam::kDatatype;
   param.callback.send = &on_sent;
-  param.user_data = sending.get();
-  const bool is_one = sending->iov.size() == 1;
+  param.user_data = &sending;
+  const bool is_one = sending.iov.size() == 1;
   param.datatype = is_one ? RequestParam::kBytes : RequestParam::kIov;
-  const void* data = is_one ? sending->iov[0].buffer : sending->iov.data();
-  const size_t count = is_one ? sending->iov[0].length : sending->iov.size();
-  const Request request =
-      api_.am_send_nbx(link.endpoint, 0, &message.head, message.header_bytes(), data, count, &param);
-  keep(std::move(sending), request);
+  const void* data = is_one ? sending.iov[0].buffer : sending.iov.data();
+  const size_t count = is_one ? sending.iov[0].length : sending.iov.size();
+  note_request(sending,
+               api_.am_send_nbx(link.endpoint, 0, &message.head, message.header_bytes(), data, count, &param));
+  end_request(sending, Status::kOk);
 }
 
 void Links::post_puts(Link& link, const std::vector<Piece>& pieces, const Signal* word, Signal value) {
-  auto sending = start_sending(link, word);
-  sending->value = value;
-  RequestParam param;
-  param.field_mask = RequestParam::kCallback | RequestParam::kUserData;
-  param.callback.send = &on_sent;
-  param.user_data = sending.get();
-  std::vector<Request> requests;
+  Sending& sending = keep(link, word);
+  sending.value = value;
   const auto put = [&](const void* from, uint64_t num_bytes, const void* to) {
+    RequestParam param;
+    param.field_mask = RequestParam::kCallback | RequestParam::kUserData;
+    param.callback.send = &on_sent;
+    param.user_data = &sending;
     const Place place = place_of(to);
-    requests.push_back(api_.put_nbx(link.endpoint, from, num_bytes, link.remote[place.area] + place.offset,
-                                    link.remote_keys[place.area], &param));
+    note_request(sending, api_.put_nbx(link.endpoint, from, num_bytes, link.remote[place.area] + place.offset,
+                                       link.remote_keys[place.area], &param));
   };
   for (const Piece& piece : pieces) put(piece.from, piece.num_bytes, piece.to);
-  if (api_.worker_fence(worker_) != Status::kOk) return break_link(link, "");
-  put(&sending->value, sizeof sending->value, word);
-  Sending* kept = sending.get();
-  ++kept->num_requests;  // of this function, so that none of the others is the last
-  keep(std::move(sending), nullptr);
-  for (Request request : requests) {
-    if (is_error(request)) {
-      break_link(link, "");
-    } else if (request != nullptr) {
-      ++kept->num_requests;
-    }
-  }
-  end_request(*kept, Status::kOk);
+  // It may make progress, and so may complete those.
+  if (api_.worker_fence(worker_) != Status::kOk) break_link(link, "");
+  if (!link.is_broken) put(&sending.value, sizeof sending.value, word);
+  end_request(sending, Status::kOk);
 }
 
-void Links::keep(std::unique_ptr<Sending> sending, Request request) {
-  if (is_error(request)) return break_link(*sending->link, "");
-  if (request != nullptr) ++sending->num_requests;
-  if (sending->num_requests == 0) return;
-  ++sending->link->num_sending;
+Links::Sending& Links::keep(Link& link, const Signal* word) {
+  sending_.push_back(std::make_unique<Sending>());
+  Sending& sending = *sending_.back();
+  sending.link = &link;
+  sending.word = word;
+  sending.num_requests = 1;  // of the caller, which ends it when it has posted all
+  ++link.num_sending;
   store_release(&num_sending_, num_sending_ + 1);  // SYNC: ucx-sending
-  sending_.push_back(std::move(sending));
+  return sending;
+}
+
+void Links::note_request(Sending& sending, Request request) {
+  if (is_error(request)) return break_link(*sending.link, "");
+  if (request != nullptr) ++sending.num_requests;
 }
 
 void Links::on_sent(void* request, Status status, void* user_data) {
@@ -224,7 +215,8 @@ void Links::break_link(Link& link, const std::string& violation) {
 
 void Links::look() {
   std::unique_lock lock(mutex_, std::try_to_lock);
-  if (lock.owns_lock() && !is_closed_) api_.worker_progress(worker_);
+  for (int i = 0; i < kLooks && lock.owns_lock() && !is_closed_ && api_.worker_progress(worker_) != 0; ++i) {
+  }
 }
 
 bool Links::settle_and_arm() {
