@@ -21,24 +21,24 @@ struct Piece {
 class Wire {
  public:
   virtual ~Wire() = default;
-  // Whoever sees `value` in the peer's word that `word` stands for sees also the pieces.
-  virtual void send(const std::vector<Piece>& pieces, const Signal* word, Signal value) = 0;
+  // Whoever sees `value` in the peer's word that `word` stands for sees also the pieces. `is_free_after`: what they are
+  // put from is no longer read when this returns.
+  virtual void send(const std::vector<Piece>& pieces, const Signal* word, Signal value, bool is_free_after) = 0;
   // Returns when nothing reads any more what was sent with this word; the peer has it, or is gone.
   virtual void finish(const Signal* word) = 0;
 };
 
-// One message as it is being written, by one thread. What is put must stay as it is until finish(), unless it `copies`:
-// into the send area, at once.
+// One message as it is being written, by one thread. What it is put from must stay as it is until finish(), or
+// (`is_free_after`) until send() has returned.
 class Draft {
  public:
-  Draft(Wire& wire, bool copies) : wire_(wire), copies_(copies) {}
+  Draft(Wire& wire, bool is_free_after) : wire_(wire), is_free_after_(is_free_after) {}
 
   void put(void* to, const void* from, uint64_t num_bytes) {
-    if (copies_ && to != from) std::memcpy(to, from, num_bytes);
-    add({static_cast<unsigned char*>(to), static_cast<const unsigned char*>(copies_ ? to : from), num_bytes});
+    add({static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), num_bytes});
   }
   void send(const Signal* word, Signal value) {
-    wire_.send(pieces_, word, value);
+    wire_.send(pieces_, word, value, is_free_after_);
     pieces_.clear();
   }
   void finish(const Signal* word) { wire_.finish(word); }
@@ -57,7 +57,7 @@ class Draft {
   }
 
   Wire& wire_;
-  bool copies_;
+  bool is_free_after_;
   std::vector<Piece> pieces_;
 };
 

@@ -135,12 +135,12 @@ class Comm : public PeerListener, public LinkListener, public std::enable_shared
   void look_at_network() {
     if (network_ != nullptr) network_->look();
   }
-  // Calls send(exec) with an Exec that can send to any peer, one message after another. `copies`: over a network, what is
-  // put is copied into the send area, so that it is free when this returns.
+  // Calls send(exec) with an Exec that can send to any peer, one message after another. `is_free_after`: what rows are
+  // put from is the caller's again when this returns.
   template <class Send>
-  auto with_sender(Send&& send, bool copies = false) {
+  auto with_sender(Send&& send, bool is_free_after = false) {
     if (network_ == nullptr) return send(exec_);
-    Draft draft(*network_, copies);
+    Draft draft(*network_, is_free_after);
     HostExec exec(exec_, &draft);
     return send(exec);
   }

@@ -195,7 +195,7 @@ void ExpertComm::combine_send(Batch& batch, const unsigned char* y, uint64_t y_s
     }
     const auto put = [&](bool is_streamed) {
       send.is_streamed = is_streamed;
-      with_sender([&](HostExec& exec) { m2n::combine_send(exec, layout_, shape_, send); }, /*copies=*/true);
+      with_sender([&](HostExec& exec) { m2n::combine_send(exec, layout_, shape_, send); }, /*is_free_after=*/true);
     };
     CopyChoice& choice = copy_choices_[peer_idx * layout_.num_slots + send.slot];
     if (network_ != nullptr) {

@@ -72,8 +72,8 @@ class UcxNetwork final : public Network {
   Areas connect(uint32_t peer_idx, const std::string& door, bool* wakes) override {
     return shared_->links.connect(peer_idx, door, wakes);
   }
-  void send(const std::vector<Piece>& pieces, const Signal* word, Signal value) override {
-    shared_->links.send(pieces, word, value);
+  void send(const std::vector<Piece>& pieces, const Signal* word, Signal value, bool is_free_after) override {
+    shared_->links.send(pieces, word, value, is_free_after);
     shared_->proxy.sent();
   }
   void finish(const Signal* word) override { shared_->links.finish(word); }

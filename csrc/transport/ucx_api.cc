@@ -47,6 +47,7 @@ void find_functions(void* library, Api& api) {
   find(library, "ucp_cleanup", api.cleanup);
   find(library, "ucp_worker_create", api.worker_create);
   find(library, "ucp_worker_destroy", api.worker_destroy);
+  find(library, "ucp_worker_query", api.worker_query);
   find(library, "ucp_worker_get_address", api.worker_get_address);
   find(library, "ucp_worker_release_address", api.worker_release_address);
   find(library, "ucp_worker_progress", api.worker_progress);
@@ -56,6 +57,7 @@ void find_functions(void* library, Api& api) {
   find(library, "ucp_worker_set_am_recv_handler", api.worker_set_am_recv_handler);
   find(library, "ucp_ep_create", api.ep_create);
   find(library, "ucp_ep_close_nbx", api.ep_close_nbx);
+  find(library, "ucp_ep_flush_nbx", api.ep_flush_nbx);
   find(library, "ucp_ep_query", api.ep_query);
   find(library, "ucp_am_send_nbx", api.am_send_nbx);
   find(library, "ucp_am_recv_data_nbx", api.am_recv_data_nbx);

@@ -64,6 +64,16 @@ struct Transport {
   const char* name = nullptr;
   const char* device = nullptr;
 };
+struct WorkerAttributes {
+  static constexpr uint64_t kMaxHeader = 1 << 3;
+  uint64_t field_mask = kMaxHeader;
+  int thread_mode = 0;
+  uint32_t address_flags = 0;
+  Address* address = nullptr;
+  size_t address_bytes = 0;
+  size_t max_header_bytes = 0;
+  Room room;
+};
 struct EndpointAttributes {
   static constexpr uint64_t kTransports = 1 << 3;  // from 1.14 on; before that it is ignored
   uint64_t field_mask = kTransports;
@@ -91,6 +101,8 @@ using SendCallback = void (*)(void* request, Status status, void* user_data);
 using ReceiveCallback = void (*)(void* request, Status status, size_t length, void* user_data);
 struct RequestParam {
   static constexpr uint32_t kCallback = 1 << 1, kUserData = 1 << 2, kDatatype = 1 << 3, kFlags = 1 << 4;
+  // Done with the caller's memory as soon as can be.
+  static constexpr uint32_t kFastCompletion = 1 << 17;
   static constexpr uint64_t kBytes = 1 << 3, kIov = 2;
   static constexpr uint32_t kForceClose = 1 << 0;
   uint32_t field_mask = 0;
@@ -132,6 +144,7 @@ struct Api {
   void (*cleanup)(Context* context);
   Status (*worker_create)(Context* context, const WorkerParams* params, Worker** worker);
   void (*worker_destroy)(Worker* worker);
+  Status (*worker_query)(Worker* worker, WorkerAttributes* attributes);
   Status (*worker_get_address)(Worker* worker, Address** address, size_t* num_bytes);
   void (*worker_release_address)(Worker* worker, Address* address);
   unsigned (*worker_progress)(Worker* worker);
@@ -141,6 +154,7 @@ struct Api {
   Status (*worker_set_am_recv_handler)(Worker* worker, const AmHandler* handler);
   Status (*ep_create)(Worker* worker, const EndpointParams* params, Endpoint** endpoint);
   Request (*ep_close_nbx)(Endpoint* endpoint, const RequestParam* param);
+  Request (*ep_flush_nbx)(Endpoint* endpoint, const RequestParam* param);
   Status (*ep_query)(Endpoint* endpoint, EndpointAttributes* attributes);
   Request (*am_send_nbx)(Endpoint* endpoint, unsigned id, const void* header, size_t header_bytes, const void* buffer,
                          size_t count, const RequestParam* param);

@@ -25,7 +25,8 @@ constexpr int64_t kDrainNs = 5'000'000'000;
 
 // What m2n chooses where neither the user's settings nor the environment do. Up to 512 KB a message is one segment over
 // TCP, from there on UCX's rendezvous.
-constexpr const char* kVariables[][2] = {{"TCP_TX_SEG_SIZE", "1m"}, {"TCP_RX_SEG_SIZE", "1m"}, {"RNDV_THRESH", "512k"}};
+constexpr const char* kVariables[][2] = {{"TCP_TX_SEG_SIZE", "1m"}, {"TCP_RX_SEG_SIZE", "1m"}, {"RNDV_THRESH", "512k"},
+                                          {"TCP_MAX_IOV", "256"}};
 
 // The first part of a door, in this machine's byte order; the address and the keys follow.
 struct DoorHead {
@@ -118,6 +119,11 @@ void Links::make_worker(const Settings& settings) {
   handler.callback = &on_message;
   handler.arg = this;
   require(api_, api_.worker_set_am_recv_handler(worker_, &handler), "ucp_worker_set_am_recv_handler");
+  WorkerAttributes attributes;
+  require(api_, api_.worker_query(worker_, &attributes), "ucp_worker_query");
+  constexpr uint64_t kFixedBytes = sizeof(MessageHead) + kMaxParts * sizeof(MessagePart);
+  if (attributes.max_header_bytes < kFixedBytes) fail("this network has no room for the headers of messages");
+  max_inline_bytes_ = std::min<uint64_t>(kMaxInlineBytes, attributes.max_header_bytes - kFixedBytes);
   Address* address = nullptr;
   size_t num_bytes = 0;
   require(api_, api_.worker_get_address(worker_, &address, &num_bytes), "ucp_worker_get_address");
@@ -253,8 +259,7 @@ bool Links::puts(const Link& link, Way way) const {
   return way == Way::kPut || (way == Way::kAuto && has_one_of(2));
 }
 
-template <class IsDone>
-bool Links::progress_until(IsDone&& is_done, int64_t most_ns) {
+bool Links::progress_until(const std::function<bool()>& is_done, int64_t most_ns) {
   const int64_t until_ns = now_ns() + most_ns;
   while (!is_done()) {
     if (now_ns() > until_ns) return false;

@@ -41,7 +41,7 @@ class Links {
   void drain();
   void close();
 
-  void send(const std::vector<Piece>& pieces, const Signal* word, Signal value);
+  void send(const std::vector<Piece>& pieces, const Signal* word, Signal value, bool is_free_after);
   void finish(const Signal* word);
   uint32_t num_sending() const { return load_acquire(&num_sending_); }  // SYNC: ucx-sending
 
@@ -82,7 +82,7 @@ class Links {
     Link* link;
     const Signal* word;
     Signal value;
-    Message message;
+    std::vector<unsigned char> header;
     std::vector<Iov> iov;
     uint32_t num_requests = 0;
   };
@@ -103,8 +103,12 @@ class Links {
     uint64_t offset;
   };
   Place place_of(const void* at) const;
-  void post_message(Link& link, const std::vector<Piece>& pieces, const Signal* word, Signal value);
-  void post_puts(Link& link, const std::vector<Piece>& pieces, const Signal* word, Signal value);
+  void post_message(Link& link, const std::vector<Piece>& pieces, const Signal* word, Signal value, bool is_free_after);
+  void post_puts(Link& link, const std::vector<Piece>& pieces, const Signal* word, Signal value, bool is_free_after);
+  void write_message(Sending& sending, const std::vector<Piece>& pieces);
+  Request post(Sending& sending, uint32_t flags);
+  bool is_clear(Link& link);  // nothing waits to be sent
+  static void copy_to_area(std::vector<Piece>& pieces);
   // A message whose memory is kept until the last of its requests has ended.
   Sending& keep(Link& link, const Signal* word);
   void note_request(Sending& sending, Request request);
@@ -114,8 +118,7 @@ class Links {
   void break_link(Link& link, const std::string& violation);
   void close_endpoint(Link& link, bool by_force);
   // Until is_done(), or for so long; the lock is held.
-  template <class IsDone>
-  bool progress_until(IsDone&& is_done, int64_t most_ns);
+  bool progress_until(const std::function<bool()>& is_done, int64_t most_ns);
 
   static Status on_message(void* arg, const void* header, size_t header_bytes, void* data, size_t num_bytes,
                            const AmReceived* received);
@@ -129,6 +132,7 @@ class Links {
   Context* context_ = nullptr;
   Worker* worker_ = nullptr;
   std::string address_;
+  uint64_t max_inline_bytes_ = 0;
   int event_fd_ = -1;
   std::mutex mutex_;  // of the worker and of all below
   bool is_closed_ = false;

@@ -23,25 +23,28 @@ std::string read_message(const void* header, size_t header_bytes, size_t data_by
                          const uint64_t (&area_bytes)[kNumAreas], Message* message) {
   if (!read_head(header, header_bytes, &message->head)) return "a header of " + std::to_string(header_bytes) + " bytes";
   const MessageHead& head = message->head;
-  if (head.num_parts > kMaxParts) return std::to_string(head.num_parts) + " parts";
-  if (header_bytes != message->header_bytes()) return "a header of " + std::to_string(header_bytes) + " bytes";
+  const size_t parts_bytes = head.num_parts * sizeof(MessagePart);
+  if (head.num_parts > kMaxParts || head.num_inline > head.num_parts) return std::to_string(head.num_parts) + " parts";
+  if (header_bytes < sizeof head + parts_bytes) return "a header of " + std::to_string(header_bytes) + " bytes";
   if (head.word_offset % sizeof(uint64_t) != 0 ||
       !is_within(head.word_offset, sizeof(uint64_t), area_bytes[kNumAreas - 1])) {
     return "a signal at " + std::to_string(head.word_offset);
   }
-  std::memcpy(message->parts, static_cast<const unsigned char*>(header) + sizeof head,
-              head.num_parts * sizeof(MessagePart));
-  uint64_t num_bytes = 0;
+  const auto* at = static_cast<const unsigned char*>(header) + sizeof head;
+  std::memcpy(message->parts, at, parts_bytes);
+  message->inline_bytes = at + parts_bytes;
+  uint64_t num_bytes[2] = {0, 0};  // of the data, and in the header
   for (uint32_t i = 0; i < head.num_parts; ++i) {
     const MessagePart& part = message->parts[i];
     if (part.area >= kNumAreas || !is_within(part.offset, part.num_bytes, area_bytes[part.area])) {
       return std::to_string(part.num_bytes) + " bytes at " + std::to_string(part.offset) + " of object " +
              std::to_string(part.area);
     }
-    num_bytes += part.num_bytes;  // at most kMaxParts times an area: no overflow
+    num_bytes[i < head.num_inline] += part.num_bytes;  // at most kMaxParts times an area: no overflow
   }
-  if (num_bytes != data_bytes) {
-    return std::to_string(data_bytes) + " bytes of data for parts of " + std::to_string(num_bytes);
+  if (num_bytes[0] != data_bytes || num_bytes[1] != header_bytes - sizeof head - parts_bytes) {
+    return std::to_string(data_bytes) + " bytes of data and a header of " + std::to_string(header_bytes) +
+           " bytes for parts of " + std::to_string(num_bytes[0]) + " and " + std::to_string(num_bytes[1]);
   }
   return "";
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The header of an active message: which bytes of its data go where in the receiver's objects for this link, and the
-// signal that is stored once they are there. Nothing in it is believed before it is checked.
+// The header of an active message: which bytes go where in the receiver's objects for this link, and the signal that is
+// stored once they are there. Short ones lie in the header itself, the others are its data. Nothing in it is believed
+// before it is checked.
 #pragma once
 
 #include <cstddef>
@@ -14,16 +15,17 @@ namespace m2n::ucx {
 
 inline constexpr uint32_t kNumAreas = 2;
 inline constexpr uint32_t kMaxParts = 16;
+inline constexpr uint32_t kMaxInlineBytes = 2048;
 
 struct MessageHead {
   uint64_t key;  // what the receiver gave out for this link, at random
   uint32_t link;
-  uint32_t num_parts;
+  uint16_t num_parts;
+  uint16_t num_inline;   // the first so many parts: their bytes follow the parts, one after another
   uint64_t word_offset;  // of the signal, in the last area
   uint64_t value;
 };
 
-// Data goes part after part.
 struct MessagePart {
   uint32_t area;
   uint32_t zero;
@@ -35,8 +37,7 @@ static_assert(sizeof(MessageHead) == 32 && sizeof(MessagePart) == 24, "part of t
 struct Message {
   MessageHead head{};
   MessagePart parts[kMaxParts] = {};
-
-  size_t header_bytes() const { return sizeof head + head.num_parts * sizeof(MessagePart); }
+  const unsigned char* inline_bytes = nullptr;  // in the header
 };
 
 // Copies what a header says of itself; false: it is too short to be one, and nobody's.

@@ -14,12 +14,22 @@
 namespace m2n::ucx {
 namespace {
 
+// A peer that takes nothing: only where UCX does not copy.
+constexpr int64_t kTakenNs = 30'000'000'000;
+// Up to here to copy takes less time than to wait for memory that need not be copied.
+constexpr uint64_t kShortBytes = 16 << 10;
 constexpr int kLooks = 8;  // of one call, while each finds something
 constexpr int64_t kFinishNs = 1'000'000'000;
 // The watcher of processes knows better why a connection broke, a moment later.
 constexpr int64_t kGraceNs = 200'000'000;
 // After a goodbye or a death: how long the rest of what was sent may take where UCX does not tell of the end.
 constexpr int64_t kEndingNs = 100'000'000;
+
+uint64_t bytes_of(const std::vector<Piece>& pieces) {
+  uint64_t num_bytes = 0;
+  for (const Piece& piece : pieces) num_bytes += piece.num_bytes;
+  return num_bytes;
+}
 
 unsigned char* data_of(const Areas& areas, uint32_t area) { return area == 0 ? areas.rows : areas.small; }
 
@@ -33,45 +43,108 @@ Links::Place Links::place_of(const void* at) const {
   return {static_cast<uint32_t>(offset / stride), is_small, in_link - (is_small ? peers_.rows_bytes : 0)};
 }
 
-void Links::send(const std::vector<Piece>& pieces, const Signal* word, Signal value) {
+void Links::send(const std::vector<Piece>& pieces, const Signal* word, Signal value, bool is_free_after) {
   std::lock_guard lock(mutex_);
   Link* link = find(place_of(word).peer_idx);
   // To a peer that is gone nothing is sent; its state says so.
   if (is_closed_ || link == nullptr || link->endpoint == nullptr || link->is_broken) return;
-  link->is_put ? post_puts(*link, pieces, word, value) : post_message(*link, pieces, word, value);
+  if (link->is_put) {
+    post_puts(*link, pieces, word, value, is_free_after);
+  } else {
+    post_message(*link, pieces, word, value, is_free_after);
+  }
 }
 
-void Links::post_message(Link& link, const std::vector<Piece>& pieces, const Signal* word, Signal value) {
-  Sending& sending = keep(link, word);
-  Message& message = sending.message;
-  message.head = {link.peer_key, link.peer_link, 0, place_of(word).offset, value};
-  uint32_t& num_parts = message.head.num_parts;
-  for (const Piece& piece : pieces) {
-    const Place place = place_of(piece.to);
-    MessagePart* last = num_parts == 0 ? nullptr : &message.parts[num_parts - 1];
+void Links::write_message(Sending& sending, const std::vector<Piece>& pieces) {
+  MessageHead head{sending.link->peer_key, sending.link->peer_link, 0, 0, place_of(sending.word).offset, sending.value};
+  MessagePart parts[kMaxParts];
+  unsigned char inline_bytes[kMaxInlineBytes];
+  uint64_t num_inline_bytes = 0;
+  sending.iov.clear();
+  const auto add = [&](const Place& place, uint64_t num_bytes) {
+    MessagePart* last = head.num_parts == head.num_inline ? nullptr : &parts[head.num_parts - 1];
     if (last != nullptr && last->area == place.area && last->offset + last->num_bytes == place.offset) {
-      last->num_bytes += piece.num_bytes;
-    } else if (num_parts == kMaxParts) {
+      last->num_bytes += num_bytes;
+    } else if (head.num_parts == kMaxParts) {
       throw Error(Failure::kSetup, "ucx: a message of too many parts");
     } else {
-      message.parts[num_parts++] = {place.area, 0, place.offset, piece.num_bytes};
+      parts[head.num_parts++] = {place.area, 0, place.offset, num_bytes};
     }
-    sending.iov.push_back({const_cast<unsigned char*>(piece.from), piece.num_bytes});
+  };
+  // What goes beside the rows travels in the header where it is short, so that the data is rows alone.
+  std::vector<bool> is_inline(pieces.size());
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    const Place place = place_of(pieces[i].to);
+    is_inline[i] = place.area != 0 && pieces[i].num_bytes <= max_inline_bytes_ - num_inline_bytes;
+    if (!is_inline[i]) continue;
+    std::memcpy(inline_bytes + num_inline_bytes, pieces[i].from, pieces[i].num_bytes);
+    num_inline_bytes += pieces[i].num_bytes;
+    add(place, pieces[i].num_bytes);
+    head.num_inline = head.num_parts;
   }
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    if (is_inline[i]) continue;
+    add(place_of(pieces[i].to), pieces[i].num_bytes);
+    sending.iov.push_back({const_cast<unsigned char*>(pieces[i].from), pieces[i].num_bytes});
+  }
+  const size_t parts_bytes = head.num_parts * sizeof(MessagePart);
+  sending.header.resize(sizeof head + parts_bytes + num_inline_bytes);
+  std::memcpy(sending.header.data(), &head, sizeof head);
+  std::memcpy(sending.header.data() + sizeof head, parts, parts_bytes);
+  std::memcpy(sending.header.data() + sizeof head + parts_bytes, inline_bytes, num_inline_bytes);
+}
+
+Request Links::post(Sending& sending, uint32_t flags) {
   RequestParam param;
-  param.field_mask = RequestParam::kCallback | RequestParam::kUserData | RequestParam::kDatatype;
+  param.field_mask = RequestParam::kCallback | RequestParam::kUserData | RequestParam::kDatatype | flags;
   param.callback.send = &on_sent;
   param.user_data = &sending;
-  const bool is_one = sending.iov.size() == 1;
-  param.datatype = is_one ? RequestParam::kBytes : RequestParam::kIov;
-  const void* data = is_one ? sending.iov[0].buffer : sending.iov.data();
-  const size_t count = is_one ? sending.iov[0].length : sending.iov.size();
-  note_request(sending,
-               api_.am_send_nbx(link.endpoint, 0, &message.head, message.header_bytes(), data, count, &param));
+  const bool is_run = sending.iov.size() <= 1;
+  param.datatype = is_run ? RequestParam::kBytes : RequestParam::kIov;
+  const Iov run = sending.iov.empty() ? Iov{nullptr, 0} : sending.iov[0];
+  return api_.am_send_nbx(sending.link->endpoint, 0, sending.header.data(), sending.header.size(),
+                          is_run ? run.buffer : sending.iov.data(), is_run ? run.length : sending.iov.size(), &param);
+}
+
+void Links::post_message(Link& link, const std::vector<Piece>& pieces, const Signal* word, Signal value,
+                         bool is_free_after) {
+  Sending& sending = keep(link, word);
+  sending.value = value;
+  write_message(sending, pieces);
+  const bool is_short = bytes_of(pieces) <= kShortBytes;
+  if (is_free_after && !is_short && sending.iov.size() <= 1 && is_clear(link)) {
+    // Straight from the caller's rows: the socket takes them, and UCX copies what is left.
+    note_request(sending, post(sending, RequestParam::kFastCompletion));
+    if (!progress_until([&] { return sending.num_requests == 1 || link.is_broken; }, kTakenNs)) break_link(link, "");
+    return end_request(sending, Status::kOk);
+  }
+  if (is_free_after) {
+    std::vector<Piece> own = pieces;
+    copy_to_area(own);
+    write_message(sending, own);
+  }
+  note_request(sending, post(sending, is_short ? RequestParam::kFastCompletion : 0));
   end_request(sending, Status::kOk);
 }
 
-void Links::post_puts(Link& link, const std::vector<Piece>& pieces, const Signal* word, Signal value) {
+bool Links::is_clear(Link& link) {
+  RequestParam param;
+  param.field_mask = RequestParam::kCallback;
+  param.callback.send = [](void*, Status, void*) {};
+  const Request request = api_.ep_flush_nbx(link.endpoint, &param);
+  if (request != nullptr && !is_error(request)) api_.request_free(request);  // when it is done
+  return request == nullptr;
+}
+
+void Links::copy_to_area(std::vector<Piece>& pieces) {
+  for (Piece& piece : pieces) {
+    if (piece.from != piece.to) std::memcpy(piece.to, piece.from, piece.num_bytes);
+    piece.from = piece.to;
+  }
+}
+
+void Links::post_puts(Link& link, const std::vector<Piece>& pieces, const Signal* word, Signal value,
+                      bool is_free_after) {
   Sending& sending = keep(link, word);
   sending.value = value;
   const auto put = [&](const void* from, uint64_t num_bytes, const void* to) {
@@ -83,7 +156,9 @@ void Links::post_puts(Link& link, const std::vector<Piece>& pieces, const Signal
     note_request(sending, api_.put_nbx(link.endpoint, from, num_bytes, link.remote[place.area] + place.offset,
                                        link.remote_keys[place.area], &param));
   };
-  for (const Piece& piece : pieces) put(piece.from, piece.num_bytes, piece.to);
+  std::vector<Piece> own = pieces;
+  if (is_free_after) copy_to_area(own);
+  for (const Piece& piece : own) put(piece.from, piece.num_bytes, piece.to);
   // It may make progress, and so may complete those.
   if (api_.worker_fence(worker_) != Status::kOk) break_link(link, "");
   if (!link.is_broken) put(&sending.value, sizeof sending.value, word);
@@ -154,9 +229,16 @@ Status Links::receive(const void* header, size_t header_bytes, void* data, size_
     return Status::kOk;
   }
   auto receiving = std::make_unique<Receiving>(Receiving{link, message.head, {}});
+  const unsigned char* inline_bytes = message.inline_bytes;
   for (uint32_t i = 0; i < head.num_parts; ++i) {
     const MessagePart& part = message.parts[i];
-    receiving->iov.push_back({data_of(link->own, part.area) + part.offset, part.num_bytes});
+    unsigned char* to = data_of(link->own, part.area) + part.offset;
+    if (i < head.num_inline) {
+      std::memcpy(to, inline_bytes, part.num_bytes);
+      inline_bytes += part.num_bytes;
+    } else {
+      receiving->iov.push_back({to, part.num_bytes});
+    }
   }
   if ((received.attributes & AmReceived::kIsRendezvous) == 0) {
     // It came in one piece, which lies in memory of UCX until this returns.
@@ -172,9 +254,11 @@ Status Links::receive(const void* header, size_t header_bytes, void* data, size_
   param.field_mask = RequestParam::kCallback | RequestParam::kUserData | RequestParam::kDatatype;
   param.callback.receive = &on_received;
   param.user_data = receiving.get();
-  param.datatype = RequestParam::kIov;
-  const Request request =
-      api_.am_recv_data_nbx(worker_, data, receiving->iov.data(), receiving->iov.size(), &param);
+  const bool is_run = receiving->iov.size() == 1;
+  param.datatype = is_run ? RequestParam::kBytes : RequestParam::kIov;
+  const Request request = is_run ? api_.am_recv_data_nbx(worker_, data, receiving->iov[0].buffer, num_bytes, &param)
+                                 : api_.am_recv_data_nbx(worker_, data, receiving->iov.data(),
+                                                         receiving->iov.size(), &param);
   if (is_error(request)) {
     break_link(*link, "");
   } else if (request == nullptr) {
