@@ -114,6 +114,7 @@ class Links {
   void note_request(Sending& sending, Request request);
   void end_request(Sending& sending, Status status);
   Status receive(const void* header, size_t header_bytes, void* data, size_t num_bytes, const AmReceived& received);
+  Status fetch(Link& link, const MessageHead& head, std::vector<Iov> places, void* data);
   void deliver(Link& link, const MessageHead& head);
   void break_link(Link& link, const std::string& violation);
   void close_endpoint(Link& link, bool by_force);
@@ -139,7 +140,7 @@ class Links {
   Network::Peers peers_{};
   std::shared_ptr<unsigned char> send_areas_;  // by peer index: rows, then small
   std::vector<std::unique_ptr<Link>> links_;  // by peer index
-  std::vector<std::unique_ptr<Sending>> sending_;
+  std::vector<std::unique_ptr<Sending>> sending_, idle_;
   uint32_t num_sending_ = 0;
   std::function<void()> on_signal_, on_report_;
 };

@@ -14,8 +14,8 @@
 namespace m2n::ucx {
 
 inline constexpr uint32_t kNumAreas = 2;
-inline constexpr uint32_t kMaxParts = 16;
-inline constexpr uint32_t kMaxInlineBytes = 2048;
+inline constexpr uint32_t kMaxParts = 8;
+inline constexpr uint32_t kMaxInlineBytes = 8192;
 
 struct MessageHead {
   uint64_t key;  // what the receiver gave out for this link, at random

@@ -18,6 +18,8 @@ namespace {
 constexpr int64_t kTakenNs = 30'000'000'000;
 // Up to here to copy takes less time than to wait for memory that need not be copied.
 constexpr uint64_t kShortBytes = 16 << 10;
+// From here on UCX waits for the receiver before it reads anything.
+constexpr uint64_t kMostWaitedBytes = 500 << 10;
 constexpr int kLooks = 8;  // of one call, while each finds something
 constexpr int64_t kFinishNs = 1'000'000'000;
 // The watcher of processes knows better why a connection broke, a moment later.
@@ -61,31 +63,32 @@ void Links::write_message(Sending& sending, const std::vector<Piece>& pieces) {
   unsigned char inline_bytes[kMaxInlineBytes];
   uint64_t num_inline_bytes = 0;
   sending.iov.clear();
-  const auto add = [&](const Place& place, uint64_t num_bytes) {
+  const auto add = [&](const Piece& piece) {
+    const Place place = place_of(piece.to);
     MessagePart* last = head.num_parts == head.num_inline ? nullptr : &parts[head.num_parts - 1];
     if (last != nullptr && last->area == place.area && last->offset + last->num_bytes == place.offset) {
-      last->num_bytes += num_bytes;
+      last->num_bytes += piece.num_bytes;
     } else if (head.num_parts == kMaxParts) {
       throw Error(Failure::kSetup, "ucx: a message of too many parts");
     } else {
-      parts[head.num_parts++] = {place.area, 0, place.offset, num_bytes};
+      parts[head.num_parts++] = {place.area, 0, place.offset, piece.num_bytes};
     }
   };
   // What goes beside the rows travels in the header where it is short, so that the data is rows alone.
-  std::vector<bool> is_inline(pieces.size());
-  for (size_t i = 0; i < pieces.size(); ++i) {
-    const Place place = place_of(pieces[i].to);
-    is_inline[i] = place.area != 0 && pieces[i].num_bytes <= max_inline_bytes_ - num_inline_bytes;
-    if (!is_inline[i]) continue;
-    std::memcpy(inline_bytes + num_inline_bytes, pieces[i].from, pieces[i].num_bytes);
-    num_inline_bytes += pieces[i].num_bytes;
-    add(place, pieces[i].num_bytes);
+  const auto is_inline = [&](const Piece& piece) {
+    return place_of(piece.to).area != 0 && piece.num_bytes <= max_inline_bytes_ / kMaxParts;
+  };
+  for (const Piece& piece : pieces) {
+    if (!is_inline(piece)) continue;
+    std::memcpy(inline_bytes + num_inline_bytes, piece.from, piece.num_bytes);
+    num_inline_bytes += piece.num_bytes;
+    add(piece);
     head.num_inline = head.num_parts;
   }
-  for (size_t i = 0; i < pieces.size(); ++i) {
-    if (is_inline[i]) continue;
-    add(place_of(pieces[i].to), pieces[i].num_bytes);
-    sending.iov.push_back({const_cast<unsigned char*>(pieces[i].from), pieces[i].num_bytes});
+  for (const Piece& piece : pieces) {
+    if (is_inline(piece)) continue;
+    add(piece);
+    sending.iov.push_back({const_cast<unsigned char*>(piece.from), piece.num_bytes});
   }
   const size_t parts_bytes = head.num_parts * sizeof(MessagePart);
   sending.header.resize(sizeof head + parts_bytes + num_inline_bytes);
@@ -111,8 +114,10 @@ void Links::post_message(Link& link, const std::vector<Piece>& pieces, const Sig
   Sending& sending = keep(link, word);
   sending.value = value;
   write_message(sending, pieces);
-  const bool is_short = bytes_of(pieces) <= kShortBytes;
-  if (is_free_after && !is_short && sending.iov.size() <= 1 && is_clear(link)) {
+  const uint64_t num_bytes = bytes_of(pieces);
+  const bool is_short = num_bytes <= kShortBytes;
+  const bool may_wait = !is_short && num_bytes <= kMostWaitedBytes && sending.iov.size() <= 1;
+  if (is_free_after && may_wait && is_clear(link)) {
     // Straight from the caller's rows: the socket takes them, and UCX copies what is left.
     note_request(sending, post(sending, RequestParam::kFastCompletion));
     if (!progress_until([&] { return sending.num_requests == 1 || link.is_broken; }, kTakenNs)) break_link(link, "");
@@ -166,7 +171,10 @@ void Links::post_puts(Link& link, const std::vector<Piece>& pieces, const Signal
 }
 
 Links::Sending& Links::keep(Link& link, const Signal* word) {
-  sending_.push_back(std::make_unique<Sending>());
+  // Used again for the sake of its memory.
+  if (idle_.empty()) idle_.push_back(std::make_unique<Sending>());
+  sending_.push_back(std::move(idle_.back()));
+  idle_.pop_back();
   Sending& sending = *sending_.back();
   sending.link = &link;
   sending.word = word;
@@ -193,7 +201,9 @@ void Links::end_request(Sending& sending, Status status) {
   if (status != Status::kOk) break_link(link, "");
   if (--sending.num_requests != 0) return;
   --link.num_sending;
-  std::erase_if(sending_, [&](const auto& one) { return one.get() == &sending; });
+  const auto at = std::find_if(sending_.begin(), sending_.end(), [&](const auto& one) { return one.get() == &sending; });
+  idle_.push_back(std::move(*at));
+  sending_.erase(at);
   store_release(&num_sending_, num_sending_ - 1);  // SYNC: ucx-sending
 }
 
@@ -228,7 +238,7 @@ Status Links::receive(const void* header, size_t header_bytes, void* data, size_
     break_link(*link, "it sent a message with " + wrong);
     return Status::kOk;
   }
-  auto receiving = std::make_unique<Receiving>(Receiving{link, message.head, {}});
+  std::vector<Iov> places;  // of the data
   const unsigned char* inline_bytes = message.inline_bytes;
   for (uint32_t i = 0; i < head.num_parts; ++i) {
     const MessagePart& part = message.parts[i];
@@ -237,34 +247,37 @@ Status Links::receive(const void* header, size_t header_bytes, void* data, size_
       std::memcpy(to, inline_bytes, part.num_bytes);
       inline_bytes += part.num_bytes;
     } else {
-      receiving->iov.push_back({to, part.num_bytes});
+      places.push_back({to, part.num_bytes});
     }
   }
-  if ((received.attributes & AmReceived::kIsRendezvous) == 0) {
-    // It came in one piece, which lies in memory of UCX until this returns.
-    const auto* from = static_cast<const unsigned char*>(data);
-    for (const Iov& part : receiving->iov) {
-      std::memcpy(part.buffer, from, part.length);
-      from += part.length;
-    }
-    deliver(*link, message.head);
-    return Status::kOk;
+  if ((received.attributes & AmReceived::kIsRendezvous) != 0) return fetch(*link, head, std::move(places), data);
+  // It came as a whole, and lies in memory of UCX until this returns.
+  const auto* from = static_cast<const unsigned char*>(data);
+  for (const Iov& place : places) {
+    std::memcpy(place.buffer, from, place.length);
+    from += place.length;
   }
+  deliver(*link, head);
+  return Status::kOk;
+}
+
+Status Links::fetch(Link& link, const MessageHead& head, std::vector<Iov> places, void* data) {
+  auto receiving = std::make_unique<Receiving>(Receiving{&link, head, std::move(places)});
+  const std::vector<Iov>& iov = receiving->iov;
   RequestParam param;
   param.field_mask = RequestParam::kCallback | RequestParam::kUserData | RequestParam::kDatatype;
   param.callback.receive = &on_received;
   param.user_data = receiving.get();
-  const bool is_run = receiving->iov.size() == 1;
+  const bool is_run = iov.size() == 1;
   param.datatype = is_run ? RequestParam::kBytes : RequestParam::kIov;
-  const Request request = is_run ? api_.am_recv_data_nbx(worker_, data, receiving->iov[0].buffer, num_bytes, &param)
-                                 : api_.am_recv_data_nbx(worker_, data, receiving->iov.data(),
-                                                         receiving->iov.size(), &param);
+  void* to = is_run ? iov[0].buffer : const_cast<Iov*>(iov.data());
+  const Request request = api_.am_recv_data_nbx(worker_, data, to, is_run ? iov[0].length : iov.size(), &param);
   if (is_error(request)) {
-    break_link(*link, "");
+    break_link(link, "");
   } else if (request == nullptr) {
-    deliver(*link, message.head);
+    deliver(link, head);
   } else {
-    ++link->num_receiving;
+    ++link.num_receiving;
     receiving.release();  // on_received() takes it
   }
   return Status::kInProgress;
