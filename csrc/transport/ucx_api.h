@@ -10,7 +10,7 @@
 
 namespace m2n::ucx {
 
-enum class Status : int8_t { kOk = 0, kInProgress = 1, kUnreachable = -6, kBusy = -15, kUnsupported = -22, kLast = -100 };
+enum class Status : int8_t { kOk = 0, kInProgress = 1, kLast = -100 };
 
 struct Config;
 struct Context;
@@ -118,7 +118,7 @@ struct RequestParam {
 };
 
 struct AmReceived {
-  static constexpr uint64_t kIsData = 1 << 16, kIsRendezvous = 1 << 17;
+  static constexpr uint64_t kIsRendezvous = 1 << 17;
   uint64_t attributes;
   Endpoint* reply_endpoint;
 };

@@ -28,18 +28,6 @@ constexpr int64_t kDrainNs = 5'000'000'000;
 constexpr const char* kVariables[][2] = {{"TCP_TX_SEG_SIZE", "1m"}, {"TCP_RX_SEG_SIZE", "1m"}, {"RNDV_THRESH", "512k"},
                                           {"TCP_MAX_IOV", "256"}};
 
-// The first part of a door, in this machine's byte order; the address and the keys follow.
-struct DoorHead {
-  static constexpr uint32_t kMagic = 0x6D326E01;
-  uint32_t magic = kMagic;
-  uint32_t link = 0;
-  uint64_t key = 0;
-  uint32_t way = 0;
-  uint32_t address_bytes = 0;
-  uint64_t objects[kNumAreas] = {};
-  uint32_t key_bytes[kNumAreas] = {};
-};
-
 [[noreturn]] void fail(const std::string& text) { throw Error(Failure::kSetup, "ucx: " + text); }
 
 uint64_t random_number() {
@@ -149,12 +137,11 @@ std::string Links::make_door(uint32_t peer_idx, const Areas& own) {
   link.peer_idx = peer_idx;
   link.key = random_number();
   link.own = own;
-  DoorHead head;
-  head.link = peer_idx;
-  head.key = link.key;
-  head.way = static_cast<uint32_t>(way_);
-  head.address_bytes = static_cast<uint32_t>(address_.size());
-  std::string keys;
+  Door door;
+  door.link = peer_idx;
+  door.key = link.key;
+  door.way = static_cast<uint32_t>(way_);
+  door.address = address_;
   const std::pair<unsigned char*, uint64_t> areas[] = {{own.rows, own.rows_bytes}, {own.small, own.small_bytes}};
   for (uint32_t i = 0; i < kNumAreas; ++i) {
     MapParams params;
@@ -164,21 +151,15 @@ std::string Links::make_door(uint32_t peer_idx, const Areas& own) {
     void* packed = nullptr;
     size_t num_bytes = 0;
     require(api_, api_.rkey_pack(context_, link.own_memory[i], &packed, &num_bytes), "ucp_rkey_pack");
-    keys.append(static_cast<const char*>(packed), num_bytes);
+    door.objects[i] = {reinterpret_cast<uint64_t>(areas[i].first), {static_cast<const char*>(packed), num_bytes}};
     api_.rkey_buffer_release(packed);
-    head.objects[i] = reinterpret_cast<uint64_t>(areas[i].first);
-    head.key_bytes[i] = static_cast<uint32_t>(num_bytes);
   }
-  return std::string(reinterpret_cast<const char*>(&head), sizeof head) + address_ + keys;
+  return write_door(door);
 }
 
-Areas Links::connect(uint32_t peer_idx, const std::string& door, bool* wakes) {
-  DoorHead head;
-  if (door.size() < sizeof head) fail("the peer's address is too short");
-  std::memcpy(&head, door.data(), sizeof head);
-  uint64_t num_bytes = sizeof head + uint64_t{head.address_bytes};
-  for (uint32_t key_bytes : head.key_bytes) num_bytes += key_bytes;
-  if (head.magic != DoorHead::kMagic || num_bytes != door.size() || head.way > static_cast<uint32_t>(Way::kPut)) {
+Areas Links::connect(uint32_t peer_idx, const std::string& bytes, bool* wakes) {
+  Door door;
+  if (!read_door(bytes, &door) || door.way > static_cast<uint32_t>(Way::kPut)) {
     fail("the peer's address is none of this version, on a machine of this byte order");
   }
   std::unique_lock lock(mutex_);
@@ -187,7 +168,7 @@ Areas Links::connect(uint32_t peer_idx, const std::string& door, bool* wakes) {
   while (true) {
     if (is_closed_) fail("the comm is closed");
     try {
-      make_endpoint(link, door.substr(sizeof head, head.address_bytes));
+      make_endpoint(link, door.address);
       break;
     } catch (const Error&) {
       if (now_ns() > until_ns) throw;
@@ -196,18 +177,15 @@ Areas Links::connect(uint32_t peer_idx, const std::string& door, bool* wakes) {
     usleep(10'000);
     lock.lock();
   }
-  link.peer_key = head.key;
-  link.peer_link = head.link;
+  link.peer_key = door.key;
+  link.peer_link = door.link;
   link.is_put = puts(link, way_);
-  *wakes = !puts(link, static_cast<Way>(head.way));
-  const char* packed = door.data() + sizeof head + head.address_bytes;
+  *wakes = !puts(link, static_cast<Way>(door.way));
   for (uint32_t i = 0; i < kNumAreas; ++i) {
-    link.remote[i] = head.objects[i];
-    if (link.is_put) {
-      require(api_, api_.ep_rkey_unpack(link.endpoint, packed, &link.remote_keys[i]),
-              "ucp_ep_rkey_unpack: the peer's memory cannot be reached by puts");
-    }
-    packed += head.key_bytes[i];
+    link.remote[i] = door.objects[i].address;
+    if (!link.is_put) continue;
+    require(api_, api_.ep_rkey_unpack(link.endpoint, door.objects[i].key.data(), &link.remote_keys[i]),
+            "ucp_ep_rkey_unpack: the peer's memory cannot be reached by puts");
   }
   unsigned char* rows = send_areas_.get() + peer_idx * (peers_.rows_bytes + peers_.small_bytes);
   return {rows, peers_.rows_bytes, rows + peers_.rows_bytes, peers_.small_bytes};

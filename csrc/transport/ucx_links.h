@@ -35,7 +35,7 @@ class Links {
   // The calls are made where a signal was stored, and where somebody must come and report(); with the lock held.
   void open(const Network::Peers& peers, std::function<void()> on_signal, std::function<void()> on_report);
   std::string make_door(uint32_t peer_idx, const Areas& own);
-  Areas connect(uint32_t peer_idx, const std::string& door, bool* wakes);
+  Areas connect(uint32_t peer_idx, const std::string& bytes, bool* wakes);
   void end(uint32_t peer_idx);
   void end_now(uint32_t peer_idx);
   void drain();

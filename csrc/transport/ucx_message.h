@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The header of an active message: which bytes go where in the receiver's objects for this link, and the signal that is
+// What peers read of each other. A door: how a rank is reached. And the header of an active message: which bytes go where in the receiver's objects for this link, and the signal that is
 // stored once they are there. Short ones lie in the header itself, the others are its data. Nothing in it is believed
 // before it is checked.
 #pragma once
@@ -39,6 +39,21 @@ struct Message {
   MessagePart parts[kMaxParts] = {};
   const unsigned char* inline_bytes = nullptr;  // in the header
 };
+
+// In this machine's byte order.
+struct Door {
+  uint32_t link = 0;  // the number and the key that messages to it carry
+  uint64_t key = 0;
+  uint32_t way = 0;
+  std::string address;  // of UCX's worker
+  struct Object {
+    uint64_t address = 0;
+    std::string key;  // of UCX, packed
+  } objects[kNumAreas];
+};
+std::string write_door(const Door& door);
+// False: it is none of this version, or of a machine of another byte order.
+bool read_door(const std::string& bytes, Door* door);
 
 // Copies what a header says of itself; false: it is too short to be one, and nobody's.
 bool read_head(const void* header, size_t header_bytes, MessageHead* head);
