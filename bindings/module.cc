@@ -327,7 +327,7 @@ PYBIND11_MODULE(_C, module) {
   bind_device(module);
   module.def("start_seq_at", [](uint32_t seq) { g_first_seq = seq; }, py::arg("seq"));                   // for tests
   module.def("fault_delays", &fault_delays, py::arg("transport"), py::arg("stream"), py::arg("count"));  // for tests
-  module.def("describe_ucx", &describe_ucx, py::arg("transport"));
+  module.def("describe_transport", &describe_transport, py::arg("name"));
   module.attr("max_microbatches") = kMaxSlots - 1;
   module.attr("has_cuda") = bool{M2N_HAS_CUDA};
   module.def("why_no_cuda", &why_no_cuda);

@@ -21,7 +21,7 @@ def features() -> dict[str, Any]:
     """
     reason = _C.why_no_cuda()
     try:
-        has_ucx, ucx_words = True, _C.describe_ucx(Config()._ucx())
+        has_ucx, ucx_words = True, _C.describe_transport(Config()._ucx())
     except SetupError as error:
         has_ucx, ucx_words = False, str(error)
     return {

@@ -268,7 +268,9 @@ class Config:
         for key, value in self.ucx_variables.items():
             is_name = isinstance(key, str) and key.removeprefix("UCX_").replace("_", "").isalnum() and key.isupper()
             if not is_name or not isinstance(value, str) or ";" in value:
-                raise ValueError(f"ucx_variables: expected something like {{'TLS': 'tcp,self'}}, got {key!r}: {value!r}")
+                raise ValueError(
+                    f"ucx_variables: expected something like {{'TLS': 'tcp,self'}}, got {key!r}: {value!r}"
+                )
 
     def _ucx(self) -> str:
         """The native name of the transport `ucx` with these settings."""

@@ -63,10 +63,10 @@ assert "libucp" not in open("/proc/self/maps").read()
 def test_a_library_that_is_none_is_named(tmp_path: Path) -> None:
     (tmp_path / "libucp.so.0").write_bytes(b"no library")
     with pytest.raises(m2n.SetupError, match="libucp.so.0: file too short|invalid ELF"):
-        _C.describe_ucx(f"ucx;library={tmp_path}/libucp.so.0")
+        _C.describe_transport(f"ucx;library={tmp_path}/libucp.so.0")
     libc = next(line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libc.so" in line)
     with pytest.raises(m2n.SetupError, match="has no ucp_get_version"):
-        _C.describe_ucx(f"ucx;library={libc}")
+        _C.describe_transport(f"ucx;library={libc}")
 
 
 @pytest.mark.ucx
@@ -95,7 +95,7 @@ def test_bad_settings_name_themselves(changes: dict[str, Any], words: str) -> No
 @pytest.mark.parametrize("name", ["ucxx", "ucx;", "ucx;way=x", "ucx;nothing", "ucx;tls=tcp"])
 def test_bad_native_names_are_refused(name: str) -> None:
     with pytest.raises(m2n.SetupError, match="expected 'ucx'"):
-        _C.describe_ucx(name)
+        _C.describe_transport(name)
 
 
 @pytest.mark.ucx
@@ -174,7 +174,8 @@ def test_large_messages_both_ways_from_scattered_rows(transport: str, num_tokens
         served = pool.submit(serve, server)
         scale = {expert: np.float32(0.5 + 0.25 * (expert % 5)) for expert in range(4)}
         expected = sum(
-            np.float32(0.5) * (x * np.take([scale[e] for e in range(4)], ids[:, k])[:, None] + 0.125 * ids[:, k][:, None])
+            np.float32(0.5)
+            * (x * np.take([scale[e] for e in range(4)], ids[:, k])[:, None] + 0.125 * ids[:, k][:, None])
             for k in range(2)
         )
         for microbatch in (0, 1, 0):

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A peer that sends what it must not, over UCX itself: the link is broken, with words; a stranger's messages are nobody's.
-// Nothing outside the objects of the link is written. Usage: ucx_garbage LIBRARY.
+// A peer that sends what it must not, over UCX itself: the link is broken, with words; a stranger's messages are
+// nobody's. Nothing outside the objects of the link is written. Usage: ucx_garbage LIBRARY.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -56,8 +56,7 @@ struct Rank : LinkListener {
 
 // Two ranks, and an endpoint of ours to the second, by which anything can be sent to it.
 struct Pair {
-  explicit Pair(const Settings& settings)
-      : api(load(settings.library, "")), sender(settings), receiver(settings) {
+  explicit Pair(const Settings& settings) : api(load(settings.library, "")), sender(settings), receiver(settings) {
     bool wakes = false;
     sender.links.connect(0, receiver.door, &wakes);
     receiver.links.connect(0, sender.door, &wakes);

@@ -99,8 +99,9 @@ constexpr bool kIsAlike = false;
 template <class A, class... As, class B, class... Bs>
   requires(sizeof...(As) == sizeof...(Bs))
 constexpr bool kIsAlike<A (*)(As...), B (*)(Bs...)> =
-    (std::is_void_v<A> ? std::is_void_v<B> : sizeof(std::conditional_t<std::is_void_v<A>, char, A>) ==
-                                                 sizeof(std::conditional_t<std::is_void_v<B>, char, B>)) &&
+    (std::is_void_v<A> ? std::is_void_v<B>
+                       : sizeof(std::conditional_t<std::is_void_v<A>, char, A>) ==
+                             sizeof(std::conditional_t<std::is_void_v<B>, char, B>)) &&
     ((sizeof(As) == sizeof(Bs)) && ...);
 #define ALIKE(name) static_assert(kIsAlike<decltype(ours::Api::name), decltype(&ucp_##name)>, #name)
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Messages to a peer whose memory cannot be written from here. Its view points into a send area of the same layout; what
-// is put there is noted in a Draft, and signal() sends it. So the bodies of verbs are the same.
+// Messages to a peer whose memory cannot be written from here. Its view points into a send area of the same layout;
+// what is put there is noted in a Draft, and signal() sends it. So the bodies of verbs are the same.
 #pragma once
 
 #include <cstdint>

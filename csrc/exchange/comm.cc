@@ -107,10 +107,9 @@ Comm::Offer Comm::offer(uint32_t peer_rank, uint64_t life) {
   if (network_ != nullptr) {
     offer.handles.clear();
     offer.handles.resize(3);
-    offer.door = network_->make_door(peer_idx, {rows_window_->data() + peer_idx * rows().stride_bytes,
-                                                rows().object_bytes,
-                                                small_window_->data() + peer_idx * small().object_bytes,
-                                                small().object_bytes});
+    offer.door =
+        network_->make_door(peer_idx, {rows_window_->data() + peer_idx * rows().stride_bytes, rows().object_bytes,
+                                       small_window_->data() + peer_idx * small().object_bytes, small().object_bytes});
     store_release(peers_.count, peer_idx + 1);  // SYNC: link-added
     return offer;
   }
@@ -316,8 +315,9 @@ void Comm::raise_lost(uint32_t peer_idx, const std::string& doing) const {
   const bool has_left = peers_.state(peer_idx) == PeerState::kLeft;
   if (!links_[peer_idx].violation.empty()) {
     throw Error(Failure::kProtocol,
-                doing + ": " + peer_name(peer_rank) + " broke the protocol and was dropped: " +
-                    links_[peer_idx].violation + "; call recover(" + std::to_string(peer_rank) + ") to go on without it",
+                doing + ": " + peer_name(peer_rank) +
+                    " broke the protocol and was dropped: " + links_[peer_idx].violation + "; call recover(" +
+                    std::to_string(peer_rank) + ") to go on without it",
                 static_cast<int>(peer_rank));
   }
   throw Error(Failure::kPeerLost,

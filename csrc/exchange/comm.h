@@ -72,8 +72,8 @@ class Comm : public PeerListener, public LinkListener, public std::enable_shared
   void link_broke(uint32_t peer_idx, const std::string& violation) override;
   void link_ended(uint32_t peer_idx) override;
 
-  // Says goodbye to every peer, once what a relay or a network still holds is delivered; waiting calls end with Error(kSetup).
-  // Windows live as long as views of them.
+  // Says goodbye to every peer, once what a relay or a network still holds is delivered; waiting calls end with
+  // Error(kSetup). Windows live as long as views of them.
   virtual void close();
   // Ends every wait at once, of launched verbs too, and closes.
   virtual void abort() { close(); }

@@ -20,6 +20,7 @@ Fd::~Fd() {
 std::unique_ptr<Transport> make_shm_transport();
 std::unique_ptr<Transport> make_faulty_transport(const std::string& name);
 std::unique_ptr<Transport> make_ucx_transport(const std::string& name);
+std::string describe_ucx(const std::string& name);
 #if M2N_HAS_CUDA
 std::unique_ptr<Transport> make_cuda_transport(const std::string& device);
 std::unique_ptr<Transport> make_pinned_transport(const std::string& device);
@@ -37,10 +38,16 @@ std::unique_ptr<Transport> make_transport(const std::string& name) {
   throw Error(Failure::kSetup,
               "transport: '" + name + "' is not known to this build; known: shm, faulty, ucx, cuda, pinned");
 #else
-  throw Error(
-      Failure::kSetup,
-      "transport: '" + name + "' is not known to this build; known: shm, faulty, ucx; cuda and pinned are " + why_no_cuda());
+  throw Error(Failure::kSetup, "transport: '" + name +
+                                   "' is not known to this build; known: shm, faulty, ucx; cuda and pinned are " +
+                                   why_no_cuda());
 #endif
+}
+
+std::string describe_transport(const std::string& name) {
+  if (name.rfind("ucx", 0) == 0) return describe_ucx(name);
+  make_transport(name);
+  return "";
 }
 
 std::unique_ptr<Transport> make_host_transport() { return make_shm_transport(); }

@@ -109,8 +109,8 @@ struct Areas {
 
 // What a comm has where no peer can write its memory: messages, which move only while some thread makes progress.
 //
-// Whoever waits makes it: enter(), look() between two looks at what it waits for, sleep(), leave(). Where nobody waits, a
-// thread of the network's own takes over.
+// Whoever waits makes it: enter(), look() between two looks at what it waits for, sleep(), leave(). Where nobody waits,
+// a thread of the network's own takes over.
 class Network : public Wire {
  public:
   // What send areas are made for.
@@ -136,8 +136,8 @@ class Network : public Wire {
   virtual void look() = 0;
   virtual void enter() = 0;
   virtual void leave() = 0;
-  // Sleeps until something arrives, interrupt(), or the end of the time, unless *events is no longer `seen`. False: some
-  // other thread sleeps here; this one must sleep on the word.
+  // Sleeps until something arrives, interrupt(), or the end of the time, unless *events is no longer `seen`. False:
+  // some other thread sleeps here; this one must sleep on the word.
   virtual bool sleep(const uint32_t* events, uint32_t seen, int64_t most_ns) = 0;
   virtual void interrupt() = 0;
 };
@@ -166,8 +166,9 @@ std::unique_ptr<Transport> make_host_transport();
 // The first delays that the relay of a faulty transport of this name gives to its signals, in ns.
 std::vector<int64_t> fault_delays(const std::string& name, uint64_t stream, uint32_t count);
 
-// Which UCX there is for a transport of this name, in words; throws Error(kSetup) where there is none.
-std::string describe_ucx(const std::string& name);
+// The library that a transport of this name needs, in words; "" where it needs none. Throws Error(kSetup) where there
+// is no such library or transport.
+std::string describe_transport(const std::string& name);
 
 // Why GPU ranks cannot run here, in words; "" when they can.
 std::string why_no_cuda();

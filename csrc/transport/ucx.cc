@@ -17,8 +17,10 @@ namespace {
 // "ucx;way=auto;library=/a/libucp.so.0;TLS=tcp,self": names of UCX's own variables have capitals.
 ucx::Settings parse(const std::string& name) {
   const auto refuse = [&](const std::string& part) {
-    throw Error(Failure::kSetup, "transport: expected 'ucx' and ';key=value' for way (auto, message, put), library, "
-                                 "beside or a variable of UCX, got '" + part + "' in '" + name + "'");
+    throw Error(Failure::kSetup,
+                "transport: expected 'ucx' and ';key=value' for way (auto, message, put), library, "
+                "beside or a variable of UCX, got '" +
+                    part + "' in '" + name + "'");
   };
   ucx::Settings settings;
   for (size_t begin = name.find(';'), end = begin; begin != std::string::npos; begin = end) {
@@ -54,8 +56,7 @@ class UcxNetwork final : public Network {
 
   void open(LinkListener* listener, WakeWord* own_wake, const Peers& peers) override {
     own_wake_ = own_wake;
-    shared_->links.open(
-        peers, [this] { wake_sleepers(own_wake_, this); }, [this] { shared_->proxy.kick(false); });
+    shared_->links.open(peers, [this] { wake_sleepers(own_wake_, this); }, [this] { shared_->proxy.kick(false); });
     // Signals of the operating system belong to the program's own threads.
     sigset_t all, before;
     sigfillset(&all);
@@ -68,7 +69,9 @@ class UcxNetwork final : public Network {
     is_running_ = true;
   }
 
-  std::string make_door(uint32_t peer_idx, const Areas& own) override { return shared_->links.make_door(peer_idx, own); }
+  std::string make_door(uint32_t peer_idx, const Areas& own) override {
+    return shared_->links.make_door(peer_idx, own);
+  }
   Areas connect(uint32_t peer_idx, const std::string& door, bool* wakes) override {
     return shared_->links.connect(peer_idx, door, wakes);
   }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What we use of UCX's C API, as of version 1.13, and the table of its functions, filled when UCX is loaded. Declared here
-// so that no build needs UCX: its structs only ever grow at their end and say by a mask which fields count. A test
+// What we use of UCX's C API, as of version 1.13, and the table of its functions, filled when UCX is loaded. Declared
+// here so that no build needs UCX: its structs only ever grow at their end and say by a mask which fields count. A test
 // compares all of this with UCX's own headers.
 #pragma once
 
@@ -176,8 +176,8 @@ struct Api {
 
 inline constexpr unsigned kMajor = 1, kMinor = 13;  // the oldest version that will do
 
-// Loads UCX: `library` alone where it is given; else one that this process has loaded already, the system's, and at last
-// `beside`, a path that may be "". Once per process and path; never unloaded. Throws Error(kSetup) in words.
+// Loads UCX: `library` alone where it is given; else one that this process has loaded already, the system's, and at
+// last `beside`, a path that may be "". Once per process and path; never unloaded. Throws Error(kSetup) in words.
 const Api& load(const std::string& library, const std::string& beside);
 
 }  // namespace m2n::ucx

@@ -25,8 +25,8 @@ constexpr int64_t kDrainNs = 5'000'000'000;
 
 // What m2n chooses where neither the user's settings nor the environment do. Up to 512 KB a message is one segment over
 // TCP, from there on UCX's rendezvous.
-constexpr const char* kVariables[][2] = {{"TCP_TX_SEG_SIZE", "1m"}, {"TCP_RX_SEG_SIZE", "1m"}, {"RNDV_THRESH", "512k"},
-                                          {"TCP_MAX_IOV", "256"}};
+constexpr const char* kVariables[][2] = {
+    {"TCP_TX_SEG_SIZE", "1m"}, {"TCP_RX_SEG_SIZE", "1m"}, {"RNDV_THRESH", "512k"}, {"TCP_MAX_IOV", "256"}};
 
 [[noreturn]] void fail(const std::string& text) { throw Error(Failure::kSetup, "ucx: " + text); }
 

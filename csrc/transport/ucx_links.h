@@ -139,7 +139,7 @@ class Links {
   bool is_closed_ = false;
   Network::Peers peers_{};
   std::shared_ptr<unsigned char> send_areas_;  // by peer index: rows, then small
-  std::vector<std::unique_ptr<Link>> links_;  // by peer index
+  std::vector<std::unique_ptr<Link>> links_;   // by peer index
   std::vector<std::unique_ptr<Sending>> sending_, idle_;
   uint32_t num_sending_ = 0;
   std::function<void()> on_signal_, on_report_;

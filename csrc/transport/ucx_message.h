@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What peers read of each other. A door: how a rank is reached. And the header of an active message: which bytes go where in the receiver's objects for this link, and the signal that is
-// stored once they are there. Short ones lie in the header itself, the others are its data. Nothing in it is believed
-// before it is checked.
+// What peers read of each other. A door: how a rank is reached. And the header of an active message: which bytes go
+// where in the receiver's objects for this link, and the signal that is stored once they are there. Short ones lie in
+// the header itself, the others are its data. Nothing in it is believed before it is checked.
 #pragma once
 
 #include <cstddef>
@@ -57,7 +57,8 @@ bool read_door(const std::string& bytes, Door* door);
 
 // Copies what a header says of itself; false: it is too short to be one, and nobody's.
 bool read_head(const void* header, size_t header_bytes, MessageHead* head);
-// The whole header of a message with `data_bytes` of data, for areas of these sizes. Returns what is wrong with it, or "".
+// The whole header of a message with `data_bytes` of data, for areas of these sizes. Returns what is wrong with it, or
+// "".
 std::string read_message(const void* header, size_t header_bytes, size_t data_bytes,
                          const uint64_t (&area_bytes)[kNumAreas], Message* message);
 

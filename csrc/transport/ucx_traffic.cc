@@ -201,7 +201,8 @@ void Links::end_request(Sending& sending, Status status) {
   if (status != Status::kOk) break_link(link, "");
   if (--sending.num_requests != 0) return;
   --link.num_sending;
-  const auto at = std::find_if(sending_.begin(), sending_.end(), [&](const auto& one) { return one.get() == &sending; });
+  const auto at =
+      std::find_if(sending_.begin(), sending_.end(), [&](const auto& one) { return one.get() == &sending; });
   idle_.push_back(std::move(*at));
   sending_.erase(at);
   store_release(&num_sending_, num_sending_ - 1);  // SYNC: ucx-sending
