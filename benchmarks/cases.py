@@ -15,6 +15,7 @@ import m2n
 from m2n.reference_model.errors import InputError
 
 from .memory import link_bytes
+from .plugins import native_transport
 from .routing import ROUTINGS, make_topk, recorded_experts
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -85,7 +86,7 @@ class Case:
             "m": self.m, "n": self.n, "tokens": ids.shape[1], "x_stride_rows": self.x_stride_rows,
             "hidden": self.hidden, "top_k": self.top_k,
             "experts": self.num_experts, "dtype": self.dtype, "reduce_at": self.reduce_at,
-            "transport": self.transport, "seconds": seconds, "max_rounds": max_rounds,
+            "transport": native_transport(self.transport), "seconds": seconds, "max_rounds": max_rounds,
             "deadline_s": self.deadline_s,
             "cores": " ".join(map(str, self.cores)), "contenders": " ".join(contenders),
         }  # fmt: skip

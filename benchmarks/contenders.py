@@ -29,7 +29,11 @@ class M2n:
             dispatch_dtype=job.dtype, combine_dtype=job.dtype, reduce_at=job.values["reduce_at"],
         )  # fmt: skip
         placement = m2n.Placement.block(job.experts, job.n)
-        config = m2n.Config(timeout_s=_TIMEOUT_S, connect_timeout_s=_TIMEOUT_S, arrays="numpy")
+        variables = {"TLS": "tcp,self"} if job.values["transport"].startswith("ucx") else {}
+        config = m2n.Config(
+            timeout_s=_TIMEOUT_S, connect_timeout_s=_TIMEOUT_S, arrays="numpy",
+            transport="ucx" if variables else "shm", ucx_variables=variables,
+        )  # fmt: skip
         options: dict[str, Any] = {"shape": shape, "placement": placement, "store": str(job.folder / "store")}
         x = encode(np.zeros((job.tokens, job.x_stride_rows, job.hidden)), job.dtype)
         self._attention_ranks = list(range(job.m))

@@ -13,6 +13,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import m2n
+
 NAMES = ("ucx-shm", "ucx-tcp", "mpi")
 
 _SOURCES = Path(__file__).parent / "native"
@@ -52,6 +54,17 @@ def find(name: str) -> Plugin:
         return Plugin(name, _compile(source, *find_compiler()))
     except _Missing as missing:
         return Plugin(name, None, str(missing))
+
+
+def native_transport(name: str) -> str:
+    """A transport of m2n as its ranks at the C++ boundary are given it; UCX goes over TCP."""
+    if name != "ucx":
+        return name
+    library = m2n.Config().ucx_library
+    options = ["TLS=tcp,self", *([f"library={library}"] if library else [])]
+    wheel = importlib.util.find_spec("libucx")
+    folders = (wheel.submodule_search_locations or ()) if wheel else ()
+    return ";".join(["ucx", *options, *(f"beside={folder}/lib/libucp.so.0" for folder in folders)])
 
 
 def _ucx_compiler() -> tuple[str, list[str]]:

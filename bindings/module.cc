@@ -119,6 +119,7 @@ py::dict offer_to_dict(Comm::Offer offer) {
   dict["device"] = offer.origin.device;
   dict["wakes"] = offer.wakes;
   dict["objects"] = objects;
+  dict["door"] = py::bytes(offer.door);
   return dict;
 }
 
@@ -137,11 +138,12 @@ const char* state_name(PeerState state) {
 }
 
 void attach_peer(Comm& comm, uint32_t peer_idx, const std::vector<std::pair<int, uint64_t>>& objects, uint64_t process,
-                 const std::string& device, bool wakes) {
+                 const std::string& device, bool wakes, const py::bytes& door) {
   std::vector<Handle> handles;
   for (const auto& [fd, id] : objects) handles.push_back({Fd(fd), 0, id});
+  const std::string door_bytes = door;
   const py::gil_scoped_release release;
-  comm.attach(peer_idx, std::move(handles), {process, device}, wakes);
+  comm.attach(peer_idx, std::move(handles), {process, device}, wakes, door_bytes);
 }
 
 void watch_peer_of(Comm& comm, uint32_t peer_idx, int connection_fd, int pidfd, double send_every_s,
@@ -198,16 +200,16 @@ void bind_comm(py::module_& module) {
   py::class_<Comm, std::shared_ptr<Comm>> type(module, "Comm");
   type.def(
       "offer",
-      [](Comm& comm, uint32_t rank, uint64_t life) {
+      [](Comm& comm, uint32_t rank, uint64_t life, bool is_over_network) {
         auto offer = [&] {
           const py::gil_scoped_release release;  // it allocates the peer's memory
-          return comm.offer(rank, life);
+          return comm.offer(rank, life, is_over_network);
         }();
         return offer_to_dict(std::move(offer));
       },
-      py::arg("rank"), py::arg("life"));
+      py::arg("rank"), py::arg("life"), py::arg("is_over_network") = false);
   type.def("attach", &attach_peer, py::arg("peer_idx"), py::arg("objects"), py::arg("process"), py::arg("device"),
-           py::arg("wakes"));
+           py::arg("wakes"), py::arg("door"));
   type.def("watch", &watch_peer_of, py::arg("peer_idx"), py::arg("connection_fd"), py::arg("pidfd"),
            py::arg("send_every_s"), py::arg("lost_after_s"), py::call_guard<py::gil_scoped_release>());
   type.def(  // for tests
@@ -340,6 +342,7 @@ PYBIND11_MODULE(_C, module) {
   bind_device(module);
   module.def("start_seq_at", [](uint32_t seq) { g_first_seq = seq; }, py::arg("seq"));                   // for tests
   module.def("fault_delays", &fault_delays, py::arg("transport"), py::arg("stream"), py::arg("count"));  // for tests
+  module.def("describe_transport", &describe_transport, py::arg("name"));
   module.attr("max_microbatches") = kMaxSlots - 1;
   module.attr("has_cuda") = bool{M2N_HAS_CUDA};
   module.def("why_no_cuda", &why_no_cuda);

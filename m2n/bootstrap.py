@@ -8,6 +8,8 @@ The handshake is one message each way, with the file descriptors of the memory o
 
 from __future__ import annotations
 
+import base64
+import binascii
 import dataclasses
 import errno
 import json
@@ -26,6 +28,7 @@ from .store import Store, look_up
 
 _MAX_DEVICE_CHARS = 64
 _NUM_OBJECTS = 3  # rows, small, wake
+_MAX_DOOR_BYTES = 32 * 1024
 # How long an address may be out of reach before it is taken for a wrong one.
 _UNREACHABLE_S = 4.0
 _FIRST_NOTE_S = 2.0
@@ -37,8 +40,10 @@ _LEAST_HEARTBEAT_S, _MOST_HEARTBEAT_S = 0.01, 3600.0
 class NativeComm(Protocol):
     """The native half of a comm, as far as the handshake needs it."""
 
-    def offer(self, rank: int, life: int) -> dict[str, Any]: ...
-    def attach(self, peer_idx: int, objects: list[tuple[int, int]], process: int, device: str, wakes: bool) -> None: ...
+    def offer(self, rank: int, life: int, is_over_network: bool) -> dict[str, Any]: ...
+    def attach(
+        self, peer_idx: int, objects: list[tuple[int, int]], process: int, device: str, wakes: bool, door: bytes
+    ) -> None: ...
     def watch(
         self, peer_idx: int, connection_fd: int, pidfd: int, send_every_s: float, lost_after_s: float
     ) -> None: ...
@@ -67,20 +72,34 @@ class Identity:
         return f"{self.role} rank {self.rank}"
 
 
-def introduction(identity: Identity, offer: dict[str, Any]) -> dict[str, Any]:
+def link_transport(identity: Identity, channel: Channel) -> str:
+    """By what the rows of this link go. Raises Refused where this comm's transport does not reach so far."""
+    if identity.transport == "auto":
+        return "shm" if channel.is_local else "ucx"
+    if not channel.is_local and identity.transport != "ucx":
+        raise Refused(
+            f"handshake: the other rank is on another host or in another network namespace, and {identity} has the "
+            f"transport {identity.transport!r}, which reaches only its own; use Config(transport='auto') or 'ucx', "
+            "without faults, on device='cpu'"
+        )
+    return identity.transport
+
+
+def introduction(identity: Identity, offer: dict[str, Any], transport: str) -> dict[str, Any]:
     return {
         "m2n": PROTOCOL_VERSION,
         "role": identity.role,
         "rank": identity.rank,
         "life": identity.life,
         "shape": dataclasses.asdict(identity.shape),
-        "transport": identity.transport,
+        "transport": transport,
         "heartbeat_s": identity.heartbeat_s,
         "process": offer["process"],
         "device": offer["device"],
         "wakes": offer["wakes"],
         "objects": [object_id for _, object_id in offer["objects"]],
         "has_fd": [fd >= 0 for fd, _ in offer["objects"]],
+        "door": base64.b64encode(offer["door"]).decode(),
     }
 
 
@@ -88,7 +107,18 @@ def descriptors(offer: dict[str, Any]) -> list[int]:
     return [fd for fd, _ in offer["objects"] if fd >= 0]
 
 
-def check_introduction(identity: Identity, message: dict[str, Any], num_fds: int) -> None:
+def _door(message: dict[str, Any], theirs: str) -> bytes:
+    """How the peer is reached over a network; empty where its memory is shared."""
+    text = message.get("door")
+    try:
+        if not isinstance(text, str) or len(text) > _MAX_DOOR_BYTES // 3 * 4:
+            raise ValueError
+        return base64.b64decode(text, validate=True)
+    except (ValueError, binascii.Error):
+        raise SetupError(f"handshake: {theirs} does not say how it is reached") from None
+
+
+def check_introduction(identity: Identity, message: dict[str, Any], num_fds: int, transport: str) -> None:
     """Both sides check the other's introduction. Raises SetupError with what differs."""
     theirs = f"{message.get('role')} rank {message.get('rank')}"
     if message.get("m2n") != PROTOCOL_VERSION:
@@ -108,10 +138,11 @@ def check_introduction(identity: Identity, message: dict[str, Any], num_fds: int
                 f"handshake: shapes differ in {field}: {theirs} has {shape.get(field)!r}, {identity} has {ours!r}; "
                 "all ranks of a comm need the same Shape"
             )
-    if message.get("transport") != identity.transport:
+    if message.get("transport") != transport:
         raise SetupError(
-            f"handshake: {theirs} uses the transport {str(message.get('transport'))[:40]!r}, {identity} uses "
-            f"{identity.transport!r}; a rank on a GPU links with ranks on CPUs when it has Config(transport='shm')"
+            f"handshake: {theirs} uses the transport {str(message.get('transport'))[:40]!r} for this link, {identity} "
+            f"{transport!r}; ranks of one host need the same, and a rank on a GPU links with ranks on CPUs when it has "
+            "Config(transport='shm')"
         )
     objects, has_fd = message.get("objects"), message.get("has_fd")
     if not isinstance(objects, list) or len(objects) != _NUM_OBJECTS:
@@ -123,6 +154,7 @@ def check_introduction(identity: Identity, message: dict[str, Any], num_fds: int
     device, wakes = message.get("device"), message.get("wakes")
     if not isinstance(device, str) or len(device) > _MAX_DEVICE_CHARS or not isinstance(wakes, bool):
         raise SetupError(f"handshake: {theirs} does not say where its memory lies")
+    _door(message, theirs)
     heartbeat_s: Any = message.get("heartbeat_s")
     if type(heartbeat_s) not in (int, float) or not _LEAST_HEARTBEAT_S <= heartbeat_s <= _MOST_HEARTBEAT_S:
         raise SetupError(f"handshake: {theirs} sends heartbeats every {str(heartbeat_s)[:40]!r} s")
@@ -140,7 +172,9 @@ def join(
     remaining = iter(fds)
     each = [next(remaining) if sent else -1 for sent in message["has_fd"]]
     objects = list(zip(each, message["objects"]))
-    native.attach(peer_idx, objects, message["process"], message["device"], message["wakes"])
+    native.attach(
+        peer_idx, objects, message["process"], message["device"], message["wakes"], _door(message, "the peer")
+    )
     pidfd = channel.pidfd()
     # The system tells of the end of a process that it knows, and this one's is its own.
     needs_heartbeats = pidfd < 0 and not channel.is_of_this_process
@@ -262,10 +296,11 @@ def _open_channel(identity: Identity, address: Address, expert_rank: int) -> Cha
 
 def _greet(native: NativeComm, identity: Identity, address: Address, expert_rank: int) -> None:
     with _open_channel(identity, address, expert_rank) as channel:
-        offer = native.offer(expert_rank, address.life)
+        transport = link_transport(identity, channel)
+        offer = native.offer(expert_rank, address.life, transport == "ucx")
         offered = descriptors(offer)
         try:
-            channel.send({**introduction(identity, offer), "to_life": address.life}, offered)
+            channel.send({**introduction(identity, offer, transport), "to_life": address.life}, offered)
         finally:
             close_all(offered)
         message, fds = channel.receive()
@@ -273,7 +308,7 @@ def _greet(native: NativeComm, identity: Identity, address: Address, expert_rank
             close_all(fds)
             raise Refused(f"{identity} was refused by expert rank {expert_rank}: {message['error']}")
         try:
-            check_introduction(identity, message, len(fds))
+            check_introduction(identity, message, len(fds), transport)
         except SetupError as error:
             close_all(fds)
             raise Refused(str(error)) from error

@@ -11,7 +11,7 @@ import sys
 import threading
 
 from ._C import SetupError
-from .bootstrap import Identity, NativeComm, check_introduction, descriptors, introduction, join
+from .bootstrap import Identity, NativeComm, check_introduction, descriptors, introduction, join, link_transport
 from .channel import HANDSHAKE_TIMEOUT_S, Channel, TcpChannel, UnixChannel, close_all, join_address
 from .interfaces import resolve_bind
 
@@ -56,8 +56,8 @@ class Listener:
     def _bind(self, bind: str) -> socket.socket:
         if self._identity.job_key is None and not self._identity.insecure:
             raise SetupError(
-                f"bind: at {bind!r} anybody could join {self._identity}: give all ranks the same Config(job_key=...) or "
-                "M2N_JOB_KEY, or Config(insecure=True) where the network is yours alone"
+                f"bind: at {bind!r} anybody could join {self._identity}: give all ranks the same Config(job_key=...) "
+                "or M2N_JOB_KEY, or Config(insecure=True) where the network is yours alone"
             )
         host, port = resolve_bind(bind)
         listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
@@ -120,17 +120,18 @@ class Listener:
     def _welcome(self, channel: Channel) -> None:
         message, fds = channel.receive()
         try:
-            check_introduction(self._identity, message, len(fds))
+            transport = link_transport(self._identity, channel)
+            check_introduction(self._identity, message, len(fds), transport)
             if message.get("to_life") != self._identity.life:
                 raise SetupError(f"handshake: {self._identity} has another life than the one that was looked up")
-            offer = self._native.offer(message["rank"], message["life"])
+            offer = self._native.offer(message["rank"], message["life"], transport == "ucx")
         except BaseException:
             close_all(fds)
             raise
         offered = descriptors(offer)
         try:
             go_live = join(self._native, self._identity, offer["peer_idx"], message, fds, channel)
-            channel.send(introduction(self._identity, offer), offered)
+            channel.send(introduction(self._identity, offer, transport), offered)
         finally:
             close_all(offered)
         go_live()

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from . import _C
@@ -234,12 +235,19 @@ class Config:
         heartbeat_s: how often, in seconds, a rank tells those of other hosts that it is alive. One that is silent for
             three of its own periods is lost.
         transport: where windows lie: "cuda" in the memory of GPUs, "shm" in that of the host, "auto" where the comm's
-            device is. All ranks of a comm need the same; with "shm" ranks on GPUs link with ranks on CPUs.
+            device is. All ranks of a comm need the same; with "shm" ranks on GPUs link with ranks on CPUs. "ucx": in
+            that of the host, reached by messages through UCX (RDMA, TCP); ranks on CPUs only.
         arrays: what an expert rank gets its batches as: "torch", "numpy", "cupy", or "auto": torch if it was imported,
             else cupy on a GPU and numpy on the CPU.
         num_sms: on a GPU, the most thread blocks of a verb that moves rows, of 512 or 1,024 threads each. More is
             faster up to about half of the device's multiprocessors, and takes more from what computes beside it.
         faults: a slow network to imitate; default: M2N_FAULTS, as "delay_us=500,jitter_us=100,seed=1", or none.
+        ucx_library: the path of libucp.so.0 (UCX 1.13 or later); default: M2N_UCX_LIBRARY, or None: the system's, else
+            that of the package libucx-cu12 or libucx-cu13. It is loaded by the first comm with transport="ucx".
+        ucx_way: "put": a message is puts, a fence and a put of its signal; "message": one active message; "auto": puts
+            where the network has real ones (RDMA). Peers may differ.
+        ucx_variables: settings of UCX for this comm, as {"TLS": "tcp,self"}. UCX also reads its own environment
+            (UCX_TLS, UCX_NET_DEVICES, ...), which these overrule. Peers need a transport in common.
     """
 
     job: str = dataclasses.field(default_factory=lambda: os.environ.get("M2N_JOB", "default"))
@@ -254,6 +262,9 @@ class Config:
     arrays: Literal["auto", "torch", "numpy", "cupy"] = "auto"
     num_sms: int = 64
     faults: Faults | None = dataclasses.field(default_factory=Faults._from_environment)
+    ucx_library: str | None = dataclasses.field(default_factory=lambda: os.environ.get("M2N_UCX_LIBRARY") or None)
+    ucx_way: Literal["auto", "message", "put"] = "auto"
+    ucx_variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for field in ("timeout_s", "connect_timeout_s", "store_timeout_s"):
@@ -268,8 +279,34 @@ class Config:
         if self.job_key is not None and self.insecure:
             raise ValueError("insecure: a job_key is set too (M2N_JOB_KEY); leave one of them out")
         require_int("num_sms", self.num_sms, 1)
-        for field, known in (("transport", ("auto", "shm", "cuda")), ("arrays", ("auto", "torch", "numpy", "cupy"))):
+        for field, known in (
+            ("transport", ("auto", "shm", "cuda", "ucx")),
+            ("arrays", ("auto", "torch", "numpy", "cupy")),
+            ("ucx_way", ("auto", "message", "put")),
+        ):
             if getattr(self, field) not in known:
                 raise ValueError(f"{field}: expected one of {', '.join(known)}, got {getattr(self, field)!r}")
         if self.faults is not None and not isinstance(self.faults, Faults):
             raise TypeError(f"faults: expected m2n.Faults or None, got {type(self.faults).__name__}")
+        if self.ucx_library is not None and (not self.ucx_library or ";" in os.fspath(self.ucx_library)):
+            raise ValueError(f"ucx_library: expected a path without ';', got {self.ucx_library!r}")
+        for key, value in self.ucx_variables.items():
+            is_name = isinstance(key, str) and key.removeprefix("UCX_").replace("_", "").isalnum() and key.isupper()
+            if not is_name or not isinstance(value, str) or ";" in value:
+                raise ValueError(
+                    f"ucx_variables: expected something like {{'TLS': 'tcp,self'}}, got {key!r}: {value!r}"
+                )
+
+    def _network(self, transport: str) -> str:
+        """The native name of the transport `ucx` or `auto` with these settings."""
+        options = {"way": self.ucx_way, "library": self.ucx_library, "beside": _ucx_of_package()}
+        options |= {key.removeprefix("UCX_"): value for key, value in self.ucx_variables.items()}
+        return ";".join([transport, *(f"{key}={value}" for key, value in options.items() if value)])
+
+
+def _ucx_of_package() -> str:
+    """The library of an installed libucx-cu12 or libucx-cu13, or nothing."""
+    package = importlib.util.find_spec("libucx")
+    folders = (package.submodule_search_locations or []) if package else []
+    paths = [os.path.join(folder, "lib", "libucp.so.0") for folder in folders]
+    return next((path for path in paths if os.path.exists(path) and ";" not in path), "")

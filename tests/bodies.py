@@ -18,7 +18,20 @@ import m2n
 from m2n.ranks import serve
 from m2n.testing import apply_expert, expert_outputs, start_seq_at
 
-NUMPY = m2n.Config(arrays="numpy", timeout_s=20.0, connect_timeout_s=20.0)
+
+def config_of(transport: str) -> m2n.Config:
+    """Of the ranks of a test: a transport's name, with "ucx-put" for UCX by puts, in shared memory."""
+    common: dict[str, Any] = {"arrays": "numpy", "timeout_s": 20.0, "connect_timeout_s": 20.0}
+    if transport == "ucx-put":
+        return m2n.Config(transport="ucx", ucx_way="put", ucx_variables={"TLS": "posix,cma,self"}, **common)
+    if transport == "ucx":
+        return m2n.Config(transport="ucx", ucx_variables={"TLS": "tcp,self"}, **common)
+    return m2n.Config(transport=transport, **common)
+
+
+# Tests that run over several transports set the variable, for the processes that they start too.
+TRANSPORT_VARIABLE = "M2N_TEST_TRANSPORT"
+NUMPY = config_of(os.environ.get(TRANSPORT_VARIABLE, "auto"))
 
 
 def exchange(comm: m2n.AttentionComm, workloads: list[list[Any]]) -> list[Any]:

@@ -49,6 +49,18 @@ def why_no_cuda_compiler() -> str | None:
     return None if shutil.which("nvcc") else "no nvcc on PATH"
 
 
+@functools.cache
+def why_no_ucx() -> str | None:
+    """Why tests with the marker `ucx` cannot run here; None when they can."""
+    import m2n
+    from m2n import _C
+
+    if _C.sanitizer:
+        return "sanitizers do not know what UCX does"
+    features = m2n.features()
+    return None if features["ucx"] else features["ucx_words"]
+
+
 def find_clang() -> str | None:
     """clang++, whatever version its name carries."""
     names = ("clang++", *(f"clang++-{version}" for version in range(30, 13, -1)))
@@ -89,6 +101,7 @@ TIERS = (
     ("explorer", "explorer", why_no_explorer),
     ("relacy", "relacy", why_no_relacy),
     ("model", "promela", why_no_model_checker),
+    ("UCX", "ucx", why_no_ucx),
     ("CUDA compiler", "nvcc", why_no_cuda_compiler),
     ("CUDA device", "cuda", why_no_cuda_device),
     ("two hosts", "two_hosts", lambda: "needs a second machine"),
@@ -220,6 +233,16 @@ def _one_torch_thread() -> Iterator[None]:
     if torch is not None:
         torch.set_num_threads(1)
     yield
+
+
+@pytest.fixture
+def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The ranks of `bodies`, in this process and in those that a test starts, use the transport of this name."""
+    import bodies
+
+    monkeypatch.setenv(bodies.TRANSPORT_VARIABLE, request.param)
+    monkeypatch.setattr(bodies, "NUMPY", bodies.config_of(request.param))
+    return request.param
 
 
 @pytest.fixture(autouse=True)

@@ -37,9 +37,17 @@ class FakeNative:
         self.watched: list[tuple[int, float, float]] = []
         self.is_watched = threading.Event()
 
-    def offer(self, rank: int, life: int) -> dict[str, Any]:
+    def offer(self, rank: int, life: int, is_over_network: bool) -> dict[str, Any]:
+        assert is_over_network
         self.offered.append((rank, life))
-        return {"peer_idx": 0, "process": 5, "device": "", "wakes": True, "objects": [(-1, 1), (-1, 2), (-1, 3)]}
+        return {
+            "peer_idx": 0,
+            "process": 5,
+            "device": "",
+            "wakes": True,
+            "objects": [(-1, 1), (-1, 2), (-1, 3)],
+            "door": b"",
+        }
 
     def attach(self, *about: Any) -> None:
         pass
@@ -51,7 +59,7 @@ class FakeNative:
 
 
 def identity(role: str, **about: Any) -> Identity:
-    return Identity("default", "default", role, 0, SHAPE, **about)
+    return Identity("default", "default", role, 0, SHAPE, transport="auto", **about)
 
 
 @pytest.fixture(autouse=True)

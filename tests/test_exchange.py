@@ -21,8 +21,9 @@ from m2n.ranks import run_ranks
 SHAPE = m2n.Shape(
     hidden=72, num_experts=8, top_k=3, max_tokens=17, microbatches=2, dispatch_dtype="float32", combine_dtype="float32"
 )
-# The host's own verbs; kernels on CPU threads; and kernels.
-DEVICES = ("cpu", "emulated", pytest.param("cuda:0", marks=pytest.mark.cuda))
+# The host's own verbs; the same over UCX, by messages and by puts; kernels on CPU threads; and kernels.
+UCX = tuple(pytest.param(name, marks=pytest.mark.ucx) for name in ("ucx", "ucx-put"))
+DEVICES = ("cpu", *UCX, "emulated", pytest.param("cuda:0", marks=pytest.mark.cuda))
 DTYPES = ("float32", "bfloat16", "float16")
 FLOAT8 = "float8_e4m3fn"
 # Replicated experts, uneven ranks.
@@ -48,7 +49,7 @@ def to_numpy(workload: testing.Workload) -> testing.Workload:
 
 
 def to_device(workload: testing.Workload, device: str) -> testing.Workload:
-    if device == "emulated":
+    if not device.startswith("cuda"):
         device = "cpu"
     return testing.Workload(*(getattr(workload, f.name).to(device) for f in dataclasses.fields(workload)))
 
@@ -66,7 +67,9 @@ def check(
     """Runs the workloads [rank][layer] through the library and compares every result with the oracle."""
     place = to_numpy if in_numpy else functools.partial(to_device, device=device)
     given_workloads = [[place(w) for w in layers] for layers in workloads]
-    config = dataclasses.replace(bodies.NUMPY, arrays="numpy" if in_numpy else "torch", faults=faults)
+    is_ucx = device.startswith("ucx")
+    config = bodies.config_of(device) if is_ucx else bodies.NUMPY
+    config = dataclasses.replace(config, arrays="numpy" if in_numpy else "torch", faults=faults)
     results = run_ranks(
         bodies.pair(given_workloads, **options),
         len(workloads),
@@ -74,7 +77,7 @@ def check(
         shape=shape,
         placement=placement,
         processes=processes,
-        device=device,
+        device="cpu" if is_ucx else device,
         config=config,
     )
     for rank, layers in enumerate(workloads):
@@ -146,7 +149,7 @@ def test_several_microbatches_in_flight(device: str, microbatches: int) -> None:
 
 
 @pytest.mark.parametrize("dtype, reduce_at", [("bfloat16", "expert"), ("float32", "attention"), (FLOAT8, "expert")])
-@pytest.mark.parametrize("device", ["cpu", "emulated"])
+@pytest.mark.parametrize("device", ["cpu", *UCX, "emulated"])
 def test_ranks_as_processes(device: str, dtype: str, reduce_at: str) -> None:
     shape = of_dtype(dataclasses.replace(SHAPE, reduce_at=reduce_at), dtype)
     check(shape, REPLICAS, all_kinds(shape, 2), processes=True, in_numpy=True, device=device)
@@ -198,4 +201,5 @@ def test_random_shapes_equal_the_oracle(data: st.DataObject) -> None:
         testing.make_workload(shape, data.draw(st.sampled_from(testing.KINDS)), seed + i)
         for i in range(data.draw(st.integers(1, 4), "layers"))
     ]
-    check(shape, placement, [layers, layers[::-1]], device=data.draw(st.sampled_from(["cpu", "emulated"]), "device"))
+    devices = ["cpu", "emulated", *(["ucx", "ucx-put"] if m2n.features()["ucx"] else [])]
+    check(shape, placement, [layers, layers[::-1]], device=data.draw(st.sampled_from(devices), "device"))

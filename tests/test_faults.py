@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import json
 import multiprocessing
@@ -28,6 +29,10 @@ from m2n import _C
 from m2n.ranks import run_ranks
 from m2n.testing import expert_outputs
 
+pytestmark = [
+    pytest.mark.usefixtures("transport"),
+    pytest.mark.parametrize("transport", ("auto", pytest.param("ucx", marks=pytest.mark.ucx)), indirect=True),
+]
 SHAPE = m2n.Shape(
     hidden=64, num_experts=4, top_k=2, max_tokens=8, microbatches=2, dispatch_dtype="float32", combine_dtype="float32"
 )
@@ -220,7 +225,7 @@ def test_strict_lockstep_names_who_is_late(tmp_path: Path) -> None:
 
 
 def test_an_unanswered_empty_message_is_a_timeout_of_the_next_dispatch(tmp_path: Path) -> None:
-    config = m2n.Config(timeout_s=0.2, arrays="numpy")
+    config = dataclasses.replace(bodies.NUMPY, timeout_s=0.2)
     with expert(tmp_path), m2n.AttentionComm(0, SHAPE, ONE, tmp_path, config=config) as comm:
         comm.dispatch_send(X[:0], comm.route(IDS[:0], WEIGHTS[:0]))
         assert comm.combine_recv().shape == (0, 64)  # not awaited here

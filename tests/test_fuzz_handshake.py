@@ -60,8 +60,8 @@ json_values = st.recursive(
 def introduction(role: str) -> dict[str, Any]:
     """What a proper peer of that role says; another process, so that its descriptors are looked at."""
     identity = bootstrap.Identity("default", "default", role, 0, SHAPE, life=LIFE)
-    offer = {"process": 1, "device": "", "wakes": True, "objects": [(0, 1), (0, 2), (0, 3)]}
-    return {**bootstrap.introduction(identity, offer), "to_life": LIFE}
+    offer = {"process": 1, "device": "", "wakes": True, "objects": [(0, 1), (0, 2), (0, 3)], "door": b""}
+    return {**bootstrap.introduction(identity, offer, "shm"), "to_life": LIFE}
 
 
 @st.composite
@@ -181,7 +181,7 @@ def test_what_is_received_is_a_message_or_a_setup_error(text: bytes, kinds: list
             pass
         else:
             try:
-                bootstrap.check_introduction(identity, message, len(fds))
+                bootstrap.check_introduction(identity, message, len(fds), "shm")
                 assert message["role"] == "attention" and sum(message["has_fd"]) == len(fds)
                 assert all(0 <= number < 2**64 for number in message["objects"])
             except m2n.SetupError:

@@ -34,7 +34,7 @@ class FakePeer:
         channel = UnixChannel(self.connection)
         offer = self._native.offer(0, entry["life"])
         fds = [fd for fd, _ in offer["objects"]]
-        introduction = {**bootstrap.introduction(identity, offer), "to_life": entry["life"]}
+        introduction = {**bootstrap.introduction(identity, offer, "shm"), "to_life": entry["life"]}
         channel.send(introduction, fds)
         message, theirs = channel.receive()
         assert "error" not in message
@@ -116,8 +116,8 @@ def test_a_message_before_the_reply_is_a_protocol_error(device: str, tmp_path: P
 
 def introduced(**changes: Any) -> bytes:
     identity = bootstrap.Identity("default", "default", "attention", 0, SHAPE)
-    offer = {"process": 1, "device": "", "wakes": True, "objects": [(0, 1), (0, 2), (0, 3)]}
-    return json.dumps({**bootstrap.introduction(identity, offer), **changes}).encode()
+    offer = {"process": 1, "device": "", "wakes": True, "objects": [(0, 1), (0, 2), (0, 3)], "door": b""}
+    return json.dumps({**bootstrap.introduction(identity, offer, "shm"), **changes}).encode()
 
 
 def test_garbage_at_the_listener_keeps_nobody_out(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

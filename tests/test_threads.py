@@ -84,6 +84,10 @@ def test_start_seq_at_reaches_both_roles(of_server: int, of_client: int, near_th
 
 @pytest.mark.sanitize
 def test_microbatches_driven_and_served_by_different_threads() -> None:
+    drive_and_serve(NUMPY)
+
+
+def drive_and_serve(config: m2n.Config) -> None:
     """A thread for each microbatch of each of two attention ranks; three that receive on each of two expert ranks."""
     shape = dataclasses.replace(SHAPE, microbatches=4)
     placement = m2n.Placement.block(8, 2)
@@ -113,7 +117,7 @@ def test_microbatches_driven_and_served_by_different_threads() -> None:
         with ThreadPoolExecutor(3) as pool:
             return sum(pool.map(loop, range(3)))
 
-    results = run_ranks((attend, serve_all), 2, 2, shape=shape, placement=placement, config=NUMPY)
+    results = run_ranks((attend, serve_all), 2, 2, shape=shape, placement=placement, config=config)
     for rank in range(2):  # a batch is one layer of one microbatch, from one attention rank or from both
         assert 80 <= results["expert", rank] <= 160
 

@@ -22,13 +22,20 @@ struct Hello {
   uint32_t rank;
 };
 
-void send_offer(int connection, uint32_t rank, const Comm::Offer& offer) {
+// The way to a rank over a network follows it; else its descriptors go along.
+constexpr size_t kMaxDoorBytes = 32 * 1024;
+
+void send_offer(int connection, uint32_t rank, Comm::Offer offer) {
   alignas(cmsghdr) char control[CMSG_SPACE(3 * sizeof(int))] = {};
   Hello hello{offer.origin.process, rank};
-  iovec data{&hello, sizeof hello};
+  iovec data[] = {{&hello, sizeof hello}, {offer.door.data(), offer.door.size()}};
   msghdr message{};
-  message.msg_iov = &data;
-  message.msg_iovlen = 1;
+  message.msg_iov = data;
+  message.msg_iovlen = 2;
+  if (!offer.door.empty()) {
+    if (sendmsg(connection, &message, 0) < 0) raise_socket("sendmsg");
+    return;
+  }
   message.msg_control = control;
   message.msg_controllen = sizeof control;
   cmsghdr* header = CMSG_FIRSTHDR(&message);
@@ -42,22 +49,31 @@ void send_offer(int connection, uint32_t rank, const Comm::Offer& offer) {
   if (sendmsg(connection, &message, 0) < 0) raise_socket("sendmsg");
 }
 
-std::vector<Handle> receive_offer(int connection, Hello* hello) {
+struct Received {
+  std::vector<Handle> handles = std::vector<Handle>(3);
+  std::string door;
+};
+
+Received receive_offer(int connection, Hello* hello) {
   alignas(cmsghdr) char control[CMSG_SPACE(3 * sizeof(int))] = {};
-  iovec data{hello, sizeof *hello};
+  Received received;
+  received.door.resize(kMaxDoorBytes);
+  iovec data[] = {{hello, sizeof *hello}, {received.door.data(), received.door.size()}};
   msghdr message{};
-  message.msg_iov = &data;
-  message.msg_iovlen = 1;
+  message.msg_iov = data;
+  message.msg_iovlen = 2;
   message.msg_control = control;
   message.msg_controllen = sizeof control;
-  if (recvmsg(connection, &message, 0) <= 0) raise_socket("recvmsg");
-  std::vector<Handle> handles(3);
+  const ssize_t num_bytes = recvmsg(connection, &message, 0);
+  if (num_bytes < static_cast<ssize_t>(sizeof *hello)) raise_socket("recvmsg");
+  received.door.resize(static_cast<size_t>(num_bytes) - sizeof *hello);
+  if (!received.door.empty()) return received;
   for (size_t i = 0; i < 3; ++i) {
     int fd = -1;
     std::memcpy(&fd, CMSG_DATA(CMSG_FIRSTHDR(&message)) + i * sizeof(int), sizeof fd);
-    handles[i].fd = Fd(fd);
+    received.handles[i].fd = Fd(fd);
   }
-  return handles;
+  return received;
 }
 
 int make_socket() {
@@ -79,7 +95,7 @@ sockaddr_un address_of(const Case& job, uint32_t expert_rank) {
 struct Arrived {
   int connection;
   Hello hello;
-  std::vector<Handle> handles;
+  Received offer;
 };
 
 class M2n final : public Contender {
@@ -107,14 +123,15 @@ class M2n final : public Contender {
       const int connection = accept4(listener.get(), nullptr, nullptr, SOCK_CLOEXEC);
       if (connection < 0) raise_socket("accept");
       Hello hello{};
-      std::vector<Handle> handles = receive_offer(connection, &hello);
-      arrived.at(hello.rank) = {connection, hello, std::move(handles)};
+      Received offer = receive_offer(connection, &hello);
+      arrived.at(hello.rank) = {connection, hello, std::move(offer)};
     }
     // In the order of their ranks, in which a batch has them then.
     for (Arrived& peer : arrived) {
-      const Comm::Offer offer = expert_->offer(peer.hello.rank, 1);
-      send_offer(peer.connection, traffic_.rank(), offer);
-      link(*expert_, offer.peer_idx, peer.hello, std::move(peer.handles), peer.connection);
+      Comm::Offer offer = expert_->offer(peer.hello.rank, 1);
+      const uint32_t peer_idx = offer.peer_idx;
+      send_offer(peer.connection, traffic_.rank(), std::move(offer));
+      link(*expert_, peer_idx, peer.hello, std::move(peer.offer), peer.connection);
     }
   }
 
@@ -154,15 +171,16 @@ class M2n final : public Contender {
       if (now_ns() > until_ns) raise_socket("connect");
       usleep(200);  // it does not listen yet
     }
-    const Comm::Offer offer = attention_->offer(expert_rank, 1);
-    send_offer(connection, traffic_.rank(), offer);
+    Comm::Offer offer = attention_->offer(expert_rank, 1);
+    const uint32_t peer_idx = offer.peer_idx;
+    send_offer(connection, traffic_.rank(), std::move(offer));
     Hello hello{};
-    std::vector<Handle> handles = receive_offer(connection, &hello);
-    link(*attention_, offer.peer_idx, hello, std::move(handles), connection);
+    Received received = receive_offer(connection, &hello);
+    link(*attention_, peer_idx, hello, std::move(received), connection);
   }
 
-  void link(Comm& comm, uint32_t peer_idx, const Hello& hello, std::vector<Handle> handles, int connection) {
-    comm.attach(peer_idx, std::move(handles), {hello.process_nonce});
+  void link(Comm& comm, uint32_t peer_idx, const Hello& hello, Received offer, int connection) {
+    comm.attach(peer_idx, std::move(offer.handles), {hello.process_nonce}, true, offer.door);
     comm.watch(peer_idx, connection, -1);
     peer_idx_of_rank_.at(hello.rank) = peer_idx;
   }

@@ -72,6 +72,11 @@ template <class T>
 M2N_HD T add_seq_cst(T* word, T value) {
   return atomic_ref(word).fetch_add(value, order::memory_order_seq_cst);
 }
+// Stores `value` where the word is still `expected`.
+template <class T>
+M2N_HD bool replace_seq_cst(T* word, T expected, T value) {
+  return atomic_ref(word).compare_exchange_strong(expected, value, order::memory_order_seq_cst);
+}
 // Among the blocks of one launch, which is less far on a device than to a peer.
 template <class T>
 M2N_HD T add_acq_rel(T* word, T value) {

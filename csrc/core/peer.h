@@ -12,6 +12,7 @@
 #include "core/platform.h"
 #include "core/slot.h"
 #include "core/wake.h"
+#include "core/wire.h"
 
 namespace m2n {
 
@@ -80,6 +81,17 @@ __device__ void put_pieces(const Exec& exec, void* peer_bytes, const void* own_b
 }
 #endif
 
+// Some Execs may have a draft, for peers whose memory cannot be written from here, or a relay, which does what signal()
+// does, but later (and has none itself). In the words of C++17, which is what relacy compiles.
+template <class Exec, class = void>
+inline constexpr bool kHasDraft = false;
+template <class Exec>
+inline constexpr bool kHasDraft<Exec, std::void_t<decltype(std::declval<Exec&>().draft())>> = true;
+template <class Exec, class = void>
+inline constexpr bool kHasRelay = false;
+template <class Exec>
+inline constexpr bool kHasRelay<Exec, std::void_t<decltype(std::declval<Exec&>().relay())>> = true;
+
 // The lanes of a group copy bytes into a peer's memory: one warp on a device, in pieces of 16 bytes where the addresses
 // allow it; one thread on the host, with `is_streamed` by stores that pass the caches by. Same contract: the bytes are
 // visible to whoever sees a signal stored after drain().
@@ -92,10 +104,38 @@ M2N_HD void put([[maybe_unused]] const Exec& exec, void* peer_bytes, const void*
   if (bits % sizeof(uint32_t) == 0) return put_pieces<1, uint32_t>(exec, peer_bytes, own_bytes, num_bytes);
   put_pieces<1, unsigned char>(exec, peer_bytes, own_bytes, num_bytes);
 #else
+  if constexpr (kHasDraft<Exec>) {
+    if (exec.draft() != nullptr && exec.draft()->covers(peer_bytes)) [[unlikely]]
+      return exec.draft()->put(peer_bytes, own_bytes, num_bytes);
+  }
   if (is_streamed) {
     copy_streamed(static_cast<unsigned char*>(peer_bytes), static_cast<const unsigned char*>(own_bytes), num_bytes);
   } else {
     std::memcpy(peer_bytes, own_bytes, num_bytes);
+  }
+#endif
+}
+
+// Says that a body has written bytes there by itself.
+template <class Exec>
+M2N_HD void wrote([[maybe_unused]] const Exec& exec, [[maybe_unused]] void* peer_bytes,
+                  [[maybe_unused]] uint64_t num_bytes) {
+#if !defined(__CUDA_ARCH__)
+  if constexpr (kHasDraft<Exec>) {
+    if (exec.draft() != nullptr && exec.draft()->covers(peer_bytes)) [[unlikely]]
+      exec.draft()->put(peer_bytes, peer_bytes, num_bytes);
+  }
+#endif
+}
+
+// Returns when nothing reads any more what the last message with this word was put from: before the next one is written
+// into a send area, and before the sender's own rows may change. Where bytes are written at once, so is that.
+template <class Exec>
+M2N_HD void finish_last([[maybe_unused]] const Exec& exec, [[maybe_unused]] const Signal* word) {
+#if !defined(__CUDA_ARCH__)
+  if constexpr (kHasDraft<Exec>) {
+    if (exec.draft() != nullptr && exec.draft()->covers(word)) [[unlikely]]
+      exec.draft()->finish(word);
   }
 #endif
 }
@@ -110,16 +150,13 @@ M2N_HD bool drain(Exec& exec, uint32_t* arrivals, [[maybe_unused]] bool is_strea
   return arrive(exec, arrivals);
 }
 
-// Some Execs may have a relay, which does what signal() does, but later (and has none itself). In the words of C++17,
-// which is what relacy compiles.
-template <class Exec, class = void>
-inline constexpr bool kHasRelay = false;
-template <class Exec>
-inline constexpr bool kHasRelay<Exec, std::void_t<decltype(std::declval<Exec&>().relay())>> = true;
-
 // Tells the peer that the slot is complete. Call where drain() was true.
 template <class Exec>
 M2N_HD void signal(Exec& exec, const PeerView& peer, Signal* word, Signal value) {
+  if constexpr (kHasDraft<Exec>) {
+    if (exec.draft() != nullptr && exec.draft()->covers(word)) [[unlikely]]
+      return exec.draft()->send(word, value);
+  }
   if constexpr (kHasRelay<Exec>) {
     if (exec.relay() != nullptr) [[unlikely]]
       return exec.relay()->send(word, value, peer.wake);

@@ -96,10 +96,10 @@ uint32_t AttentionComm::send_to_peer(uint32_t peer_idx, uint32_t slot_idx, const
   }
   const auto put = [&](bool is_streamed) {
     send.is_streamed = is_streamed;
-    m2n::dispatch_send(exec_, layout_, shape_, send);
+    with_sender([&](HostExec& exec) { m2n::dispatch_send(exec, layout_, shape_, send); });
   };
-  if (shape_.dispatch_dtype == DType::kFloat8E4M3) {
-    put(false);  // computed, not copied
+  if (shape_.dispatch_dtype == DType::kFloat8E4M3 || is_over_network(peer_idx)) {
+    put(false);  // computed, or sent from where it lies: not copied
   } else {
     CopyChoice& choice = copy_choices_[peer_idx * layout_.num_slots + slot_idx];
     choice.send(send.header.num_rows * layout_.dispatch_rows.row_bytes, put);
@@ -165,6 +165,11 @@ Look AttentionComm::look_for_rows(Slot& slot, uint32_t slot_idx, uint32_t rank) 
 }
 
 bool AttentionComm::is_ready(uint32_t microbatch) {
+  look_at_network();
+  return would_go(microbatch);
+}
+
+bool AttentionComm::would_go(uint32_t microbatch) {
   if (!is_busy(microbatch)) return is_free(microbatch);
   Slot& slot = slots_[microbatch];
   bool is_any_pending = false;
@@ -181,7 +186,7 @@ int AttentionComm::wait_ready(const std::vector<uint32_t>& microbatches, int64_t
   int found = -1;
   const auto is_any_ready = [&] {
     for (size_t i = 0; i < microbatches.size(); ++i) {
-      if (!is_ready(microbatches[i])) continue;
+      if (!would_go(microbatches[i])) continue;
       found = static_cast<int>(i);
       return true;
     }
@@ -192,7 +197,7 @@ int AttentionComm::wait_ready(const std::vector<uint32_t>& microbatches, int64_t
 }
 
 void AttentionComm::wait_replies(Slot& slot, uint32_t slot_idx, int64_t deadline_ns) {
-  if (wait([&] { return is_ready(slot_idx); }, deadline_ns) == WaitResult::kTimeout) {
+  if (wait([&] { return would_go(slot_idx); }, deadline_ns) == WaitResult::kTimeout) {
     for (uint32_t rank = 0; rank < slot.peer_of_rank.size(); ++rank) {
       if (!owes_rows(slot, rank) || look_for_rows(slot, slot_idx, rank) != Look::kPending) continue;
       throw Error(Failure::kTimeout,
@@ -228,6 +233,10 @@ void AttentionComm::take_replies(Slot& slot, uint32_t slot_idx) {
           peer_idx, "expected a reply of " + std::to_string(seq.reply_rows) + " rows, got " + std::to_string(num_rows));
     }
     seq.consumed = seq.sent;
+    // The rows of x are the caller's again: nothing reads them any more.
+    if (is_over_network(peer_idx)) {
+      network_.get()->finish(peer_signal(peers_.entries[peer_idx].view, layout_.dispatch_small, slot_idx));
+    }
     ++num_messages;
     num_received += num_rows == kRefusedRows ? 0 : num_rows;
   }

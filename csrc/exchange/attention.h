@@ -76,6 +76,8 @@ class AttentionComm final : public AttentionSide {
     std::vector<bool> is_gone;  // the verdict on a rank that went without a reply: one that is late no longer counts
   };
 
+  // is_ready() by what has arrived so far.
+  bool would_go(uint32_t microbatch);
   SendSeq& send_seq(uint32_t peer_idx, uint32_t slot) { return send_seqs_[peer_idx * layout_.num_slots + slot]; }
   // Never kViolation: that raises.
   Look look_for_reply(uint32_t peer_idx, uint32_t slot);

@@ -82,18 +82,21 @@ M2N_HD void put_combine_as(Exec& exec, const Layout& layout, const Shape& shape,
       return send.y + (is_paired ? static_cast<uint64_t>(pair[row]) : send.first_row + row) * send.y_stride_bytes;
     };
     const auto nothing_beside = [](uint32_t, uint32_t) {};
-    put_rows(exec, deal, rows, send.header.num_rows, row_bytes, send.is_streamed, row_at, nothing_beside);
-  } else if (is_paired) {
+    return put_rows(exec, deal, rows, send.header.num_rows, row_bytes, send.is_streamed, row_at, nothing_beside);
+  }
+  if (is_paired) {
     put_pair_rows<In>(exec, deal.deal, send, shape.hidden, reinterpret_cast<Out*>(rows));
   } else {
     put_reduced_rows<In>(exec, deal.deal, send, shape.hidden, reinterpret_cast<Out*>(rows));
   }
+  wrote(exec, rows, send.header.num_rows * row_bytes);
 }
 
 // One reply by one thread of the host: the rows, then the signal.
 template <class Exec>
 void combine_send(Exec& exec, const Layout& layout, const Shape& shape, const CombineSend& send) {
   PutDeal deal{{0, 1}, false};
+  finish_last(exec, peer_signal(send.peer, layout.combine_small, send.slot));
   with_dtypes(send.y_dtype, shape.combine_dtype,
               [&](auto in, auto out) { put_combine_as<decltype(in), decltype(out)>(exec, layout, shape, send, deal); });
   if (drain(exec, nullptr, send.is_streamed)) {

@@ -73,10 +73,27 @@ Comm::Comm(Role role, const Shape& shape, uint32_t rank, uint32_t max_peers, con
   wake_window_ = host_transport_->make_window(kPageBytes, kPageBytes, 1);
   wake_handle_ = wake_window_->add_object(0);
   own_wake_ = reinterpret_cast<WakeWord*>(wake_window_->data());
-  exec_ = HostExec(own_wake_, relay_.get());
+  exec_ = HostExec(own_wake_, relay_.get(), &network_);
+  if (!transport_->shares_memory()) make_network();
 }
 
-Comm::Offer Comm::offer(uint32_t peer_rank, uint64_t life) {
+void Comm::make_network() {
+  if (network_owner_ != nullptr) return;
+  auto network = transport_->make_network();
+  if (network == nullptr) throw Error(Failure::kSetup, own_name() + ": its transport reaches no other host");
+  const bool is_expert = role_ == Role::kExpert;
+  const Rows& peer_rows = is_expert ? layout_.combine_rows : layout_.dispatch_rows;
+  const Small& peer_small = is_expert ? layout_.combine_small : layout_.dispatch_small;
+  network->open(this, own_wake_, {max_peers_, peer_rows.object_bytes, peer_small.object_bytes});
+  network_owner_ = std::move(network);
+  network_.set(network_owner_.get());
+}
+
+Comm::~Comm() {
+  if (network_owner_ != nullptr && is_own_process()) network_owner_->close();  // its thread calls this object
+}
+
+Comm::Offer Comm::offer(uint32_t peer_rank, uint64_t life, bool is_over_network) {
   require_usable();
   std::lock_guard lock(membership_mutex_);
   const uint32_t peer_idx = peers_.size();
@@ -86,14 +103,26 @@ Comm::Offer Comm::offer(uint32_t peer_rank, uint64_t life) {
                     " peer indices (each life of a peer takes one); make it with a larger max_peers",
                 static_cast<int>(peer_rank));
   }
+  is_over_network |= !transport_->shares_memory();
+  if (is_over_network) make_network();
   peers_.entries[peer_idx].rank = peer_rank;
   links_[peer_idx].life = life;
-  Offer offer{peer_idx, transport_->origin(), wakes_peers(), {}};
+  links_[peer_idx].is_over_network = is_over_network;
+  Offer offer{peer_idx, transport_->origin(), wakes_peers(), {}, ""};
   offer.handles.push_back(rows_window_->add_object(peer_idx));
   offer.handles.push_back(small_window_->add_object(peer_idx));
   for (uint32_t slot = 0; slot < layout_.num_slots; ++slot) {
     small_window_->set_word(peer_idx * this->small().object_bytes + this->small().signal(slot),
                             make_signal(0, first_seq_));
+  }
+  if (is_over_network) {
+    offer.handles.clear();
+    offer.handles.resize(3);
+    offer.door = network_owner_->make_door(
+        peer_idx, {rows_window_->data() + peer_idx * rows().stride_bytes, rows().object_bytes,
+                   small_window_->data() + peer_idx * small().object_bytes, small().object_bytes});
+    store_release(peers_.count, peer_idx + 1);  // SYNC: link-added
+    return offer;
   }
   Fd wake_fd(fcntl(wake_handle_.fd.get(), F_DUPFD_CLOEXEC, 0));
   if (wake_fd.get() < 0) throw Error(Failure::kSetup, own_name() + ": no file descriptor left for a joining peer");
@@ -103,7 +132,8 @@ Comm::Offer Comm::offer(uint32_t peer_rank, uint64_t life) {
   return offer;
 }
 
-void Comm::attach(uint32_t peer_idx, std::vector<Handle> handles, const Origin& origin, bool wakes) {
+void Comm::attach(uint32_t peer_idx, std::vector<Handle> handles, const Origin& origin, bool wakes,
+                  const std::string& door) {
   require_usable();
   if (handles.size() != 3) throw Error(Failure::kSetup, "handshake: expected 3 memory objects");
   const Role peer_role = role_ == Role::kExpert ? Role::kAttention : Role::kExpert;
@@ -111,6 +141,12 @@ void Comm::attach(uint32_t peer_idx, std::vector<Handle> handles, const Origin& 
   const Small& peer_small = peer_role == Role::kExpert ? layout_.dispatch_small : layout_.combine_small;
   const uint64_t expected[] = {peer_rows.object_bytes, peer_small.object_bytes, kPageBytes};
   Link& link = links_.at(peer_idx);
+  if (link.is_over_network) {
+    const Areas send = network_owner_->connect(peer_idx, door, &wakes);
+    if (!wakes) exec_.look_often();
+    peers_.entries[peer_idx].view = {send.rows, send.small, nullptr};
+    return;
+  }
   for (size_t i = 0; i < handles.size(); ++i) {
     handles[i].bytes = expected[i];                                 // never what the peer says
     const auto& transport = i == 2 ? host_transport_ : transport_;  // the wake word is the host's
@@ -132,7 +168,7 @@ void Comm::watch(uint32_t peer_idx, int connection_fd, int pidfd, const Heartbea
     if (rank_of(i) == rank_of(peer_idx)) drop_locked(i, LossCause::kReplaced);
   }
   peers_changed();
-  exec_.wake(own_wake_);
+  exec_.wake_own();
 }
 
 void Comm::drop_peer(uint32_t peer_idx, LossCause cause) {
@@ -147,17 +183,42 @@ void Comm::set_state(uint32_t peer_idx, PeerState state) {
 }
 
 void Comm::drop_locked(uint32_t peer_idx, LossCause cause) {
-  const Link& link = links_.at(peer_idx);
+  Link& link = links_.at(peer_idx);
   // A goodbye that nobody has read yet still counts: it left before it was dropped.
   const bool has_left = link.ticket != 0 && unwatch_peer(link.ticket, /*say_goodbye=*/false);
   if (!peers_.is_live(peer_idx)) return;
-  peer_gone(peer_idx, has_left ? PeerState::kLeft : PeerState::kLost, has_left ? LossCause::kNone : cause);
+  if (link.is_over_network) network_owner_->end_now(peer_idx);
+  if (link.end_state != PeerState::kLive) return set_gone(peer_idx, link.end_state, link.cause);
+  set_gone(peer_idx, has_left ? PeerState::kLeft : PeerState::kLost, has_left ? LossCause::kNone : cause);
+}
+
+void Comm::set_gone(uint32_t peer_idx, PeerState state, LossCause cause) {
+  links_.at(peer_idx).cause = cause;
+  set_state(peer_idx, state);
+  exec_.wake_own();
 }
 
 void Comm::peer_gone(uint32_t peer_idx, PeerState state, LossCause cause) {
-  links_.at(peer_idx).cause = cause;
-  set_state(peer_idx, state);
-  exec_.wake(own_wake_);
+  Link& link = links_.at(peer_idx);
+  if (!link.is_over_network) return set_gone(peer_idx, state, cause);
+  // What it sent before its end may still be under way: the goodbye took another one.
+  link.cause = cause;
+  link.end_state = state;
+  network_owner_->end(peer_idx);
+}
+
+void Comm::link_ended(uint32_t peer_idx) {
+  std::lock_guard lock(membership_mutex_);
+  const Link& link = links_.at(peer_idx);
+  if (peers_.is_live(peer_idx)) set_gone(peer_idx, link.end_state, link.cause);
+}
+
+void Comm::link_broke(uint32_t peer_idx, const std::string& violation) {
+  std::lock_guard lock(membership_mutex_);
+  if (is_closed()) return;
+  if (peers_.is_live(peer_idx)) links_[peer_idx].violation = violation;
+  drop_locked(peer_idx, violation.empty() ? LossCause::kConnectionClosed : LossCause::kProtocol);
+  peers_changed();
 }
 
 void Comm::close() {
@@ -169,13 +230,18 @@ void Comm::close() {
     std::lock_guard lock(membership_mutex_);
     if (is_closed()) return;
     store_seq_cst(&is_closed_, 1u);  // SYNC: comm-closed
-    exec_.wake(own_wake_);
+    exec_.wake_own();
   }
   if (relay_ != nullptr) relay_->drain();
-  std::lock_guard lock(membership_mutex_);
-  for (uint32_t i = 0; i < peers_.size(); ++i) {
-    if (links_[i].ticket != 0) unwatch_peer(links_[i].ticket, /*say_goodbye=*/true);
+  Network* network = network_.get();
+  if (network != nullptr) network->drain();
+  {
+    std::lock_guard lock(membership_mutex_);
+    for (uint32_t i = 0; i < peers_.size(); ++i) {
+      if (links_[i].ticket != 0) unwatch_peer(links_[i].ticket, /*say_goodbye=*/true);
+    }
   }
+  if (network != nullptr) network->close();
 }
 
 void Comm::check() {
@@ -269,6 +335,13 @@ std::string Comm::own_name() const {
 void Comm::raise_lost(uint32_t peer_idx, const std::string& doing) const {
   const uint32_t peer_rank = rank_of(peer_idx);
   const bool has_left = peers_.state(peer_idx) == PeerState::kLeft;
+  if (!links_[peer_idx].violation.empty()) {
+    throw Error(Failure::kProtocol,
+                doing + ": " + peer_name(peer_rank) +
+                    " broke the protocol and was dropped: " + links_[peer_idx].violation + "; call recover(" +
+                    std::to_string(peer_rank) + ") to go on without it",
+                static_cast<int>(peer_rank));
+  }
   throw Error(Failure::kPeerLost,
               doing + ": " + peer_name(peer_rank) + (has_left ? " has left: " : " is lost: ") +
                   describe(links_[peer_idx].cause) + "; call recover(" + std::to_string(peer_rank) +

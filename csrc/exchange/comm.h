@@ -43,7 +43,7 @@ const char* describe(LossCause cause);
 // link need the same. Read when a comm is made; Python's lock guards it.
 inline uint32_t g_first_seq = 0;
 
-class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
+class Comm : public PeerListener, public LinkListener, public std::enable_shared_from_this<Comm> {
  public:
   enum class Role { kAttention, kExpert };
 
@@ -52,13 +52,17 @@ class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
     uint32_t peer_idx;
     Origin origin;
     bool wakes;                   // does it wake a peer that sleeps? A device cannot
-    std::vector<Handle> handles;  // rows, small, wake
+    std::vector<Handle> handles;  // rows, small, wake; over a network nobody can attach to them
+    std::string door;             // what stands for them there, else ""
   };
 
   Comm(Role role, const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport);
+  ~Comm() override;
   // Handshake, in this order. Peer indices are never used again.
-  Offer offer(uint32_t peer_rank, uint64_t life);
-  void attach(uint32_t peer_idx, std::vector<Handle> handles, const Origin& origin, bool wakes = true);
+  // `is_over_network`: the peer cannot share memory.
+  Offer offer(uint32_t peer_rank, uint64_t life, bool is_over_network = false);
+  void attach(uint32_t peer_idx, std::vector<Handle> handles, const Origin& origin, bool wakes = true,
+              const std::string& door = "");
   // The link is LIVE from here on. Takes both descriptors; pidfd -1: the peer is in this process or on no pid
   // of ours.
   void watch(uint32_t peer_idx, int connection_fd, int pidfd, const Heartbeats& heartbeats = {});
@@ -66,9 +70,11 @@ class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
   void drop_peer(uint32_t peer_idx, LossCause cause);
 
   void peer_gone(uint32_t peer_idx, PeerState state, LossCause cause) override;
+  void link_broke(uint32_t peer_idx, const std::string& violation) override;
+  void link_ended(uint32_t peer_idx) override;
 
-  // Says goodbye to every peer, once what a relay still holds is delivered; waiting calls end with Error(kSetup).
-  // Windows live as long as views of them.
+  // Says goodbye to every peer, once what a relay or a network still holds is delivered; waiting calls end with
+  // Error(kSetup). Windows live as long as views of them.
   virtual void close();
   // Ends every wait at once, of launched verbs too, and closes.
   virtual void abort() { close(); }
@@ -97,6 +103,9 @@ class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
     LossCause cause = LossCause::kNone;
     uint64_t ticket = 0;
     std::vector<std::shared_ptr<Mapping>> mappings;
+    bool is_over_network = false;
+    std::string violation;                   // of the protocol, as the network saw it
+    PeerState end_state = PeerState::kLive;  // what the watcher found, until the network has ended the link
   };
 
   // Do this rank's verbs wake peers that sleep?
@@ -126,21 +135,29 @@ class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
   }
   Header own_header(uint32_t peer_idx, uint32_t slot) const;
 
+  // What arrives over a network arrives while somebody looks.
+  void look_at_network() {
+    if (Network* network = network_.get(); network != nullptr) network->look();
+  }
+  // Calls send(exec) with an Exec that can send to any peer, one message after another. `is_free_after`: what rows are
+  // put from is the caller's again when this returns.
+  template <class Send>
+  auto with_sender(Send&& send, bool is_free_after = false) {
+    Network* network = network_.get();
+    if (network == nullptr) return send(exec_);
+    Draft draft(*network, is_free_after);
+    HostExec exec(exec_, &draft);
+    return send(exec);
+  }
+
   // Waits for ready() with the comm's own ending conditions; throws when the comm is closed meanwhile. A short wait
   // reads no clock.
   template <class Ready>
   WaitResult wait(Ready&& ready, int64_t deadline_ns) {
     require_usable();
+    if (Network* network = network_.get(); network != nullptr) return wait_on_network(*network, ready, deadline_ns);
     if (deadline_ns == kNoWait) return ready() ? WaitResult::kReady : WaitResult::kTimeout;
-    const auto is_over = [&] { return ready() || is_closed(); };
-    WaitResult result = WaitResult::kReady;
-    if (!exec_.spin(is_over)) {
-      const int64_t began_ns = now_ns();
-      result = exec_.wait(is_over, deadline_ns);
-      add_relaxed(&stats_.wait_ns, static_cast<uint64_t>(now_ns() - began_ns));
-    }
-    require_usable();
-    return result;
+    return wait_until([&] { return ready() || is_closed(); }, deadline_ns);
   }
 
   const Rows& rows() const { return role_ == Role::kExpert ? layout_.dispatch_rows : layout_.combine_rows; }
@@ -160,7 +177,37 @@ class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
   Stats stats_;
 
  private:
+  template <class IsOver>
+  WaitResult wait_until(IsOver&& is_over, int64_t deadline_ns) {
+    WaitResult result = WaitResult::kReady;
+    if (!exec_.spin(is_over)) {
+      const int64_t began_ns = now_ns();
+      result = exec_.wait(is_over, deadline_ns);
+      add_relaxed(&stats_.wait_ns, static_cast<uint64_t>(now_ns() - began_ns));
+    }
+    require_usable();
+    return result;
+  }
+  // Whoever waits makes the network's progress.
+  template <class Ready>
+  WaitResult wait_on_network(Network& network, Ready&& ready, int64_t deadline_ns) {
+    const auto is_over = [&] {
+      network.look();
+      return ready() || is_closed();
+    };
+    if (deadline_ns == kNoWait) return is_over() ? WaitResult::kReady : WaitResult::kTimeout;
+    struct Driver {
+      Network& network;
+      explicit Driver(Network& of) : network(of) { network.enter(); }
+      ~Driver() { network.leave(); }
+    };
+    const Driver driver(network);
+    return wait_until(is_over, deadline_ns);
+  }
+
+  void make_network();
   void set_state(uint32_t peer_idx, PeerState state);
+  void set_gone(uint32_t peer_idx, PeerState state, LossCause cause);
   void drop_locked(uint32_t peer_idx, LossCause cause);
 
   const std::unique_ptr<Transport> host_transport_;
@@ -174,6 +221,10 @@ class Comm : public PeerListener, public std::enable_shared_from_this<Comm> {
   const std::unique_ptr<SignalRelay> relay_;  // ends before links_, into whose mappings it writes
 
  protected:
+  bool is_over_network(uint32_t peer_idx) const { return links_[peer_idx].is_over_network; }
+
+  std::unique_ptr<Network> network_owner_;
+  NetworkSlot network_;  // empty: peers share memory, all that have come so far
   HostExec exec_;
 };
 

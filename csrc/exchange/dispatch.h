@@ -51,6 +51,7 @@ M2N_HD void put_dispatch(Exec& exec, const Layout& layout, const Shape& shape, c
     put_rows(exec, deal, rows, send.header.num_rows, row_bytes, send.is_streamed, row_at, put_ids);
   } else {
     put_quantized_rows<In>(exec, deal.deal, rows, send.header.num_rows, row_bytes, shape.hidden, row_at, put_ids);
+    wrote(exec, rows, send.header.num_rows * row_bytes);
   }
 }
 
@@ -58,6 +59,7 @@ M2N_HD void put_dispatch(Exec& exec, const Layout& layout, const Shape& shape, c
 template <class Exec>
 void dispatch_send(Exec& exec, const Layout& layout, const Shape& shape, const DispatchSend& send) {
   PutDeal deal{{0, 1}, false};
+  finish_last(exec, peer_signal(send.peer, layout.dispatch_small, send.slot));
   if (shape.dispatch_dtype == DType::kFloat8E4M3) {
     with_dtype(send.x_dtype, [&](auto in) { put_dispatch<decltype(in)>(exec, layout, shape, send, deal); });
   } else {

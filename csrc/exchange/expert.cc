@@ -18,7 +18,7 @@ ExpertComm::ExpertComm(const Shape& shape, uint32_t rank, uint32_t max_peers, co
 }
 
 uint32_t ExpertComm::look_around() {
-  const Scanned scanned = scan(exec_, inbox_view_);
+  const Scanned scanned = with_sender([this](HostExec& exec) { return scan(exec, inbox_view_); });
   if (scanned.num_arrived != 0) add_relaxed(&stats_.messages_received, uint64_t{scanned.num_arrived});
   if (scanned.num_answered != 0) add_relaxed(&stats_.messages_sent, uint64_t{scanned.num_answered});
   if (scanned.violation.breach != Breach::kNone) raise_breach(scanned.violation);
@@ -136,7 +136,8 @@ bool ExpertComm::take_message(Batch& batch, uint32_t peer_idx, uint32_t slot) {
   }
   box.is_pending = false;
   if (result.error == RecvError::kNotHosted) {
-    answer_empty(exec_, inbox_view_, peer_idx, slot, kRefusedRows, static_cast<uint32_t>(result.value));
+    const auto detail = static_cast<uint32_t>(result.value);
+    with_sender([&](HostExec& exec) { answer_empty(exec, inbox_view_, peer_idx, slot, kRefusedRows, detail); });
     add_relaxed(&stats_.messages_sent, uint64_t{1});
     return false;
   }
@@ -192,11 +193,16 @@ void ExpertComm::combine_send(Batch& batch, const unsigned char* y, uint64_t y_s
       std::lock_guard lock(inbox_mutex_);
       inbox(peer_idx, send.slot).seq.replied = message.seq;
     }
-    CopyChoice& choice = copy_choices_[peer_idx * layout_.num_slots + send.slot];
-    choice.send(send.header.num_rows * layout_.combine_rows.row_bytes, [&](bool is_streamed) {
+    const auto put = [&](bool is_streamed) {
       send.is_streamed = is_streamed;
-      m2n::combine_send(exec_, layout_, shape_, send);
-    });
+      with_sender([&](HostExec& exec) { m2n::combine_send(exec, layout_, shape_, send); }, /*is_free_after=*/true);
+    };
+    CopyChoice& choice = copy_choices_[peer_idx * layout_.num_slots + send.slot];
+    if (is_over_network(peer_idx)) {
+      put(false);
+    } else {
+      choice.send(send.header.num_rows * layout_.combine_rows.row_bytes, put);
+    }
     num_rows += send.header.num_rows;
   }
   count_sent(batch.messages.size(), num_rows);

@@ -9,6 +9,7 @@
 #include "core/slot.h"
 #include "exchange/combine.h"
 #include "exchange/layout.h"
+#include "exchange/put_rows.h"
 
 namespace m2n {
 
@@ -81,7 +82,9 @@ M2N_HD void answer_empty(Exec& exec, const InboxView& view, uint32_t peer_idx, u
   header.num_rows = num_rows;
   header.detail = detail;
   box.seq.replied = box.seq.accepted;
-  ring(exec, view.peers.entries[peer_idx].view, view.layout.combine_small, slot, box.seq.replied, header);
+  const PeerView& peer = view.peers.entries[peer_idx].view;
+  finish_last(exec, peer_signal(peer, view.layout.combine_small, slot));
+  ring(exec, peer, view.layout.combine_small, slot, box.seq.replied, header);
 }
 
 // Notes the message behind a new signal. The header is read once into private memory and checked there.

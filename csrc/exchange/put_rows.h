@@ -73,13 +73,17 @@ M2N_HD void put_rows(Exec& exec, [[maybe_unused]] PutDeal& deal, unsigned char* 
 #endif
 }
 
+M2N_HD inline Signal* peer_signal(const PeerView& peer, const Small& small, uint32_t slot) {
+  return reinterpret_cast<Signal*>(peer.small + small.signal(slot));
+}
+
 // The end of a message, by one thread, behind drain(): its header, then its signal.
 template <class Exec>
 M2N_HD void ring(Exec& exec, const PeerView& peer, const Small& small, uint32_t slot, uint32_t seq,
                  const Header& header) {
   write_header(peer.small + small.header(slot), header);
-  auto* word = reinterpret_cast<Signal*>(peer.small + small.signal(slot));
-  signal(exec, peer, word, make_signal(header.num_rows, seq));
+  wrote(exec, peer.small + small.header(slot), sizeof header);
+  signal(exec, peer, peer_signal(peer, small, slot), make_signal(header.num_rows, seq));
 }
 
 }  // namespace m2n

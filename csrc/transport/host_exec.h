@@ -28,6 +28,21 @@ inline void futex_wake_all(const uint32_t* word) {
   syscall(SYS_futex, word, FUTEX_WAKE, INT32_MAX, nullptr, nullptr, 0);
 }
 
+// The network of a comm, which may be made when the first peer needs one.
+struct NetworkSlot {
+  Network* made = nullptr;
+  Network* get() const { return load_acquire(&made); }           // SYNC: network-made
+  void set(Network* network) { store_release(&made, network); }  // SYNC: network-made
+};
+
+// Of one's own word: one of its sleepers may sleep in the network.
+inline void wake_sleepers(WakeWord* own_wake, Network* network) {
+  wake_waiters(own_wake, [network](const uint32_t* word) {
+    futex_wake_all(word);
+    if (network != nullptr) network->interrupt();
+  });
+}
+
 // A deadline: look once and do not wait.
 inline constexpr int64_t kNoWait = 0;
 
@@ -36,7 +51,10 @@ inline void (*on_sleep)() = nullptr;
 
 class HostExec {
  public:
-  explicit HostExec(WakeWord* own_wake, SignalRelay* relay = nullptr) : own_wake_(own_wake), relay_(relay) {}
+  explicit HostExec(WakeWord* own_wake, SignalRelay* relay = nullptr, const NetworkSlot* network = nullptr)
+      : own_wake_(own_wake), relay_(relay), network_(network) {}
+  // The same, for sending one message over a network.
+  HostExec(const HostExec& exec, Draft* draft) : HostExec(exec) { draft_ = draft; }
 
   uint32_t thread() const { return 0; }
   uint32_t num_threads() const { return 1; }
@@ -46,7 +64,9 @@ class HostExec {
   void sync() {}
   int64_t now_ns() const { return m2n::now_ns(); }
   SignalRelay* relay() const { return relay_; }  // nullptr: signals are stored here and now
+  Draft* draft() const { return draft_; }        // nullptr: bytes are written into the peer's memory
   void wake(WakeWord* wake) { wake_waiters(wake, futex_wake_all); }
+  void wake_own() { wake_sleepers(own_wake_, network()); }
 
   // Some peer wakes nobody: from now on a sleep is short.
   void look_often() { store_relaxed(&is_woken_by_all_, 0u); }
@@ -80,8 +100,9 @@ class HostExec {
     const bool is_woken = load_relaxed(&is_woken_by_all_) != 0;
     int64_t most_ns = is_woken ? kSleepNs : kFirstSliceNs;
     while (now_ns() < deadline_ns) {
-      const auto sleep = [deadline_ns, most_ns](const uint32_t* word, uint32_t seen) {
+      const auto sleep = [this, deadline_ns, most_ns](const uint32_t* word, uint32_t seen) {
         const int64_t left_ns = std::clamp<int64_t>(deadline_ns - m2n::now_ns(), 0, most_ns);
+        if (network() != nullptr && network()->sleep(word, seen, left_ns)) return;
         const timespec slice{left_ns / 1'000'000'000LL, left_ns % 1'000'000'000LL};
         syscall(SYS_futex, word, FUTEX_WAIT, seen, &slice, nullptr, 0);
       };
@@ -109,6 +130,8 @@ class HostExec {
   static constexpr int64_t kFirstSliceNs = 50'000;
   static constexpr int64_t kLongestSliceNs = 10'000'000;
 
+  Network* network() const { return network_ == nullptr ? nullptr : network_->get(); }
+
   static void relax() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
@@ -119,6 +142,8 @@ class HostExec {
 
   WakeWord* own_wake_;
   SignalRelay* relay_;
+  const NetworkSlot* network_;
+  Draft* draft_ = nullptr;
   uint32_t is_woken_by_all_ = 1;
   uint32_t is_shared_ = 0;  // did somebody else run on this core during the last wait? Any thread writes it
 };

@@ -19,6 +19,8 @@ Fd::~Fd() {
 
 std::unique_ptr<Transport> make_shm_transport();
 std::unique_ptr<Transport> make_faulty_transport(const std::string& name);
+std::unique_ptr<Transport> make_ucx_transport(const std::string& name);
+std::string describe_ucx(const std::string& name);
 #if M2N_HAS_CUDA
 std::unique_ptr<Transport> make_cuda_transport(const std::string& device);
 std::unique_ptr<Transport> make_pinned_transport(const std::string& device);
@@ -29,16 +31,23 @@ std::string why_no_cuda() { return "not compiled in: no CUDA compiler was found 
 std::unique_ptr<Transport> make_transport(const std::string& name) {
   if (name == "shm") return make_shm_transport();
   if (name.rfind("faulty", 0) == 0) return make_faulty_transport(name);
+  if (name.rfind("ucx", 0) == 0 || name.rfind("auto", 0) == 0) return make_ucx_transport(name);
 #if M2N_HAS_CUDA
   if (name.rfind("cuda", 0) == 0) return make_cuda_transport(name);
   if (name.rfind("pinned:", 0) == 0) return make_pinned_transport(name.substr(7));
   throw Error(Failure::kSetup,
-              "transport: '" + name + "' is not known to this build; known: shm, faulty, cuda, pinned");
+              "transport: '" + name + "' is not known to this build; known: shm, auto, faulty, ucx, cuda, pinned");
 #else
-  throw Error(
-      Failure::kSetup,
-      "transport: '" + name + "' is not known to this build; known: shm, faulty; cuda and pinned are " + why_no_cuda());
+  throw Error(Failure::kSetup, "transport: '" + name +
+                                   "' is not known to this build; known: shm, auto, faulty, ucx; cuda and pinned are " +
+                                   why_no_cuda());
 #endif
+}
+
+std::string describe_transport(const std::string& name) {
+  if (name.rfind("ucx", 0) == 0) return describe_ucx(name);
+  make_transport(name);
+  return "";
 }
 
 std::unique_ptr<Transport> make_host_transport() { return make_shm_transport(); }

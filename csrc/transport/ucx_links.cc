@@ -1,0 +1,306 @@
+// SPDX-License-Identifier: Apache-2.0
+// Making and ending links: the worker, what a peer must know to reach it, and its endpoint.
+#include "transport/ucx_links.h"
+
+#include <sched.h>
+#include <sys/mman.h>
+#include <sys/random.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <string_view>
+
+#include "core/error.h"
+#include "transport/host_exec.h"
+
+namespace m2n::ucx {
+namespace {
+
+// A link that is down for a moment makes a peer "unreachable".
+constexpr int64_t kConnectNs = 5'000'000'000;
+constexpr int64_t kCloseNs = 1'000'000'000;
+constexpr int64_t kDrainNs = 5'000'000'000;
+
+// What m2n chooses where neither the user's settings nor the environment do. Up to 512 KB a message is one segment over
+// TCP, from there on UCX's rendezvous.
+constexpr const char* kVariables[][2] = {
+    {"TCP_TX_SEG_SIZE", "1m"}, {"TCP_RX_SEG_SIZE", "1m"}, {"RNDV_THRESH", "512k"}, {"TCP_MAX_IOV", "256"}};
+
+[[noreturn]] void fail(const std::string& text) { throw Error(Failure::kSetup, "ucx: " + text); }
+
+uint64_t random_number() {
+  uint64_t number = 0;
+  while (getrandom(&number, sizeof number, 0) != sizeof number) {
+  }
+  return number;
+}
+
+std::shared_ptr<unsigned char> reserve(uint64_t num_bytes) {
+  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  void* data = mmap(nullptr, num_bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
+  if (data == MAP_FAILED) fail("cannot reserve " + std::to_string(num_bytes) + " bytes of addresses for send areas");
+  madvise(data, num_bytes, MADV_DONTFORK);
+  return {static_cast<unsigned char*>(data), [num_bytes](unsigned char* areas) { munmap(areas, num_bytes); }};
+}
+
+// Is this list of UCX_TLS one of shared memory alone? That never tells that a peer is gone, and refuses to be asked.
+bool is_within_host(std::string_view transports) {
+  constexpr std::string_view kWithin[] = {"posix", "sysv", "cma", "xpmem", "knem", "self", "shm", "sm", "mm"};
+  while (!transports.empty()) {
+    const size_t end = std::min(transports.find(','), transports.size());
+    if (std::find(std::begin(kWithin), std::end(kWithin), transports.substr(0, end)) == std::end(kWithin)) return false;
+    transports.remove_prefix(std::min(end + 1, transports.size()));
+  }
+  return true;
+}
+
+// UCX has threads and locks of its own, which a forked child gets in whatever state they were.
+void require_same_process() {
+  static const uint32_t used_at = fork_count();
+  if (used_at != fork_count()) {
+    fail("it was used before fork(), and cannot be used in the child; start processes with 'spawn' or 'forkserver'");
+  }
+}
+
+void require(const Api& api, Status status, const std::string& call) {
+  if (status != Status::kOk) fail(call + ": " + api.status_string(status));
+}
+
+}  // namespace
+
+Links::Links(const Settings& settings) : api_(load(settings.library, settings.beside)), way_(settings.way) {
+  require_same_process();
+  try {
+    make_worker(settings);
+  } catch (...) {
+    close();
+    throw;
+  }
+}
+
+Links::~Links() { close(); }
+
+void Links::make_worker(const Settings& settings) {
+  Config* config = nullptr;
+  require(api_, api_.config_read(nullptr, nullptr, &config), "ucp_config_read");
+  const std::unique_ptr<Config, void (*)(Config*)> config_owner(config, api_.config_release);
+  for (const auto& [name, value] : kVariables) {
+    // Some versions do not know all of them.
+    if (std::getenv((std::string("UCX_") + name).c_str()) == nullptr) (void)api_.config_modify(config, name, value);
+  }
+  for (const auto& [name, value] : settings.variables) {
+    require(api_, api_.config_modify(config, name.c_str(), value.c_str()), "setting " + name + "=" + value);
+  }
+  const char* transports = std::getenv("UCX_TLS");
+  for (const auto& [name, value] : settings.variables) {
+    if (name == "TLS") transports = value.c_str();
+  }
+  is_within_host_ = transports != nullptr && is_within_host(transports);
+  Params params;
+  params.features = Params::kAm | Params::kRma | Params::kWakeup;
+  require(api_, api_.init_version(kMajor, kMinor, &params, config, &context_), "ucp_init");
+  require(api_, api_.worker_create(context_, std::make_unique<WorkerParams>().get(), &worker_), "ucp_worker_create");
+  require(api_, api_.worker_get_efd(worker_, &event_fd_), "ucp_worker_get_efd");
+  AmHandler handler;
+  handler.callback = &on_message;
+  handler.arg = this;
+  require(api_, api_.worker_set_am_recv_handler(worker_, &handler), "ucp_worker_set_am_recv_handler");
+  WorkerAttributes attributes;
+  require(api_, api_.worker_query(worker_, &attributes), "ucp_worker_query");
+  constexpr uint64_t kFixedBytes = sizeof(MessageHead) + kMaxParts * sizeof(MessagePart);
+  if (attributes.max_header_bytes < kFixedBytes) fail("this network has no room for the headers of messages");
+  max_inline_bytes_ = std::min<uint64_t>(kMaxInlineBytes, attributes.max_header_bytes - kFixedBytes);
+  Address* address = nullptr;
+  size_t num_bytes = 0;
+  require(api_, api_.worker_get_address(worker_, &address, &num_bytes), "ucp_worker_get_address");
+  address_.assign(reinterpret_cast<const char*>(address), num_bytes);
+  api_.worker_release_address(worker_, address);
+}
+
+void Links::open(const Network::Peers& peers, std::function<void()> on_signal, std::function<void()> on_report) {
+  std::lock_guard lock(mutex_);
+  peers_ = peers;
+  send_areas_ = reserve(peers.max_peers * (peers.rows_bytes + peers.small_bytes));
+  on_signal_ = std::move(on_signal);
+  on_report_ = std::move(on_report);
+}
+
+std::string Links::make_door(uint32_t peer_idx, const Areas& own) {
+  std::lock_guard lock(mutex_);
+  if (is_closed_) fail("the comm is closed");
+  if (links_.size() <= peer_idx) links_.resize(peer_idx + 1);
+  links_[peer_idx] = std::make_unique<Link>();
+  Link& link = *links_[peer_idx];
+  link.links = this;
+  link.peer_idx = peer_idx;
+  link.key = random_number();
+  link.own = own;
+  Door door;
+  door.link = peer_idx;
+  door.key = link.key;
+  door.way = static_cast<uint32_t>(way_);
+  door.address = address_;
+  const std::pair<unsigned char*, uint64_t> areas[] = {{own.rows, own.rows_bytes}, {own.small, own.small_bytes}};
+  for (uint32_t i = 0; i < kNumAreas; ++i) {
+    MapParams params;
+    params.address = areas[i].first;
+    params.length = areas[i].second;
+    require(api_, api_.mem_map(context_, &params, &link.own_memory[i]), "ucp_mem_map");
+    void* packed = nullptr;
+    size_t num_bytes = 0;
+    require(api_, api_.rkey_pack(context_, link.own_memory[i], &packed, &num_bytes), "ucp_rkey_pack");
+    door.objects[i] = {reinterpret_cast<uint64_t>(areas[i].first), {static_cast<const char*>(packed), num_bytes}};
+    api_.rkey_buffer_release(packed);
+  }
+  return write_door(door);
+}
+
+Areas Links::connect(uint32_t peer_idx, const std::string& bytes, bool* wakes) {
+  Door door;
+  if (!read_door(bytes, &door) || door.way > static_cast<uint32_t>(Way::kPut)) {
+    fail("the peer's address is none of this version, on a machine of this byte order");
+  }
+  std::unique_lock lock(mutex_);
+  Link& link = *links_.at(peer_idx);
+  const int64_t until_ns = now_ns() + kConnectNs;
+  while (true) {
+    if (is_closed_) fail("the comm is closed");
+    try {
+      make_endpoint(link, door.address);
+      break;
+    } catch (const Error&) {
+      if (now_ns() > until_ns) throw;
+    }
+    lock.unlock();
+    usleep(10'000);
+    lock.lock();
+  }
+  link.peer_key = door.key;
+  link.peer_link = door.link;
+  link.is_put = puts(link, way_);
+  *wakes = !puts(link, static_cast<Way>(door.way));
+  for (uint32_t i = 0; i < kNumAreas; ++i) {
+    link.remote[i] = door.objects[i].address;
+    if (!link.is_put) continue;
+    require(api_, api_.ep_rkey_unpack(link.endpoint, door.objects[i].key.data(), &link.remote_keys[i]),
+            "ucp_ep_rkey_unpack: the peer's memory cannot be reached by puts");
+  }
+  unsigned char* rows = send_areas_.get() + peer_idx * (peers_.rows_bytes + peers_.small_bytes);
+  return {rows, peers_.rows_bytes, rows + peers_.rows_bytes, peers_.small_bytes};
+}
+
+void Links::make_endpoint(Link& link, const std::string& address) {
+  EndpointParams params;
+  params.field_mask = EndpointParams::kAddress | EndpointParams::kErrorMode | EndpointParams::kErrorHandler;
+  params.address = reinterpret_cast<const Address*>(address.data());
+  params.error_mode = EndpointParams::kPeerErrors;
+  params.error_callback = &on_error;
+  params.error_arg = &link;
+  if (is_within_host_) params.field_mask = EndpointParams::kAddress;
+  const Status status = api_.ep_create(worker_, &params, &link.endpoint);
+  link.has_errors = !is_within_host_;
+  if (status != Status::kOk) {
+    link.endpoint = nullptr;
+    fail(std::string("no connection to the peer: ") + api_.status_string(status) +
+         "; do both sides have the same UCX_TLS and a network in common?");
+  }
+}
+
+std::vector<std::string> Links::transports_of(const Link& link) const {
+  Transport transports[16];
+  EndpointAttributes attributes;
+  attributes.transports = transports;
+  attributes.num_transports = std::size(transports);
+  std::vector<std::string> names;
+  if (api_.ep_query(link.endpoint, &attributes) != Status::kOk) return names;
+  for (const Transport& transport : transports) {
+    if (transport.name != nullptr) names.emplace_back(transport.name);
+  }
+  return names;
+}
+
+bool Links::puts(const Link& link, Way way) const {
+  // Those that reach memory which they have not allocated; the first two without the processors of the other host.
+  constexpr std::string_view kReal[] = {"rc", "dc", "cma", "xpmem", "knem"};
+  const auto names = transports_of(link);
+  const auto has_one_of = [&](size_t count) {
+    return std::any_of(kReal, kReal + count, [&](std::string_view real) {
+      return std::any_of(names.begin(), names.end(), [&](const auto& name) { return name.starts_with(real); });
+    });
+  };
+  if (way == Way::kPut && !names.empty() && !has_one_of(std::size(kReal))) {
+    fail("ucx_way='put' needs real remote memory access, which " + names[0] +
+         " only emulates: it would wait for the peer to make progress; use 'auto'");
+  }
+  return way == Way::kPut || (way == Way::kAuto && has_one_of(2));
+}
+
+bool Links::progress_until(const std::function<bool()>& is_done, int64_t most_ns) {
+  const int64_t until_ns = now_ns() + most_ns;
+  while (!is_done()) {
+    if (now_ns() > until_ns) return false;
+    if (api_.worker_progress(worker_) == 0) sched_yield();
+  }
+  return true;
+}
+
+void Links::close_endpoint(Link& link, bool by_force) {
+  if (link.endpoint == nullptr) return;
+  for (RemoteKey*& key : link.remote_keys) {
+    if (key != nullptr) api_.rkey_destroy(std::exchange(key, nullptr));
+  }
+  RequestParam param;
+  param.field_mask = RequestParam::kFlags;
+  param.flags = by_force && link.has_errors ? RequestParam::kForceClose : 0;
+  const Request request = api_.ep_close_nbx(std::exchange(link.endpoint, nullptr), &param);
+  if (request == nullptr || is_error(request)) return;
+  progress_until([&] { return api_.request_check_status(request) != Status::kInProgress; }, kCloseNs);
+  api_.request_free(request);
+}
+
+void Links::end(uint32_t peer_idx) {
+  std::lock_guard lock(mutex_);
+  Link* link = find(peer_idx);
+  if (link == nullptr || is_closed_) return;
+  link->ending_ns = now_ns();
+  on_report_();
+}
+
+void Links::end_now(uint32_t peer_idx) {
+  std::lock_guard lock(mutex_);
+  Link* link = find(peer_idx);
+  if (link == nullptr || link->is_ended || is_closed_) return;
+  while (api_.worker_progress(worker_) != 0) {  // what has arrived still counts
+  }
+  link->is_ended = true;
+  close_endpoint(*link, true);
+  progress_until([&] { return link->num_sending == 0 && link->num_receiving == 0; }, kCloseNs);
+}
+
+void Links::drain() {
+  const int64_t until_ns = now_ns() + kDrainNs;
+  while (num_sending() != 0 && now_ns() < until_ns) {
+    look();
+    sched_yield();
+  }
+}
+
+void Links::close() {
+  std::lock_guard lock(mutex_);
+  if (is_closed_) return;
+  is_closed_ = true;
+  for (const auto& link : links_) {
+    if (link == nullptr) continue;
+    close_endpoint(*link, link->is_broken || link->num_sending != 0);
+    link->is_ended = true;
+    for (Memory* memory : link->own_memory) {
+      if (memory != nullptr) (void)api_.mem_unmap(context_, memory);
+    }
+  }
+  if (worker_ != nullptr) api_.worker_destroy(worker_);
+  if (context_ != nullptr) api_.cleanup(context_);
+}
+
+}  // namespace m2n::ucx

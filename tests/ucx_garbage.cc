@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: Apache-2.0
+// A peer that sends what it must not, over UCX itself: the link is broken, with words; a stranger's messages are
+// nobody's. Nothing outside the objects of the link is written. Usage: ucx_garbage LIBRARY.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <vector>
+
+#include "transport/host_exec.h"
+#include "transport/ucx_links.h"
+
+namespace {
+
+using namespace m2n;
+using namespace m2n::ucx;
+
+constexpr uint64_t kBytes = 4096;
+constexpr unsigned char kGuard = 0xA5;
+
+void require(bool is_so, const char* what) {
+  if (is_so) return;
+  std::printf("failed: %s\n", what);
+  std::exit(1);
+}
+
+// A rank with one link: its two objects, with bytes between and around them that nobody may touch.
+struct Rank : LinkListener {
+  explicit Rank(const Settings& settings) : links(settings), memory(5 * kBytes, kGuard) {
+    std::memset(rows(), 0, kBytes);
+    std::memset(small(), 0, kBytes);
+    links.open({1, kBytes, kBytes}, [] {}, [] {});
+    door = links.make_door(0, {rows(), kBytes, small(), kBytes});
+  }
+  void link_broke(uint32_t, const std::string& violation) override {
+    is_broken = true;
+    text = violation;
+  }
+  void link_ended(uint32_t) override {}
+  unsigned char* rows() { return memory.data() + kBytes; }
+  unsigned char* small() { return memory.data() + 3 * kBytes; }
+  uint64_t word() { return load_signal(reinterpret_cast<const Signal*>(small())); }
+  bool is_guarded() const {
+    for (size_t i = 0; i < memory.size(); ++i) {
+      const size_t page = i / kBytes;
+      if (page % 2 == 0 && memory[i] != kGuard) return false;
+    }
+    return true;
+  }
+
+  Links links;
+  std::vector<unsigned char> memory;
+  std::string door, text;
+  bool is_broken = false;
+};
+
+// Two ranks, and an endpoint of ours to the second, by which anything can be sent to it.
+struct Pair {
+  explicit Pair(const Settings& settings) : api(load(settings.library, "")), sender(settings), receiver(settings) {
+    bool wakes = false;
+    sender.links.connect(0, receiver.door, &wakes);
+    receiver.links.connect(0, sender.door, &wakes);
+    require(read_door(receiver.door, &door), "the door reads");
+    Config* config = nullptr;
+    require(api.config_read(nullptr, nullptr, &config) == Status::kOk, "config");
+    Params params;
+    params.features = Params::kAm;
+    require(api.init_version(kMajor, kMinor, &params, config, &context) == Status::kOk, "context");
+    api.config_release(config);
+    WorkerParams worker_params;
+    require(api.worker_create(context, &worker_params, &worker) == Status::kOk, "worker");
+    EndpointParams endpoint_params;
+    endpoint_params.address = reinterpret_cast<const Address*>(door.address.data());
+    require(api.ep_create(worker, &endpoint_params, &endpoint) == Status::kOk, "endpoint");
+  }
+  ~Pair() {
+    api.worker_destroy(worker);
+    api.cleanup(context);
+  }
+  void progress(int count) {
+    for (int i = 0; i < count; ++i) {
+      api.worker_progress(worker);
+      sender.links.look();
+      receiver.links.look();
+      receiver.links.report(receiver);
+    }
+  }
+  void send(const std::vector<unsigned char>& header, size_t data_bytes) {
+    static const std::vector<unsigned char> data(1 << 20, 0x5A);
+    RequestParam param;
+    const Request request = api.am_send_nbx(endpoint, 0, header.data(), header.size(), data.data(), data_bytes, &param);
+    require(!is_error(request), "send");
+    progress(2000);
+    if (request != nullptr) api.request_free(request);
+  }
+  std::vector<unsigned char> header(const MessageHead& head, const std::vector<MessagePart>& parts) const {
+    std::vector<unsigned char> bytes(sizeof head + parts.size() * sizeof(MessagePart));
+    std::memcpy(bytes.data(), &head, sizeof head);
+    if (!parts.empty()) std::memcpy(bytes.data() + sizeof head, parts.data(), parts.size() * sizeof(MessagePart));
+    return bytes;
+  }
+
+  const Api& api;
+  Rank sender, receiver;
+  Door door;
+  Context* context = nullptr;
+  Worker* worker = nullptr;
+  Endpoint* endpoint = nullptr;
+};
+
+void check_violations(const Settings& settings) {
+  struct Case {
+    const char* words;
+    uint16_t num_parts;
+    uint64_t word_offset;
+    MessagePart part;
+    size_t data_bytes;
+  };
+  const Case cases[] = {
+      {"object 0", 1, 0, {0, 0, kBytes - 8, 16}, 16},
+      {"object 0", 1, 0, {0, 0, ~0ull - 7, 16}, 16},
+      {"object 2", 1, 0, {2, 0, 0, 16}, 16},
+      {"of data", 1, 0, {0, 0, 0, 16}, 32},
+      {"object 0", 1, 0, {0, 0, 0, 1 << 20}, 1 << 20},  // by rendezvous, were it taken
+      {"a signal at", 0, kBytes, {}, 0},
+      {"a signal at", 0, 4, {}, 0},
+      {"parts", 60000, 0, {}, 0},
+      {"a header of", 2, 0, {}, 0},
+  };
+  for (const Case& one : cases) {
+    Pair pair(settings);
+    const MessageHead head{pair.door.key, pair.door.link, one.num_parts, 0, one.word_offset, make_signal(1, 1)};
+    std::vector<MessagePart> parts;
+    if (one.num_parts == 1) parts.push_back(one.part);
+    pair.send(pair.header(head, parts), one.data_bytes);
+    require(pair.receiver.is_broken && pair.receiver.text.find(one.words) != std::string::npos, one.words);
+    require(pair.receiver.is_guarded() && pair.receiver.word() == 0, "a bad message changes nothing");
+  }
+}
+
+void check_strangers(const Settings& settings) {
+  Pair pair(settings);
+  const MessagePart part{0, 0, 0, 16};
+  pair.send(pair.header({pair.door.key + 1, pair.door.link, 1, 0, 0, make_signal(1, 1)}, {part}), 16);
+  pair.send(pair.header({pair.door.key, pair.door.link + 1, 1, 0, 0, make_signal(1, 1)}, {part}), 16);
+  pair.send({1, 2, 3}, 16);
+  pair.send({}, 0);
+  require(!pair.receiver.is_broken && pair.receiver.word() == 0 && pair.receiver.rows()[0] == 0, "a stranger");
+  pair.send(pair.header({pair.door.key, pair.door.link, 1, 0, 8, make_signal(1, 1)}, {part}), 16);
+  const auto* second = reinterpret_cast<const Signal*>(pair.receiver.small() + 8);
+  require(load_signal(second) == make_signal(1, 1) && pair.receiver.rows()[15] == 0x5A, "a good message arrives");
+  require(pair.receiver.is_guarded(), "and nothing else");
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+  Settings settings;
+  settings.library = arguments[1];
+  settings.variables = {{"TLS", "tcp,self"}};
+  check_violations(settings);
+  check_strangers(settings);
+  std::printf("nine bad messages, four of strangers, one good\n");
+}
