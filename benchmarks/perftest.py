@@ -24,10 +24,10 @@ from .plugins import native_transport
 from .report import write_json
 from .transport import add_options, parse_list
 
-_ABOUT = """One way over TCP on loopback, medians of rounds in which m2n and ucx_perftest take turns, pinned to the same
-two cores. ucx_perftest sends one contiguous piece and does not read it; m2n sends rows with others between them, their
-expert ids and weights, and reads them or their sum. Both should load the same UCX: name it by M2N_UCX_LIBRARY, and to
-ucx_perftest by LD_LIBRARY_PATH."""
+_ABOUT = """One way over TCP on loopback, medians of rounds in which ucx_perftest, m2n and UCX's tagged messages (ucx-tcp)
+take turns, pinned to the same two cores. ucx_perftest sends one piece in a loop and does not read it. m2n and ucx-tcp do
+the job of `latency`: rows with others between them, read by their receiver, or summed; m2n sends expert ids and weights
+too. All should load the same UCX: name it by M2N_UCX_LIBRARY, and to the others by LD_LIBRARY_PATH."""
 _TESTS = ("ucp_am_lat", "tag_lat")
 _GOAL_RATIO = 1.25
 _TIMEOUT_S = 60
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace, command: str) -> None:
     cases = [make_case(1, 1, size, args) for size in parse_list("--sizes", args.sizes)]
     if any(len(case.cores) != 2 for case in cases):
         raise InputError("--pin: two cores are needed")
-    plan = runs.make_plan((), 1, args.seconds)
+    plan = runs.make_plan(("ucx-tcp",), 1, args.seconds)
     rows = []
     for case in cases:
         p50_us: dict[str, list[float]] = defaultdict(list)
@@ -72,19 +72,23 @@ def run(args: argparse.Namespace, command: str) -> None:
             for test in _TESTS:
                 p50_us[test].append(perftest_us(tool, test, case.num_bytes, args.iterations, case.cores))
             for row in runs.measure(case, plan, lambda: None):
-                halves = 2 if row["direction"] == "roundtrip" else 1
-                p50_us[f"m2n {row['direction']}"].append(row["p50_us"] / halves)
-        theirs = statistics.median(p50_us["ucp_am_lat"])
+                if "p50_us" in row:
+                    halves = 2 if row["direction"] == "roundtrip" else 1
+                    p50_us[f"{row['contender']} {row['direction']}"].append(row["p50_us"] / halves)
+        medians = {name: statistics.median(values) for name, values in p50_us.items()}
         for name, values in p50_us.items():
-            median = statistics.median(values)
+            of_job = medians.get(name.replace("m2n", "ucx-tcp")) if name.startswith("m2n") else None
             rows.append({
-                "what": name, "bytes": case.num_bytes, "one_way_p50_us": median, "rounds_us": values,
-                "over_ucp_am_lat": median / theirs,
+                "what": name, "bytes": case.num_bytes, "one_way_p50_us": medians[name], "rounds_us": values,
+                "over_ucp_am_lat": medians[name] / medians["ucp_am_lat"],
+                "over_ucx_tcp": None if of_job is None else medians[name] / of_job,
             })  # fmt: skip
-    table = Table("bytes", "what", "one way p50 us", "lowest", "highest", "/ ucp_am_lat", title="medians of rounds")
+    columns = ("bytes", "what", "one way p50 us", "lowest", "highest", "/ ucp_am_lat", "/ ucx-tcp, same job")
+    table = Table(*columns, title="medians of rounds")
     for row in rows:
         numbers = (row["one_way_p50_us"], min(row["rounds_us"]), max(row["rounds_us"]), row["over_ucp_am_lat"])
-        table.add_row(str(row["bytes"]), row["what"], *(f"{number:.2f}" for number in numbers))
+        of_job = "" if row["over_ucx_tcp"] is None else f"{row['over_ucx_tcp']:.2f}"
+        table.add_row(str(row["bytes"]), row["what"], *(f"{number:.2f}" for number in numbers), of_job)
     Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
     if args.json is not None:
         about = {"machine": machine(), "command": command, "environment": _environment(), "tool": _version(tool)}
