@@ -13,7 +13,7 @@ from typing import Any
 
 from m2n.reference_model.errors import InputError, missing_packages
 
-from . import balance, connect, copies, e2e, growth, paper, transport
+from . import balance, connect, copies, e2e, growth, paper, perftest, transport
 
 PROGRAM = "m2n-bench"
 _MODEL_EXTRAS = e2e.PROGRAM_NEEDS
@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=PROGRAM, description=description)
     commands = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     transport.add_parsers(commands)
-    for module in (connect, copies, growth, paper, e2e, balance):
+    for module in (connect, copies, growth, paper, perftest, e2e, balance):
         module.add_parser(commands)
     pingpong = commands.add_parser("pingpong", help="what one more microbatch gains", description=_PINGPONG)
     pingpong.add_argument("--rounds", type=int, default=5, help="each in processes of its own (default 5)")

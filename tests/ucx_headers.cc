@@ -123,7 +123,6 @@ ALIKE(worker_fence);
 ALIKE(worker_set_am_recv_handler);
 ALIKE(ep_create);
 ALIKE(ep_close_nbx);
-ALIKE(ep_flush_nbx);
 ALIKE(ep_query);
 ALIKE(am_send_nbx);
 ALIKE(am_recv_data_nbx);

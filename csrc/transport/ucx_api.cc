@@ -57,7 +57,6 @@ void find_functions(void* library, Api& api) {
   find(library, "ucp_worker_set_am_recv_handler", api.worker_set_am_recv_handler);
   find(library, "ucp_ep_create", api.ep_create);
   find(library, "ucp_ep_close_nbx", api.ep_close_nbx);
-  find(library, "ucp_ep_flush_nbx", api.ep_flush_nbx);
   find(library, "ucp_ep_query", api.ep_query);
   find(library, "ucp_am_send_nbx", api.am_send_nbx);
   find(library, "ucp_am_recv_data_nbx", api.am_recv_data_nbx);

@@ -154,7 +154,6 @@ struct Api {
   Status (*worker_set_am_recv_handler)(Worker* worker, const AmHandler* handler);
   Status (*ep_create)(Worker* worker, const EndpointParams* params, Endpoint** endpoint);
   Request (*ep_close_nbx)(Endpoint* endpoint, const RequestParam* param);
-  Request (*ep_flush_nbx)(Endpoint* endpoint, const RequestParam* param);
   Status (*ep_query)(Endpoint* endpoint, EndpointAttributes* attributes);
   Request (*am_send_nbx)(Endpoint* endpoint, unsigned id, const void* header, size_t header_bytes, const void* buffer,
                          size_t count, const RequestParam* param);

@@ -68,6 +68,7 @@ class Links {
     Areas own;
     Memory* own_memory[kNumAreas] = {};
     uint32_t num_receiving = 0;
+    bool was_heard = false;  // since a send that could have waited
     // Of what is sent to it.
     Endpoint* endpoint = nullptr;
     bool has_errors = false;  // UCX tells when its connection breaks, and lets go of what it still sends
@@ -113,7 +114,6 @@ class Links {
   void post_puts(Link& link, const std::vector<Piece>& pieces, const Signal* word, Signal value, bool is_free_after);
   void write_message(Sending& sending, const std::vector<Piece>& pieces);
   Request post(Sending& sending, uint32_t flags);
-  bool is_clear(Link& link);  // nothing waits to be sent
   static void copy_to_area(std::vector<Piece>& pieces);
   // A message whose memory is kept until the last of its requests has ended.
   Sending& keep(Link& link, const Signal* word);

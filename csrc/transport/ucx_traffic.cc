@@ -14,7 +14,7 @@
 namespace m2n::ucx {
 namespace {
 
-// A peer that takes nothing: only where UCX does not copy.
+// For the network to take a message of a caller that waits for that, where UCX does not copy.
 constexpr int64_t kTakenNs = 30'000'000'000;
 // Up to here to copy takes less time than to wait for memory that need not be copied.
 constexpr uint64_t kShortBytes = 16 << 10;
@@ -117,8 +117,10 @@ void Links::post_message(Link& link, const std::vector<Piece>& pieces, const Sig
   const uint64_t num_bytes = bytes_of(pieces);
   const bool is_short = num_bytes <= kShortBytes;
   const bool may_wait = !is_short && num_bytes <= kMostWaitedBytes && sending.iov.size() <= 1;
-  if (is_free_after && may_wait && is_clear(link)) {
-    // Straight from the caller's rows: the socket takes them, and UCX copies what is left.
+  if (is_free_after && may_wait && link.was_heard) {
+    // Straight from the caller's rows: the network takes them at once, and UCX copies what is left. It would have to wait
+    // for a peer that has not taken the last message; one that was heard since then runs.
+    link.was_heard = false;
     note_request(sending, post(sending, RequestParam::kFastCompletion));
     if (!progress_until([&] { return sending.num_requests == 1 || link.is_broken; }, kTakenNs)) break_link(link, "");
     return end_request(sending, Status::kOk);
@@ -130,15 +132,6 @@ void Links::post_message(Link& link, const std::vector<Piece>& pieces, const Sig
   }
   note_request(sending, post(sending, is_short ? RequestParam::kFastCompletion : 0));
   end_request(sending, Status::kOk);
-}
-
-bool Links::is_clear(Link& link) {
-  RequestParam param;
-  param.field_mask = RequestParam::kCallback;
-  param.callback.send = [](void*, Status, void*) {};
-  const Request request = api_.ep_flush_nbx(link.endpoint, &param);
-  if (request != nullptr && !is_error(request)) api_.request_free(request);  // when it is done
-  return request == nullptr;
 }
 
 void Links::copy_to_area(std::vector<Piece>& pieces) {
@@ -232,6 +225,7 @@ Status Links::receive(const void* header, size_t header_bytes, void* data, size_
   Link* link = find(head.link);
   // Nobody's: a stranger's, or that of a link which has ended.
   if (link == nullptr || link->key != head.key || link->is_ended) return Status::kOk;
+  link->was_heard = true;
   Message message;
   const std::string wrong =
       read_message(header, header_bytes, num_bytes, {link->own.rows_bytes, link->own.small_bytes}, &message);
