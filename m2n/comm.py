@@ -191,6 +191,15 @@ class Comm:
         """All peers this rank was ever linked with, in the order of joining."""
         return [PeerStatus(*peer) for peer in self._native.peers()]
 
+    def clock_offsets(self) -> dict[int, tuple[float, float]]:
+        """Where the clocks of live peers on other hosts stand, from their heartbeats, by rank.
+
+        Returns:
+            (by how many seconds the peer's time.monotonic() is ahead of this host's, the round trip in seconds): it is
+            known to half of that.
+        """
+        return {rank: (ahead / 1e9, round_trip / 1e9) for rank, ahead, round_trip in self._native.clock_offsets()}
+
     def stats(self) -> dict[str, float]:
         """Counters since the comm was made: messages, rows and bytes in each direction, wait_us, rows_gathered.
 

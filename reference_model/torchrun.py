@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs under torchrun: each process takes its role from its rank, and the first one reports for all."""
+"""Runs under torchrun, or started by hand with the variables that torchrun sets: each process takes its role from its
+rank, and the first one reports for all."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from datetime import timedelta
@@ -14,11 +16,11 @@ from .result import RunResult
 from .run_config import ATTENTION, RunConfig
 from .worker import run_rank, settle
 
-_VARIABLES = ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def is_torchrun() -> bool:
-    """Was this process started by torchrun?"""
+    """Was this process started by torchrun, or as it starts processes?"""
     return all(name in os.environ for name in _VARIABLES)
 
 
@@ -54,7 +56,7 @@ def run_under_torchrun(run: RunConfig, prompts: list[list[int]]) -> RunResult | 
             result.add(events[-1])
 
     share = run.share(role_rank, len(prompts)) if role == ATTENTION else []
-    run_rank(run, role, role_rank, {idx: prompts[idx] for idx in share}, store, emit, meet=settle)
+    run_rank(run, role, role_rank, {idx: prompts[idx] for idx in share}, store, emit, meet=functools.cache(settle))
     if rank != 0:
         store.set(f"result/{rank}", json.dumps(events))
         store.wait(["end"], timedelta(seconds=run.connect_timeout_s))

@@ -61,6 +61,15 @@ def why_no_ucx() -> str | None:
     return None if features["ucx"] else features["ucx_words"]
 
 
+def why_no_hosts() -> str | None:
+    """Why tests with the marker `two_hosts` cannot run here; None when they can."""
+    if reason := why_no_ucx():
+        return reason
+    import hosts
+
+    return hosts.why_no_hosts()
+
+
 def find_clang() -> str | None:
     """clang++, whatever version its name carries."""
     names = ("clang++", *(f"clang++-{version}" for version in range(30, 13, -1)))
@@ -104,7 +113,7 @@ TIERS = (
     ("UCX", "ucx", why_no_ucx),
     ("CUDA compiler", "nvcc", why_no_cuda_compiler),
     ("CUDA device", "cuda", why_no_cuda_device),
-    ("two hosts", "two_hosts", lambda: "needs a second machine"),
+    ("two hosts", "two_hosts", why_no_hosts),
 )
 
 
