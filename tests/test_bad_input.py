@@ -276,7 +276,7 @@ def test_versions_that_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(
             bootstrap, "_introduction", lambda identity, offer: {**introduction(identity, offer), "m2n": 99}
         )
-        with pytest.raises(m2n.SetupError, match="speaks version 99 of the protocol, expert rank 0 speaks 2"):
+        with pytest.raises(m2n.SetupError, match="speaks version 99 of the protocol, expert rank 0 speaks 3"):
             m2n.AttentionComm(0, SHAPE, PLACEMENT, tmp_path, config=FAST)
 
 

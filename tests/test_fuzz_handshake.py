@@ -57,7 +57,7 @@ json_values = st.recursive(
 def introduction(role: str) -> dict[str, Any]:
     """What a proper peer of that role says; another process, so that its descriptors are looked at."""
     identity = bootstrap.Identity("default", "default", role, 0, SHAPE, life=LIFE)
-    offer = {"process": 1, "device": "", "wakes": True, "objects": [(0, 1), (0, 2), (0, 3)]}
+    offer = {"process": 1, "device": "", "wakes": True, "objects": [(0, 1), (0, 2), (0, 3)], "door": b""}
     return {**bootstrap._introduction(identity, offer), "to_life": LIFE}
 
 

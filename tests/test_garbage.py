@@ -114,7 +114,7 @@ def test_a_message_before_the_reply_is_a_protocol_error(device: str, tmp_path: P
 
 def introduced(**changes: Any) -> bytes:
     identity = bootstrap.Identity("default", "default", "attention", 0, SHAPE)
-    offer = {"process": 1, "device": "", "wakes": True, "objects": [(0, 1), (0, 2), (0, 3)]}
+    offer = {"process": 1, "device": "", "wakes": True, "objects": [(0, 1), (0, 2), (0, 3)], "door": b""}
     return json.dumps({**bootstrap._introduction(identity, offer), **changes}).encode()
 
 
