@@ -24,10 +24,10 @@ from .plugins import native_transport
 from .report import write_json
 from .transport import add_options, parse_list
 
-_ABOUT = """One way over TCP on loopback, medians of rounds in which ucx_perftest, m2n and UCX's tagged messages (ucx-tcp)
-take turns, pinned to the same two cores. ucx_perftest sends one piece in a loop and does not read it. m2n and ucx-tcp do
-the job of `latency`: rows with others between them, read by their receiver, or summed; m2n sends expert ids and weights
-too. All should load the same UCX: name it by M2N_UCX_LIBRARY, and to the others by LD_LIBRARY_PATH."""
+_ABOUT = """One way over TCP on loopback, medians of rounds in which ucx_perftest, m2n and UCX's tagged messages
+(ucx-tcp) take turns, pinned to the same two cores. ucx_perftest sends one piece in a loop and does not read it. m2n and
+ucx-tcp do the job of `latency`: rows with others between them, read by their receiver, or summed; m2n sends expert ids
+and weights too. All should load the same UCX: name it by M2N_UCX_LIBRARY, and to the others by LD_LIBRARY_PATH."""
 _TESTS = ("ucp_am_lat", "tag_lat")
 _GOAL_RATIO = 1.25
 _TIMEOUT_S = 60

@@ -118,8 +118,8 @@ void Links::post_message(Link& link, const std::vector<Piece>& pieces, const Sig
   const bool is_short = num_bytes <= kShortBytes;
   const bool may_wait = !is_short && num_bytes <= kMostWaitedBytes && sending.iov.size() <= 1;
   if (is_free_after && may_wait && link.was_heard) {
-    // Straight from the caller's rows: the network takes them at once, and UCX copies what is left. It would have to wait
-    // for a peer that has not taken the last message; one that was heard since then runs.
+    // Straight from the caller's rows: the network takes them at once, and UCX copies what is left. It would have to
+    // wait for a peer that has not taken the last message; one that was heard since then runs.
     link.was_heard = false;
     note_request(sending, post(sending, RequestParam::kFastCompletion));
     if (!progress_until([&] { return sending.num_requests == 1 || link.is_broken; }, kTakenNs)) break_link(link, "");
