@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m m2n info` prints what this build can do; `python -m m2n store URL` serves a store until interrupted;
-`python -m m2n cmakedir` prints the folder of the CMake package of the C++ headers, for -Dm2n_DIR=."""
+`python -m m2n diagnose` says by what two ranks reach each other, how fast, and why not by the rest; `python -m m2n
+cmakedir` prints the folder of the CMake package of the C++ headers, for -Dm2n_DIR=."""
 
 from __future__ import annotations
 
@@ -39,12 +40,21 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("cmakedir", help="the folder to pass to CMake as -Dm2n_DIR=")
     store = commands.add_parser("store", help="serve a store that ranks find each other through")
     store.add_argument("url", nargs="?", default="tcp://127.0.0.1:29400")
+    diagnosis = commands.add_parser("diagnose", help="how two ranks reach each other, here or on two hosts")
+    diagnosis.add_argument("--role", choices=("attention", "expert"), help="of this side; default: both, on this host")
+    diagnosis.add_argument("--store", help="that both sides reach: a path, or tcp://host:port (needed with --role)")
     arguments = parser.parse_args(argv)
+    if arguments.command == "diagnose" and (arguments.role is None) != (arguments.store is None):
+        parser.error("diagnose: give --role and --store together, or neither")
     try:
         if arguments.command == "info":
             _print_info()
         elif arguments.command == "cmakedir":
             _print_cmake_dir()
+        elif arguments.command == "diagnose":
+            from .diagnose import diagnose
+
+            return diagnose(arguments.role, arguments.store)
         else:
             _serve_store(arguments.url)
     except KeyboardInterrupt:

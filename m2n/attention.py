@@ -104,6 +104,7 @@ class AttentionComm(Comm):
             bootstrap.publish(opened, self._identity)
             for expert_rank in range(placement.num_expert_ranks):
                 bootstrap.connect(native, self._identity, opened, expert_rank, deadline)
+        self._store = opened
         self._keep_open(native, None, key)
 
     def _make_native(self, max_peers: int) -> Any:
@@ -256,6 +257,38 @@ class AttentionComm(Comm):
         """
         position = self._native.wait_ready(list(microbatches), self._timeout(timeout), *self._on(None))
         return None if position < 0 else microbatches[position]
+
+    def set_placement(self, placement: Placement, timeout: float | None = None) -> None:
+        """From the next `route` on experts are where this placement says, on the CPU.
+
+        Expert ranks that it names and that are not linked are joined first: new ones, and the next lives of those that
+        are lost or have left, which are given up as by `recover`. The links with the others go on. A route that was made
+        before is for the old placement.
+
+        Args:
+            timeout: seconds to find and join them; default: config.connect_timeout_s.
+
+        Raises:
+            SetupError: one of them did not appear in time, or refused; the placement stays as it was.
+            ValueError: another number of experts, or a comm on a device.
+        """
+        if placement.num_experts != self.shape.num_experts:
+            raise ValueError(
+                f"placement: places {placement.num_experts} experts, the shape has {self.shape.num_experts}"
+            )
+        if self.device != "cpu":
+            raise ValueError(f"placement: that of a comm on {self.device!r} is fixed; make a new comm")
+        deadline = time.monotonic() + (self.config.connect_timeout_s if timeout is None else timeout)
+        peers = {peer.rank: peer for peer in self.peers()}  # of several lives the last
+        ended = {peer.life for peer in self.peers() if peer.state != "live"}
+        for expert_rank in range(placement.num_expert_ranks):
+            known = peers.get(expert_rank)
+            if known is not None and known.state == "live":
+                continue
+            if known is not None:
+                self.recover(expert_rank)
+            bootstrap.connect(self._native, self._identity, self._store, expert_rank, deadline, ended)
+        self.placement = placement
 
     def idle(self) -> None:
         """Nothing to send for now: tells it to every peer, so that no expert rank lingers for this one.

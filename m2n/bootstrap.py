@@ -17,7 +17,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
 from ._C import SetupError
@@ -217,8 +217,17 @@ def publish(store: Store, identity: Identity, address: str = "", network_address
         raise SetupError(f"store: cannot be written: {error}") from error
 
 
-def connect(native: NativeComm, identity: Identity, store: Store, expert_rank: int, deadline: float) -> None:
+def connect(
+    native: NativeComm,
+    identity: Identity,
+    store: Store,
+    expert_rank: int,
+    deadline: float,
+    ended: Collection[int] = (),
+) -> None:
     """Joins one expert rank: looks its address up, again if it is stale, until the deadline (time.monotonic()).
+
+    ended: lives that were lost or have left, which is final.
 
     Raises:
         SetupError: it did not appear in time, cannot be reached, or refused.
@@ -246,6 +255,10 @@ def connect(native: NativeComm, identity: Identity, store: Store, expert_rank: i
         if value is None:
             continue
         address = Address.parse(key, value)
+        if address.life in ended:
+            problem = "the life that it has published is lost or has left, and no other one has come"
+            time.sleep(0.02)
+            continue
         try:
             _greet(native, identity, address, expert_rank)
             return

@@ -27,8 +27,15 @@ _Results = dict[tuple[str, int], Any]
 _POLL_S = 0.2
 
 
-def serve(comm: ExpertComm, attention: int, apply: Callable[[Batch], Any], linger_us: float = 50) -> int:
-    """An expert rank's loop: answers batches with apply(batch) until `attention` ranks have joined and left again.
+def serve(
+    comm: ExpertComm,
+    attention: int,
+    apply: Callable[[Batch], Any],
+    linger_us: float = 50,
+    until: Callable[[], bool] = lambda: False,
+) -> int:
+    """An expert rank's loop: answers batches with apply(batch) until `attention` ranks have joined and left again, or
+    until() is true.
 
     Returns:
         The number of batches.
@@ -39,7 +46,7 @@ def serve(comm: ExpertComm, attention: int, apply: Callable[[Batch], Any], linge
         if batch is not None:
             comm.combine_send(batch, apply(batch))
             num_batches += 1
-        elif len({peer.rank for peer in comm.peers() if peer.state != "live"}) >= attention:
+        elif until() or len({peer.rank for peer in comm.peers() if peer.state != "live"}) >= attention:
             return num_batches
 
 

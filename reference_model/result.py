@@ -12,7 +12,7 @@ from .config import ModelConfig
 from .pipeline import summarise
 from .routes import write_routes
 from .run_config import ATTENTION, RunConfig
-from .trace import Trace
+from .trace import Trace, on_one_clock
 
 # What a summary and a trace say of the run.
 SETTINGS = (
@@ -42,6 +42,7 @@ class RunResult:
     ranks: list[dict[str, Any]] = field(default_factory=list)
     routes: list[str] = field(default_factory=list)
     traces: list[Trace] = field(default_factory=list)
+    clocks: dict[int, dict[int, int]] = field(default_factory=dict)  # see on_one_clock()
     num_ready: int = 0
     started_at: float = 0.0
     ended_at: float = 0.0
@@ -66,8 +67,13 @@ class RunResult:
             self.routes.append(event["routes"])
         elif event["event"] == "trace":
             self.traces.append(Trace.decode(event["role"], event["rank"], event["trace"]))
+            if event["role"] == ATTENTION:
+                clocks = event.get("clocks", {})  # as JSON has them: by rank, in text
+                self.clocks[event["rank"]] = {int(rank): ahead_ns for rank, ahead_ns in clocks.items()}
         elif event["event"] == "done":
             self.ranks.append({"role": event["role"], "rank": event["rank"], **event["stats"]})
+            if len(self.ranks) == len(self.run.ranks):
+                self.traces = on_one_clock(self.traces, self.clocks)
 
     @property
     def num_tokens(self) -> int:

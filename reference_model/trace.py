@@ -9,8 +9,8 @@ import threading
 import time
 import zlib
 from array import array
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -194,3 +194,29 @@ class Trace:
     def of_kind(self, *kinds: int) -> np.ndarray:
         """The events of these kinds, in order."""
         return self.events[np.isin(self.field("kind"), kinds)]
+
+
+def on_one_clock(traces: Sequence[Trace], ahead_ns: Mapping[int, Mapping[int, int]]) -> list[Trace]:
+    """The traces by the clock of the first attention rank.
+
+    ahead_ns: of each attention rank, by how much the clock of each expert rank on another host is ahead of its own.
+    Every attention rank is linked with every expert rank, and who is not in the list shares its clock.
+    """
+    attention = sorted(trace.rank for trace in traces if trace.role == "attention")
+    experts = sorted(trace.rank for trace in traces if trace.role == "expert")
+    if not attention or not experts or not any(ahead_ns.values()):
+        return list(traces)
+
+    def ahead(of: int, expert: int) -> int:
+        return ahead_ns.get(of, {}).get(expert, 0)
+
+    shifted = []
+    for trace in traces:
+        if trace.role == "expert":
+            shift_ns = ahead(attention[0], trace.rank)
+        else:
+            shift_ns = ahead(attention[0], experts[0]) - ahead(trace.rank, experts[0])
+        events = trace.events.copy()
+        events[:, [FIELDS.index("begin_ns"), FIELDS.index("end_ns")]] -= shift_ns
+        shifted.append(replace(trace, events=events))
+    return shifted

@@ -215,7 +215,8 @@ def _emit_end(comm: Any, tracer: Tracer, about: dict[str, Any], emit: Emit) -> N
     counters = comm.stats()
     moved = {name: int(counters[name]) for name in ("bytes_sent", "bytes_received", "signals_held")}
     times = {"busy_s": tracer.seconds(trace.COMPUTING + trace.COMMUNICATING), "wait_s": tracer.seconds((trace.WAIT,))}
-    emit({"event": "trace", "trace": tracer.encode()})
+    clocks = {rank: round(1e9 * ahead_s) for rank, (ahead_s, _) in comm.clock_offsets().items()}
+    emit({"event": "trace", "trace": tracer.encode(), "clocks": clocks})
     about["threads"] = torch.get_num_threads()
     emit({"event": "done", "stats": {**times, **about, **moved, "held_us": counters["held_us"]}})
 

@@ -7,8 +7,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
+import re
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -318,3 +322,18 @@ def test_settings_of_the_wire_come_from_the_environment(monkeypatch: pytest.Monk
     for wrong in ({"job_key": "short"}, {"heartbeat_s": 0}, {"store_timeout_s": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             m2n.Config(**{"insecure": False, **wrong})
+
+
+@pytest.mark.ucx
+def test_diagnose_measures_both_transports_of_this_host() -> None:
+    command = [sys.executable, "-m", "m2n", "diagnose"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("M2N_BIND", "M2N_JOB_KEY")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for transport in ("shm", "ucx"):
+        assert re.search(
+            rf"^{transport}  yes: [\d.]+ us one way for 1 KB, [\d.]+ GB/s each way", done.stdout, re.MULTILINE
+        )
+    assert "M2N_BIND is not set: expert ranks listen on this host only; it has lo (127.0.0.1)" in done.stdout
+    one_side = subprocess.run([*command, "--role", "expert"], capture_output=True, text=True, timeout=100)
+    assert one_side.returncode == 2 and "give --role and --store together" in one_side.stderr

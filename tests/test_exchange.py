@@ -23,7 +23,8 @@ SHAPE = m2n.Shape(
 )
 # The host's own verbs; the same over UCX, by messages and by puts; kernels on CPU threads; and kernels.
 UCX = tuple(pytest.param(name, marks=pytest.mark.ucx) for name in ("ucx", "ucx-put"))
-DEVICES = ("cpu", *UCX, "emulated", pytest.param("cuda:0", marks=pytest.mark.cuda))
+OWN_MEMORY = ("cpu", "emulated", pytest.param("cuda:0", marks=pytest.mark.cuda))
+DEVICES = (*OWN_MEMORY, *UCX)
 DTYPES = ("float32", "bfloat16", "float16")
 FLOAT8 = "float8_e4m3fn"
 # Replicated experts, uneven ranks.

@@ -199,7 +199,7 @@ def test_a_bad_native_name_is_refused(spec: str) -> None:
 
 
 def test_an_unknown_transport_within_is_refused() -> None:
-    with pytest.raises(m2n.SetupError, match="transport: 'smoke' is not known to this build; known: shm, faulty"):
+    with pytest.raises(m2n.SetupError, match="transport: 'smoke' is not known to this build; known: shm, auto, faulty"):
         _C.AttentionComm(SMALL._native(), 0, 1, SPEC.replace("shm", "smoke"))
 
 

@@ -12,13 +12,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from test_exchange import DEVICES, as_numpy
+from test_exchange import OWN_MEMORY, as_numpy
 
 import m2n
 from m2n import arrays, testing
 from m2n.ranks import run_ranks
 
-on_devices = pytest.mark.parametrize("device", DEVICES)
+on_devices = pytest.mark.parametrize("device", OWN_MEMORY)
 TINY = float(np.finfo(np.float32).smallest_subnormal)
 E4M3 = np.unique(np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32))  # all that are >= 0
 

@@ -7,6 +7,7 @@ import dataclasses
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("hypothesis")
@@ -296,3 +297,18 @@ def test_a_recorded_trace_travels_and_counts_what_it_drops() -> None:
     assert trace.field("layer").tolist() == [0, 1, 2] and trace.field("ranks").tolist() == [ALL_RANKS] * 3
     assert (trace.field("end_ns") >= trace.field("begin_ns")).all()
     assert tracer.seconds((tr.ATTENTION,)) >= 0 and MAX_EVENTS > 3
+
+
+def test_traces_of_several_hosts_come_on_the_clock_of_the_first_attention_rank() -> None:
+    """Two attention ranks on two hosts, an expert rank on a third and one beside the first attention rank."""
+    starts = {("attention", 0): 0, ("attention", 1): 7_000, ("expert", 0): 50_000, ("expert", 1): 0}  # of each clock
+    events = np.array([[tr.ATTENTION, 100, 300, 0, 0, 0, 0, 0]], np.int64)
+    traces = []
+    for (role, rank), start_ns in starts.items():
+        own = events.copy()
+        own[:, 1:3] += start_ns
+        traces.append(Trace(role, rank, own))
+    ahead_ns = {0: {0: 50_000}, 1: {0: 43_000, 1: -7_000}}
+    for each in tr.on_one_clock(traces, ahead_ns):
+        assert each.events.tolist() == events.tolist(), (each.role, each.rank)
+    assert tr.on_one_clock(traces, {0: {}, 1: {}}) == traces

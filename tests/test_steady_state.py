@@ -22,7 +22,8 @@ BUILD = ROOT / "build/steady-state"
 CXX = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++20", "-O2", "-g1", "-w", "-ffp-contract=off", "-DM2N_HAS_CUDA=0", f"-I{ROOT / 'csrc'}"]
 EXCHANGE = ("attention", "batch", "comm", "expert", "inbox", "route", "sides")
-TRANSPORT = ("faulty", "local", "shm", "transport", "watcher")
+NETWORK = ("ucx", "ucx_api", "ucx_links", "ucx_message", "ucx_proxy", "ucx_traffic")
+TRANSPORT = ("faulty", "local", "shm", "transport", "watcher", *NETWORK)
 KINDS = [("expert", "pairs"), ("expert", "reduced"), ("attention", "pairs")]
 CANNOT_TRACE = 3
 
@@ -57,7 +58,7 @@ def build(old: str = "", new: str = "") -> Path:
     batch = "edited_batch" if old else "batch"
     objects = [BUILD / f"{batch if name == 'batch' else name}.o" for name in (*EXCHANGE, *TRANSPORT, "steady_state")]
     program = BUILD / f"steady_state_{batch}"
-    must([CXX, *objects, "-rdynamic", "-pthread", "-o", program])
+    must([CXX, *objects, "-rdynamic", "-pthread", "-ldl", "-o", program])
     return program
 
 

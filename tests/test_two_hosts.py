@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -128,6 +129,21 @@ def test_slow_and_stopped_for_a_while_is_alive() -> None:
         os.killpg(server.pid, signal.SIGCONT)
         said = rest_of(process)
         assert process.returncode == 0 and "Lost" not in said and said.endswith("done\n"), said
+
+
+def test_diagnose_says_what_reaches_between_two_hosts() -> None:
+    with Hosts(2) as hosts:
+        url = f"tcp://{hosts.address(0)}:4779"
+        store = hosts.python(0, "-m", "m2n", "store", url)
+        wait_line(store, "m2n: store at")
+        expert = hosts.python(1, "-m", "m2n", "diagnose", "--role", "expert", "--store", url)
+        attention = hosts.python(0, "-m", "m2n", "diagnose", "--role", "attention", "--store", url)
+        said = rest_of(attention)
+        assert attention.returncode == 0, said
+        assert re.search(r"^shm  no: .*which reaches only its own", said, re.MULTILINE), said
+        assert re.search(r"^ucx  yes: [\d.]+ us one way for 1 KB, [\d.]+ GB/s", said, re.MULTILINE), said
+        assert "no RDMA device" in said and "M2N_BIND is not set" not in said
+        assert "yes" not in rest_of(expert) and expert.returncode == 0
 
 
 def model_tokens(text: str) -> list[list[int]]:

@@ -52,7 +52,7 @@ class Watched:
         assert data[:1] == b"H"
         return struct.unpack("<3q", data[1:])  # type: ignore[return-value]
 
-    def beat(self, sent_ns: int = 1, echo_ns: int = 0, held_ns: int = 0) -> bytes:
+    def beat(self, sent_ns: int = 1, echo_ns: int = 1, held_ns: int = 0) -> bytes:
         return b"H" + struct.pack("<3q", sent_ns, echo_ns, held_ns)
 
     def wait_end(self) -> tuple[str, str]:
@@ -78,6 +78,14 @@ def test_heartbeats_come_in_their_period_and_keep_the_peer_alive(watched: Watche
         watched.end.sendall(watched.beat())
     assert time.monotonic() - began > 10 * HEARTBEAT_S > LOST_AFTER_S
     assert watched.peer[0] == "live"
+
+
+def test_the_first_heartbeat_of_a_peer_is_answered_at_once() -> None:
+    watched = Watched(send_every_s=3600, lost_after_s=3600)
+    watched.read()
+    watched.end.sendall(watched.beat(sent_ns=7, echo_ns=0))
+    assert watched.read()[1] == 7
+    watched.native.close()
 
 
 def test_a_silent_peer_is_lost_after_so_long_and_not_before(watched: Watched) -> None:

@@ -52,6 +52,10 @@ class Control {
     return {now_ns, last_sent_ns_, last_sent_ns_ == 0 ? 0 : now_ns - last_heard_ns_};
   }
 
+  // Has something come that an answer at once would help? Until the first one the other end does not know our clock.
+  bool wants_answer() const { return wants_answer_; }
+  void answered() { wants_answer_ = false; }
+
   ClockOffset offset() const { return offset_; }
 
  private:
@@ -61,6 +65,7 @@ class Control {
   void hear(const Heartbeat& heartbeat, int64_t now_ns) {
     last_sent_ns_ = heartbeat.sent_ns;
     last_heard_ns_ = now_ns;
+    wants_answer_ = heartbeat.echo_ns == 0;
     // In the arithmetic of unsigned numbers: the peer may say anything.
     const auto round_trip_ns =
         static_cast<int64_t>(static_cast<uint64_t>(now_ns) - static_cast<uint64_t>(heartbeat.echo_ns) -
@@ -78,6 +83,7 @@ class Control {
   int64_t last_sent_ns_ = 0, last_heard_ns_ = 0;
   ClockOffset offset_;
   int age_ = 0;
+  bool wants_answer_ = false;
 };
 
 }  // namespace m2n

@@ -10,6 +10,7 @@
 #include <mutex>
 
 #include "core/error.h"
+#include "transport/host_exec.h"
 
 namespace m2n {
 
@@ -51,6 +52,13 @@ std::string describe_transport(const std::string& name) {
 }
 
 std::unique_ptr<Transport> make_host_transport() { return make_shm_transport(); }
+
+void wake_sleepers(WakeWord* own_wake, Network* network) {
+  wake_waiters(own_wake, [network](const uint32_t* word) {
+    futex_wake_all(word);
+    if (network != nullptr) network->interrupt();
+  });
+}
 
 namespace {
 

@@ -207,7 +207,8 @@ class Watcher {
       if (watched.heartbeats.send_every_ns == 0) continue;
       watched.heard_ns = std::min(watched.heard_ns + missed_ns, now);
       bool is_lost = now - watched.heard_ns >= watched.heartbeats.lost_after_ns;
-      if (!is_lost && now >= watched.send_at_ns) {
+      if (!is_lost && (now >= watched.send_at_ns || watched.control.wants_answer())) {
+        watched.control.answered();
         watched.send_at_ns = now + watched.heartbeats.send_every_ns;
         is_lost = !send_heartbeat(watched);
       }
