@@ -262,8 +262,8 @@ class AttentionComm(Comm):
         """From the next `route` on experts are where this placement says, on the CPU.
 
         Expert ranks that it names and that are not linked are joined first: new ones, and the next lives of those that
-        are lost or have left, which are given up as by `recover`. The links with the others go on. A route that was made
-        before is for the old placement.
+        are lost or have left, which are given up as by `recover`. The links with the others go on. A route that was
+        made before is for the old placement.
 
         Args:
             timeout: seconds to find and join them; default: config.connect_timeout_s.

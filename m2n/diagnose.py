@@ -54,7 +54,7 @@ def be_expert(store: Any) -> list[str]:
 
     def answer(transport: str) -> None:
         try:
-            options = {"name": f"diagnose-{transport}", "config": _config(transport)}
+            options: dict[str, Any] = {"name": f"diagnose-{transport}", "config": _config(transport)}
             with ExpertComm(0, _shape(), Placement.block(1, 1), store, max_peers=2, **options) as comm:
                 serve(comm, 1, lambda batch: batch.gather(), until=has_ended.is_set)
         except (Error, ValueError) as error:
@@ -74,11 +74,11 @@ def be_expert(store: Any) -> list[str]:
 
 def measure(store: Any, transport: str) -> tuple[float, float]:
     """(one-way p50 in us of a row of 1 KB and its answer, bytes per second each way of messages of 1 MB)."""
-    options = {"name": f"diagnose-{transport}", "config": _config(transport)}
+    options: dict[str, Any] = {"name": f"diagnose-{transport}", "config": _config(transport)}
     with AttentionComm(0, _shape(), Placement.block(1, 1), store, max_peers=2, **options) as comm:
         times_s = {}
         for num_rows, rounds in ((1, _ROUNDS), (_LARGE_ROWS, _LARGE_ROUNDS)):
-            x = np.ones((num_rows, _ROW_BYTES // 4), np.float32)
+            x: Any = np.ones((num_rows, _ROW_BYTES // 4), np.float32)
             route = comm.route(np.zeros((num_rows, 1), np.int32), np.ones((num_rows, 1), np.float32))
             each = []
             for _ in range(rounds + rounds // 4):
