@@ -175,12 +175,16 @@ def join(
     native.attach(
         peer_idx, objects, message["process"], message["device"], message["wakes"], _door(message, "the peer")
     )
-    pidfd = channel.pidfd()
-    # The system tells of the end of a process that it knows, and this one's is its own.
-    needs_heartbeats = pidfd < 0 and not channel.is_of_this_process
-    send_every_s = identity.heartbeat_s if needs_heartbeats else 0.0
-    lost_after_s = _HEARTBEATS_TO_LOSS * message["heartbeat_s"] if needs_heartbeats else 0.0
-    return lambda: native.watch(peer_idx, channel.connection.detach(), pidfd, send_every_s, lost_after_s)
+
+    def go_live() -> None:
+        pidfd = channel.pidfd()
+        # The system tells of the end of a process that it knows, and this one's is its own.
+        needs_heartbeats = pidfd < 0 and not channel.is_of_this_process
+        send_every_s = identity.heartbeat_s if needs_heartbeats else 0.0
+        lost_after_s = _HEARTBEATS_TO_LOSS * message["heartbeat_s"] if needs_heartbeats else 0.0
+        native.watch(peer_idx, channel.connection.detach(), pidfd, send_every_s, lost_after_s)
+
+    return go_live
 
 
 @dataclasses.dataclass(frozen=True)

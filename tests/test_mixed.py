@@ -49,9 +49,6 @@ def test_cpu_ranks_and_ranks_that_launch_equal_the_oracle(devices: tuple[str, st
     check(dataclasses.replace(SHAPE, reduce_at=reduce_at), devices, ON_HOST)
 
 
-# Seen once, on 2026-11-26, on a busy machine: "expected reply 2, saw 0" at a CPU attention rank. The cause is not
-# known; until it is, a run says so instead of failing.
-@pytest.mark.xfail(raises=m2n.ProtocolError, strict=False, reason="an unexplained violation, seen once")
 @pytest.mark.parametrize("devices", CPU_AND_LAUNCHES)
 def test_the_same_as_processes(devices: tuple[str, str]) -> None:
     check(SHAPE, devices, ON_HOST, processes=True)

@@ -80,7 +80,11 @@ template <class Exec>
 M2N_HD Collected list_messages(Exec& exec, const ExpertView& view, const Wanted& wanted, uint32_t layer,
                                uint32_t microbatch, uint32_t* row_counts, uint32_t* ranks) {
   constexpr uint32_t kAbsent = UINT32_MAX;
-  const uint32_t num_peers = view.inbox.peers.size();
+  // Read once for all: a peer that joins meanwhile would be there for some threads and not for others.
+  if (is_leader(exec)) row_counts[0] = view.inbox.peers.size();
+  exec.sync();
+  const uint32_t num_peers = row_counts[0];
+  exec.sync();
   for (uint32_t i = exec.thread(); i < num_peers; i += exec.num_threads()) {
     const bool is_here = belongs(view.inbox, wanted, layer, microbatch, i);
     row_counts[i] = is_here ? view.inbox.at(i, microbatch).header.num_rows : kAbsent;
