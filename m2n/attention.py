@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import _C, arrays, bootstrap
-from .comm import Comm
+from .comm import Comm, require_placement
 from .shape import Config, Placement, Shape, require_int
 from .store import open_store
 
@@ -272,10 +272,7 @@ class AttentionComm(Comm):
             SetupError: one of them did not appear in time, or refused; the placement stays as it was.
             ValueError: another number of experts, or a comm on a device.
         """
-        if placement.num_experts != self.shape.num_experts:
-            raise ValueError(
-                f"placement: places {placement.num_experts} experts, the shape has {self.shape.num_experts}"
-            )
+        require_placement(placement, self.shape)
         if self.device != "cpu":
             raise ValueError(f"placement: that of a comm on {self.device!r} is fixed; make a new comm")
         deadline = time.monotonic() + (self.config.connect_timeout_s if timeout is None else timeout)

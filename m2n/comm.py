@@ -29,6 +29,14 @@ os.register_at_fork(
 )
 
 
+def require_placement(placement: Any, shape: Shape) -> None:
+    """Refuses what is no placement of this shape's experts."""
+    if not isinstance(placement, Placement):
+        raise TypeError(f"placement: expected m2n.Placement, got {type(placement).__name__}")
+    if placement.num_experts != shape.num_experts:
+        raise ValueError(f"placement: places {placement.num_experts} experts, the shape has {shape.num_experts}")
+
+
 class PeerStatus(NamedTuple):
     """A peer as this rank sees it: state is "live", "left" (it said goodbye) or "lost" (`cause` says why)."""
 
@@ -62,10 +70,7 @@ class Comm:
         self.rank = require_int("rank", rank, 0)
         if not isinstance(shape, Shape):
             raise TypeError(f"shape: expected m2n.Shape, got {type(shape).__name__}")
-        if not isinstance(placement, Placement):
-            raise TypeError(f"placement: expected m2n.Placement, got {type(placement).__name__}")
-        if placement.num_experts != shape.num_experts:
-            raise ValueError(f"placement: places {placement.num_experts} experts, the shape has {shape.num_experts}")
+        require_placement(placement, shape)
         self.device = arrays.device_name(device)
         self.shape = shape
         self.placement = placement

@@ -81,10 +81,7 @@ void Comm::make_network() {
   if (network_owner_ != nullptr) return;
   auto network = transport_->make_network();
   if (network == nullptr) throw Error(Failure::kSetup, own_name() + ": its transport reaches no other host");
-  const bool is_expert = role_ == Role::kExpert;
-  const Rows& peer_rows = is_expert ? layout_.combine_rows : layout_.dispatch_rows;
-  const Small& peer_small = is_expert ? layout_.combine_small : layout_.dispatch_small;
-  network->open(this, own_wake_, {max_peers_, peer_rows.object_bytes, peer_small.object_bytes});
+  network->open(this, own_wake_, {max_peers_, peer_rows().object_bytes, peer_small().object_bytes});
   network_owner_ = std::move(network);
   network_.set(network_owner_.get());
 }
@@ -116,17 +113,15 @@ Comm::Offer Comm::offer(uint32_t peer_rank, uint64_t life, bool is_over_network)
                             make_signal(0, first_seq_));
   }
   if (is_over_network) {
-    offer.handles.clear();
-    offer.handles.resize(3);
+    offer.handles = std::vector<Handle>(3);  // which nobody can use there
     offer.door = network_owner_->make_door(
         peer_idx, {rows_window_->data() + peer_idx * rows().stride_bytes, rows().object_bytes,
                    small_window_->data() + peer_idx * small().object_bytes, small().object_bytes});
-    store_release(peers_.count, peer_idx + 1);  // SYNC: link-added
-    return offer;
+  } else {
+    Fd wake_fd(fcntl(wake_handle_.fd.get(), F_DUPFD_CLOEXEC, 0));
+    if (wake_fd.get() < 0) throw Error(Failure::kSetup, own_name() + ": no file descriptor left for a joining peer");
+    offer.handles.push_back({std::move(wake_fd), wake_handle_.bytes, wake_handle_.id});
   }
-  Fd wake_fd(fcntl(wake_handle_.fd.get(), F_DUPFD_CLOEXEC, 0));
-  if (wake_fd.get() < 0) throw Error(Failure::kSetup, own_name() + ": no file descriptor left for a joining peer");
-  offer.handles.push_back({std::move(wake_fd), wake_handle_.bytes, wake_handle_.id});
   // The entry is readable from here on, but not LIVE before attach().
   store_release(peers_.count, peer_idx + 1);  // SYNC: link-added
   return offer;
@@ -136,10 +131,7 @@ void Comm::attach(uint32_t peer_idx, std::vector<Handle> handles, const Origin& 
                   const std::string& door) {
   require_usable();
   if (handles.size() != 3) throw Error(Failure::kSetup, "handshake: expected 3 memory objects");
-  const Role peer_role = role_ == Role::kExpert ? Role::kAttention : Role::kExpert;
-  const Rows& peer_rows = peer_role == Role::kExpert ? layout_.dispatch_rows : layout_.combine_rows;
-  const Small& peer_small = peer_role == Role::kExpert ? layout_.dispatch_small : layout_.combine_small;
-  const uint64_t expected[] = {peer_rows.object_bytes, peer_small.object_bytes, kPageBytes};
+  const uint64_t expected[] = {peer_rows().object_bytes, peer_small().object_bytes, kPageBytes};
   Link& link = links_.at(peer_idx);
   if (link.is_over_network) {
     const Areas send = network_owner_->connect(peer_idx, door, &wakes);

@@ -162,6 +162,8 @@ class Comm : public PeerListener, public LinkListener, public std::enable_shared
 
   const Rows& rows() const { return role_ == Role::kExpert ? layout_.dispatch_rows : layout_.combine_rows; }
   const Small& small() const { return role_ == Role::kExpert ? layout_.dispatch_small : layout_.combine_small; }
+  const Rows& peer_rows() const { return role_ == Role::kExpert ? layout_.combine_rows : layout_.dispatch_rows; }
+  const Small& peer_small() const { return role_ == Role::kExpert ? layout_.combine_small : layout_.dispatch_small; }
 
   const Role role_;
   const Shape shape_;

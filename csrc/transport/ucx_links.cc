@@ -122,7 +122,7 @@ void Links::make_worker(const Settings& settings) {
 void Links::open(const Network::Peers& peers, std::function<void()> on_signal, std::function<void()> on_report) {
   std::lock_guard lock(mutex_);
   peers_ = peers;
-  send_areas_ = reserve(peers.max_peers * (peers.rows_bytes + peers.small_bytes));
+  send_areas_ = reserve(peers.max_peers * area_bytes());
   on_signal_ = std::move(on_signal);
   on_report_ = std::move(on_report);
 }
@@ -187,7 +187,7 @@ Areas Links::connect(uint32_t peer_idx, const std::string& bytes, bool* wakes) {
     require(api_, api_.ep_rkey_unpack(link.endpoint, door.objects[i].key.data(), &link.remote_keys[i]),
             "ucp_ep_rkey_unpack: the peer's memory cannot be reached by puts");
   }
-  unsigned char* rows = send_areas_.get() + peer_idx * (peers_.rows_bytes + peers_.small_bytes);
+  unsigned char* rows = send_areas_.get() + peer_idx * area_bytes();
   return {rows, peers_.rows_bytes, rows + peers_.rows_bytes, peers_.small_bytes};
 }
 

@@ -44,8 +44,7 @@ class Links {
 
   bool covers(const void* at) const {
     const auto* byte = static_cast<const unsigned char*>(at);
-    return byte >= send_areas_.get() &&
-           byte < send_areas_.get() + peers_.max_peers * (peers_.rows_bytes + peers_.small_bytes);
+    return byte >= send_areas_.get() && byte < send_areas_.get() + peers_.max_peers * area_bytes();
   }
   void send(const std::vector<Piece>& pieces, const Signal* word, Signal value, bool is_free_after);
   void finish(const Signal* word);
@@ -100,6 +99,7 @@ class Links {
   };
 
   void make_worker(const Settings& settings);
+  uint64_t area_bytes() const { return peers_.rows_bytes + peers_.small_bytes; }  // of one peer's send area
   Link* find(uint32_t peer_idx) { return peer_idx < links_.size() ? links_[peer_idx].get() : nullptr; }
   void make_endpoint(Link& link, const std::string& address);
   std::vector<std::string> transports_of(const Link& link) const;

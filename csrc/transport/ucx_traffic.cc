@@ -39,10 +39,9 @@ unsigned char* data_of(const Areas& areas, uint32_t area) { return area == 0 ? a
 
 Links::Place Links::place_of(const void* at) const {
   const auto offset = static_cast<uint64_t>(static_cast<const unsigned char*>(at) - send_areas_.get());
-  const uint64_t stride = peers_.rows_bytes + peers_.small_bytes;
-  const uint64_t in_link = offset % stride;
+  const uint64_t in_link = offset % area_bytes();
   const bool is_small = in_link >= peers_.rows_bytes;
-  return {static_cast<uint32_t>(offset / stride), is_small, in_link - (is_small ? peers_.rows_bytes : 0)};
+  return {static_cast<uint32_t>(offset / area_bytes()), is_small, in_link - (is_small ? peers_.rows_bytes : 0)};
 }
 
 void Links::send(const std::vector<Piece>& pieces, const Signal* word, Signal value, bool is_free_after) {
