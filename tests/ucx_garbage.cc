@@ -4,7 +4,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <list>
 #include <map>
+#include <utility>
 #include <vector>
 
 #include "transport/host_exec.h"
@@ -85,7 +87,15 @@ struct Pair {
       receiver.links.report(receiver);
     }
   }
-  void send(const std::vector<unsigned char>& header, size_t data_bytes) {
+  // What goes over TCP takes its time on a busy machine.
+  template <class IsDone>
+  void await(IsDone&& is_done) {
+    const int64_t until_ns = now_ns() + 10'000'000'000;
+    while (!is_done() && now_ns() < until_ns) progress(1);
+  }
+  void send(std::vector<unsigned char> bytes, size_t data_bytes) {
+    headers.push_back(std::move(bytes));  // UCX may read it for as long as this lives
+    const std::vector<unsigned char>& header = headers.back();
     static const std::vector<unsigned char> data(1 << 20, 0x5A);
     RequestParam param;
     const Request request = api.am_send_nbx(endpoint, 0, header.data(), header.size(), data.data(), data_bytes, &param);
@@ -103,6 +113,7 @@ struct Pair {
   const Api& api;
   Rank sender, receiver;
   Door door;
+  std::list<std::vector<unsigned char>> headers;
   Context* context = nullptr;
   Worker* worker = nullptr;
   Endpoint* endpoint = nullptr;
@@ -133,6 +144,7 @@ void check_violations(const Settings& settings) {
     std::vector<MessagePart> parts;
     if (one.num_parts == 1) parts.push_back(one.part);
     pair.send(pair.header(head, parts), one.data_bytes);
+    pair.await([&] { return pair.receiver.is_broken; });
     require(pair.receiver.is_broken && pair.receiver.text.find(one.words) != std::string::npos, one.words);
     require(pair.receiver.is_guarded() && pair.receiver.word() == 0, "a bad message changes nothing");
   }
@@ -148,6 +160,7 @@ void check_strangers(const Settings& settings) {
   require(!pair.receiver.is_broken && pair.receiver.word() == 0 && pair.receiver.rows()[0] == 0, "a stranger");
   pair.send(pair.header({pair.door.key, pair.door.link, 1, 0, 8, make_signal(1, 1)}, {part}), 16);
   const auto* second = reinterpret_cast<const Signal*>(pair.receiver.small() + 8);
+  pair.await([&] { return load_signal(second) != 0; });
   require(load_signal(second) == make_signal(1, 1) && pair.receiver.rows()[15] == 0x5A, "a good message arrives");
   require(pair.receiver.is_guarded(), "and nothing else");
 }

@@ -15,6 +15,7 @@
 #include "core/atomic.h"
 #include "core/peer.h"
 #include "exchange/comm.h"
+#include "transport/control.h"
 #include "transport/transport.h"
 
 namespace fuzz {
