@@ -92,12 +92,11 @@ def compile_control(sanitizer: Sanitizer, mutate: bool = False) -> Path:
 @functools.cache
 def compile_guard_control() -> Path:
     """tests/guard_control.cc, with guard pages, under AddressSanitizer."""
-    ADDRESS.directory.mkdir(parents=True, exist_ok=True)
+    build(ADDRESS)
     program = ADDRESS.directory / "guard_control"
-    parts = [path for path in (ROOT / "csrc/transport").glob("*.cc") if not path.stem.startswith("cuda")]
-    sources = [TESTS / "guard_control.cc", *parts]
     options = [f"-fsanitize={ADDRESS.name}", "-DM2N_GUARD_PAGES", f"-I{ROOT / 'csrc'}"]
-    must([CXX, *FLAGS, *options, *sources, "-ldl", "-o", program])
+    library = ADDRESS.directory / "libm2n_transport.a"
+    must([CXX, *FLAGS, *options, TESTS / "guard_control.cc", library, "-ldl", "-o", program])
     return program
 
 
