@@ -86,15 +86,13 @@ class Comm:
             # Ranks on CPUs share memory inside a host, and reach other hosts over a network.
             is_plain = self.device == "cpu" and self.config.faults is None
             transport = "cuda" if is_on_gpu else "auto" if is_plain else "shm"
-        if transport == "ucx" and self.device != "cpu":
-            raise ValueError(f"config.transport: 'ucx' links ranks on CPUs so far, and the device is {self.device!r}")
         if transport == "cuda" and not is_on_gpu:
             raise ValueError(f"config.transport: device {self.device!r} needs 'auto' or 'shm', got 'cuda'")
         self._transport = transport
         if is_on_gpu:
             self._transport = self.device if transport == "cuda" else f"pinned:{self.device}"
         if transport in ("auto", "ucx"):
-            self._transport = self.config._network(transport)
+            self._transport = self.config._network(transport, self.device)
         if self.config.faults is not None:
             if transport == "ucx":
                 raise ValueError(

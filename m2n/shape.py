@@ -235,8 +235,9 @@ class Config:
         heartbeat_s: how often, in seconds, a rank tells those of other hosts that it is alive. One that is silent for
             three of its own periods is lost.
         transport: where windows lie: "cuda" in the memory of GPUs, "shm" in that of the host, "auto" where the comm's
-            device is. All ranks of a comm need the same; with "shm" ranks on GPUs link with ranks on CPUs. "ucx": in
-            that of the host, reached by messages through UCX (RDMA, TCP); ranks on CPUs only.
+            device is; default: M2N_TRANSPORT, or "auto". All ranks of a comm need the same; with "shm" ranks on GPUs
+            link with ranks on CPUs. "ucx": in that of the host, reached by messages through UCX (RDMA, TCP); kernels
+            write theirs there too, and a thread of their process sends them.
         arrays: what an expert rank gets its batches as: "torch", "numpy", "cupy", or "auto": torch if it was imported,
             else cupy on a GPU and numpy on the CPU.
         num_sms: on a GPU, the most thread blocks of a verb that moves rows, of 512 or 1,024 threads each. More is
@@ -258,7 +259,7 @@ class Config:
     job_key: str | None = dataclasses.field(default_factory=lambda: os.environ.get("M2N_JOB_KEY") or None, repr=False)
     insecure: bool = dataclasses.field(default_factory=lambda: os.environ.get("M2N_INSECURE", "") == "1")
     heartbeat_s: float = 1.0
-    transport: str = "auto"
+    transport: str = dataclasses.field(default_factory=lambda: os.environ.get("M2N_TRANSPORT") or "auto")
     arrays: Literal["auto", "torch", "numpy", "cupy"] = "auto"
     num_sms: int = 64
     faults: Faults | None = dataclasses.field(default_factory=Faults._from_environment)
@@ -297,9 +298,10 @@ class Config:
                     f"ucx_variables: expected something like {{'TLS': 'tcp,self'}}, got {key!r}: {value!r}"
                 )
 
-    def _network(self, transport: str) -> str:
-        """The native name of the transport `ucx` or `auto` with these settings."""
+    def _network(self, transport: str, device: str = "cpu") -> str:
+        """The native name of the transport `ucx` or `auto` with these settings; `device` uses its windows too."""
         options = {"way": self.ucx_way, "library": self.ucx_library, "beside": _ucx_of_package()}
+        options |= {"device": device} if device.startswith("cuda") else {}
         options |= {key.removeprefix("UCX_"): value for key, value in self.ucx_variables.items()}
         return ";".join([transport, *(f"{key}={value}" for key, value in options.items() if value)])
 

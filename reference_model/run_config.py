@@ -176,9 +176,10 @@ class RunConfig:
             job=self.job,
             timeout_s=self.timeout_s,
             connect_timeout_s=self.connect_timeout_s,
-            # A GPU and a CPU meet in memory of the host, which both can write.
-            transport="auto" if len(kinds) == 1 else "shm",
         )
+        if len(kinds) != 1 and config.transport == "auto":
+            # A GPU and a CPU meet in memory of the host, which both can write.
+            config = dataclasses.replace(config, transport="shm")
         if self.delay_us == 0 and self.jitter_us == 0:
             return config
         faults = m2n.Faults(delay_us=self.delay_us, jitter_us=self.jitter_us, seed=self.seed)

@@ -17,6 +17,7 @@ from m2n import testing
 
 SHAPE = m2n.Shape(hidden=512, num_experts=8, top_k=3, max_tokens=64, microbatches=2)
 HEARTBEAT_S = float(os.environ.get("TEST_HEARTBEAT_S", "1"))
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")
 CONFIG = m2n.Config(arrays="torch", timeout_s=60, connect_timeout_s=60, heartbeat_s=HEARTBEAT_S)
 
 
@@ -50,7 +51,7 @@ def main() -> int:
     torch.set_num_threads(1)
     make = m2n.AttentionComm if role == "attention" else m2n.ExpertComm
     try:
-        with make(rank, SHAPE, placement, store, max_peers=16, config=CONFIG) as comm:
+        with make(rank, SHAPE, placement, store, device=DEVICE, max_peers=16, config=CONFIG) as comm:
             say("joined", round(time.time(), 3))
             if role == "attention":
                 attend(comm, seconds)

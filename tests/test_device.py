@@ -19,15 +19,17 @@ import numpy as np
 import pytest
 import torch
 import virtual_ranks
-from test_faults import IDS, ONE, SHAPE, SOON_S, TWO, WEIGHTS, X
+from test_faults import IDS, ONE, SHAPE, SOON_S, TWO, WEIGHTS, X, pytestmark  # noqa: F401  # over each transport
 
 import m2n
 from m2n import arrays, testing
 from m2n.testing import expert_outputs
 
-DEVICES = ("emulated", pytest.param("cuda:0", marks=pytest.mark.cuda))
-on_devices = pytest.mark.parametrize("device", DEVICES)
-CONFIG = dataclasses.replace(bodies.NUMPY, arrays="torch")
+on_devices = pytest.mark.parametrize("device", ("emulated", pytest.param("cuda:0", marks=pytest.mark.cuda)))
+
+
+def config() -> m2n.Config:
+    return dataclasses.replace(bodies.NUMPY, arrays="torch")
 
 
 class Pair:
@@ -35,7 +37,7 @@ class Pair:
 
     def __init__(self, store: Path, on: str, placed: m2n.Placement = ONE, **of_attention: Any) -> None:
         self.where = on if on.startswith("cuda") else "cpu"
-        self.options = {"shape": SHAPE, "placement": placed, "store": store, "config": CONFIG, "device": on}
+        self.options = {"shape": SHAPE, "placement": placed, "store": store, "config": config(), "device": on}
         shared = {**self.options, **{key: of_attention[key] for key in ("name", "shape") if key in of_attention}}
         self.experts = [m2n.ExpertComm(i, **shared) for i in range(placed.num_expert_ranks)]
         self.comm = m2n.AttentionComm(0, **{**self.options, **of_attention})
@@ -87,7 +89,7 @@ def is_nan(y: torch.Tensor) -> list[bool]:
 @on_devices
 def test_all_ranks_in_one_thread_equal_the_oracle(device: str) -> None:
     shape = dataclasses.replace(SHAPE, hidden=72, microbatches=3)
-    assert virtual_ranks.run(device, shape, m2n.Placement.block(4, 2), 3, 12) == 36
+    assert virtual_ranks.run(device, shape, m2n.Placement.block(4, 2), 3, 12, config()) == 36
 
 
 @on_devices
@@ -153,7 +155,7 @@ def test_a_killed_process_is_lost_to_a_launched_wait(to_do: str, is_lost: bool, 
         target=bodies.expert_main, args=(0, str(tmp_path), SHAPE, ONE, to_do)
     )
     process.start()
-    with m2n.AttentionComm(0, SHAPE, ONE, tmp_path, device="emulated", config=CONFIG) as comm:
+    with m2n.AttentionComm(0, SHAPE, ONE, tmp_path, device="emulated", config=config()) as comm:
         comm.dispatch_send(torch.from_numpy(X), comm.route(torch.from_numpy(IDS), torch.from_numpy(WEIGHTS)))
         process.join()
         y = comm.combine_recv(timeout=SOON_S)
@@ -166,7 +168,7 @@ def test_a_killed_process_is_lost_to_a_launched_wait(to_do: str, is_lost: bool, 
 
 @on_devices
 def test_a_dispatch_that_gives_up_sends_nothing_and_its_combine_is_nan(device: str, tmp_path: Path) -> None:
-    late = dataclasses.replace(CONFIG, timeout_s=0.05)
+    late = dataclasses.replace(config(), timeout_s=0.05)
     with Pair(tmp_path, device, config=late) as pair:
         nothing = torch.empty(0, SHAPE.top_k)
         route = pair.comm.route(nothing.int().to(pair.where), nothing.to(pair.where))
@@ -339,8 +341,8 @@ def test_verbs_go_to_the_stream_that_is_named(kind: str, tmp_path: Path) -> None
 @pytest.mark.cuda
 def test_cupy_in_cupy_out(tmp_path: Path) -> None:
     cupy = pytest.importorskip("cupy", reason="cupy is not installed")
-    config = dataclasses.replace(CONFIG, arrays="cupy")
-    options = {"shape": SHAPE, "placement": ONE, "store": tmp_path, "config": config, "device": "cuda:0"}
+    in_cupy = dataclasses.replace(config(), arrays="cupy")
+    options = {"shape": SHAPE, "placement": ONE, "store": tmp_path, "config": in_cupy, "device": "cuda:0"}
     with m2n.ExpertComm(0, **options) as server, m2n.AttentionComm(0, **options) as comm:
         comm.dispatch_send(cupy.asarray(X), comm.route(cupy.asarray(IDS), cupy.asarray(WEIGHTS)))
         torch.cuda.synchronize()

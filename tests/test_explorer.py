@@ -124,6 +124,7 @@ CASES = {
         "one_writer", "two_writers", "two_messages", "two_sleepers", "closed", "closed_or_signalled", "mortal_peer"
     ),
     "blocks": ("two_blocks", "three_blocks"),
+    "doorbell": ("two_ringers",),
 }  # fmt: skip
 ALL = [(program, case) for program, cases in CASES.items() for case in cases]
 
@@ -265,6 +266,41 @@ WRONG = [
         [Edit("core/arrive.h", DECIDE, DECIDE.replace("release_to_blocks", "relaxed"))],
         RACE,
     ),
+    (
+        "relaxed-ring",
+        "doorbell",
+        "two_ringers",
+        [Edit("core/doorbell.h", "store_release(&ring.lap", "store_relaxed(&ring.lap")],
+        "a message that nobody rang for",
+    ),
+    (
+        "relaxed-look-at-the-ring",
+        "doorbell",
+        "two_ringers",
+        [Edit("core/doorbell.h", "load_acquire(&ring().lap)", "load_relaxed(&ring().lap)")],
+        "a message that nobody rang for",
+    ),
+    (
+        "a-ring-too-small",
+        "doorbell",
+        "two_ringers",
+        [Edit("doorbell.cc", "kNumRings = 2", "kNumRings = 1")],
+        HANG,
+    ),
+    (
+        "rings-without-laps",
+        "doorbell",
+        "two_ringers",
+        [Edit("core/doorbell.h", "ticket / bell.num_rings + 1);", "uint64_t{1});")],
+        HANG,
+    ),
+    (
+        "relaxed-tickets",
+        "doorbell",
+        "two_ringers",
+        [Edit("core/doorbell.h", "add_acq_rel(bell.next_ticket", "add_relaxed(bell.next_ticket")],
+        HANG,
+    ),
 ]
 
 
@@ -282,6 +318,7 @@ BY_RELACY = [
     ("link", "one_link", 4), ("link", "two_senders", 2), ("link", "two_receivers", 2), ("link", "skipped_number", 5),
     ("wake", "one_writer", 5), ("wake", "two_writers", 4), ("wake", "two_messages", 4), ("wake", "two_sleepers", 4),
     ("wake", "closed", 5), ("wake", "closed_or_signalled", 4), ("blocks", "two_blocks", 1),
+    ("doorbell", "two_ringers", 2),
 ]  # fmt: skip
 
 

@@ -49,6 +49,13 @@ def test_cpu_ranks_and_ranks_that_launch_equal_the_oracle(devices: tuple[str, st
     check(dataclasses.replace(SHAPE, reduce_at=reduce_at), devices, ON_HOST)
 
 
+@pytest.mark.ucx
+@pytest.mark.parametrize("devices", [*CPU_AND_LAUNCHES, ("emulated", "emulated")])
+def test_the_same_over_a_network(devices: tuple[str, str]) -> None:
+    """What launches write into send areas goes out when they ring; what arrives they find in memory of the host."""
+    check(SHAPE, devices, bodies.config_of("ucx"))
+
+
 @pytest.mark.parametrize("devices", CPU_AND_LAUNCHES)
 def test_the_same_as_processes(devices: tuple[str, str]) -> None:
     check(SHAPE, devices, ON_HOST, processes=True)
@@ -93,6 +100,13 @@ def test_transports_that_do_not_fit_are_refused_in_words(tmp_path: Path) -> None
 @pytest.mark.parametrize("devices", CPU_AND_GPU)
 def test_cpu_and_gpu_ranks_equal_the_oracle(devices: tuple[str, str], processes: bool) -> None:
     check(SHAPE, devices, ON_HOST, processes)
+
+
+@pytest.mark.cuda
+@pytest.mark.ucx
+@pytest.mark.parametrize("devices", [*CPU_AND_GPU, ("cuda:0", "cuda:0")])
+def test_gpu_ranks_over_a_network_equal_the_oracle(devices: tuple[str, str]) -> None:
+    check(SHAPE, devices, bodies.config_of("ucx"))
 
 
 @pytest.mark.cuda

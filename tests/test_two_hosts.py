@@ -64,13 +64,18 @@ def running(num_hosts: int, attention: list[int], experts: list[int], **env: str
         yield Ranks(hosts, attention, experts, **env)
 
 
+LAUNCHES = {"TEST_DEVICE": "emulated", "M2N_TRANSPORT": "ucx"}
+
+
 @pytest.mark.parametrize(
-    ("attention", "experts"),
-    [([0], [1]), ([0, 0], [1, 2]), ([0, 1], [0, 1])],
-    ids=["a host each", "two attention ranks here, experts there", "both roles on both hosts"],
+    ("attention", "experts", "env"),
+    [([0], [1], {}), ([0, 0], [1, 2], {}), ([0, 1], [0, 1], {}), ([0, 1], [0, 1], LAUNCHES)],
+    ids=["a host each", "two attention ranks here, experts there", "both roles on both hosts", "verbs are launched"],
 )
-def test_exchanges_between_hosts_equal_the_oracle(attention: list[int], experts: list[int]) -> None:
-    with running(max(*attention, *experts) + 1, attention, experts) as ranks:
+def test_exchanges_between_hosts_equal_the_oracle(
+    attention: list[int], experts: list[int], env: dict[str, str]
+) -> None:
+    with running(max(*attention, *experts) + 1, attention, experts, **env) as ranks:
         started = [ranks.start("attention", rank, host, seconds=3) for rank, host in enumerate(attention)]
         for process in (*started, *ranks.experts):
             said = rest_of(process)
@@ -164,7 +169,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
     return model_tokens(path.read_text())
 
 
-@pytest.mark.parametrize("launched", ["plain commands", "torchrun"])
+@pytest.mark.parametrize("launched", ["plain commands", "torchrun", "plain commands, verbs too"])
 def test_the_model_generates_the_same_tokens_across_hosts(
     launched: str, expected: list[list[int]], tmp_path: Path
 ) -> None:
@@ -173,6 +178,9 @@ def test_the_model_generates_the_same_tokens_across_hosts(
     with Hosts(3) as hosts:
         master = {"MASTER_ADDR": hosts.address(0), "MASTER_PORT": "4781"}
         commands = [*MODEL, "--json", path]
+        if launched.endswith("verbs too"):
+            master["M2N_TRANSPORT"] = "ucx"
+            commands += ["--attention-device", "emulated"]
         if launched == "torchrun":
             # A node each: torchrun wants as many processes on all of them, or says how many in turn.
             processes = [

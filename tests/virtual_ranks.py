@@ -16,11 +16,19 @@ import torch
 import m2n
 from m2n import testing
 
+CONFIG = m2n.Config(arrays="torch", timeout_s=20.0, connect_timeout_s=20.0)
 
-def run(device: str, shape: m2n.Shape, placement: m2n.Placement, num_attention: int, num_layers: int) -> int:
+
+def run(
+    device: str,
+    shape: m2n.Shape,
+    placement: m2n.Placement,
+    num_attention: int,
+    num_layers: int,
+    config: m2n.Config = CONFIG,
+) -> int:
     """Layers through all microbatches; the number of results that were right. AssertionError for a wrong one."""
     where = "cpu" if device == "emulated" else device
-    config = m2n.Config(arrays="torch", timeout_s=20.0, connect_timeout_s=20.0)
     num_right = 0
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(tempfile.TemporaryDirectory(prefix="m2n-"))

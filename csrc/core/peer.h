@@ -9,6 +9,7 @@
 #include "core/arrive.h"
 #include "core/atomic.h"
 #include "core/copy.h"
+#include "core/doorbell.h"
 #include "core/platform.h"
 #include "core/slot.h"
 #include "core/wake.h"
@@ -18,9 +19,10 @@ namespace m2n {
 
 // Plain pointers without ownership: a kernel may hold it by value.
 struct PeerView {
-  unsigned char* rows = nullptr;   // the peer's landing area for rows from us
-  unsigned char* small = nullptr;  // signals, headers, ids and weights for the same slots
-  WakeWord* wake = nullptr;        // the peer's wake word
+  unsigned char* rows = nullptr;       // the peer's landing area for rows from us
+  unsigned char* small = nullptr;      // signals, headers, ids and weights for the same slots
+  WakeWord* wake = nullptr;            // the peer's wake word
+  const Doorbell* doorbell = nullptr;  // where given, both are send areas, and this sends them
 };
 
 // The state of a peer as its owner sees it. Written by one thread only, read by waiters.
@@ -81,7 +83,8 @@ __device__ void put_pieces(const Exec& exec, void* peer_bytes, const void* own_b
 }
 #endif
 
-// Some Execs may have a draft, for peers whose memory cannot be written from here, or a relay, which does what signal()
+// Some Execs may have a draft, for peers whose memory cannot be written from here (those that have none ring a doorbell
+// for them), or a relay, which does what signal()
 // does, but later (and has none itself). In the words of C++17, which is what relacy compiles.
 template <class Exec, class = void>
 inline constexpr bool kHasDraft = false;
@@ -160,6 +163,9 @@ M2N_HD void signal(Exec& exec, const PeerView& peer, Signal* word, Signal value)
   if constexpr (kHasRelay<Exec>) {
     if (exec.relay() != nullptr) [[unlikely]]
       return exec.relay()->send(word, value, peer.wake);
+  }
+  if constexpr (!kHasDraft<Exec>) {
+    if (peer.doorbell != nullptr) return ring_doorbell(*peer.doorbell, word, value);
   }
   store_signal(word, value);  // SYNC: slot-signal
   exec.wake(peer.wake);

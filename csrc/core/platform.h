@@ -20,7 +20,7 @@ inline constexpr uint32_t kMaxPeers = 1024;
 inline constexpr uint32_t kMaxSlots = 64;
 // That the threads of a block share: some words for each peer that there can be, and a few more; and what a block that
 // works alone counts in.
-M2N_HD constexpr uint32_t shared_words(uint32_t max_peers) { return 10 * max_peers + 16; }
+M2N_HD constexpr uint32_t shared_words(uint32_t max_peers) { return 12 * max_peers + 16; }
 inline constexpr uint32_t kCountWords = 6144;
 
 // Fetches a line that is about to be read, so that several on their way from another core overlap.

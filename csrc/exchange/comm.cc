@@ -88,6 +88,7 @@ void Comm::make_network() {
 
 Comm::~Comm() {
   if (network_owner_ != nullptr && is_own_process()) network_owner_->close();  // its thread calls this object
+  for (Link& link : links_) link.exposed.reset();                              // before the network's memory goes
 }
 
 Comm::Offer Comm::offer(uint32_t peer_rank, uint64_t life, bool is_over_network) {
@@ -136,7 +137,8 @@ void Comm::attach(uint32_t peer_idx, std::vector<Handle> handles, const Origin& 
   if (link.is_over_network) {
     const Areas send = network_owner_->connect(peer_idx, door, &wakes);
     if (!wakes) exec_.look_often();
-    peers_.entries[peer_idx].view = {send.rows, send.small, nullptr};
+    link.exposed = transport_->expose(send.rows, send.rows_bytes + send.small_bytes);
+    peers_.entries[peer_idx].view = {send.rows, send.small, nullptr, doorbell()};
     return;
   }
   for (size_t i = 0; i < handles.size(); ++i) {
@@ -146,7 +148,7 @@ void Comm::attach(uint32_t peer_idx, std::vector<Handle> handles, const Origin& 
   }
   if (!wakes) exec_.look_often();
   peers_.entries[peer_idx].view = {link.mappings[0]->data(), link.mappings[1]->data(),
-                                   reinterpret_cast<WakeWord*>(link.mappings[2]->data())};
+                                   reinterpret_cast<WakeWord*>(link.mappings[2]->data()), nullptr};
 }
 
 void Comm::watch(uint32_t peer_idx, int connection_fd, int pidfd, const Heartbeats& heartbeats) {
@@ -346,6 +348,28 @@ void Comm::raise_violation(uint32_t peer_idx, const std::string& what) {
   drop_peer(peer_idx, LossCause::kProtocol);
   throw Error(Failure::kProtocol, peer_name(peer_rank) + " broke the protocol and was dropped: " + what,
               static_cast<int>(peer_rank));
+}
+
+void Comm::list_pieces(const Signal* word, Signal value, std::vector<Piece>& pieces) const {
+  const auto* at = reinterpret_cast<const unsigned char*>(word);
+  const auto is_in = [&](uint32_t peer_idx) {
+    if (peers_.state(peer_idx) == PeerState::kUnused) return false;  // its view may be written just now
+    const unsigned char* small = peers_.entries[peer_idx].view.small;
+    return at >= small && at < small + peer_small().object_bytes;
+  };
+  uint32_t peer_idx = 0;
+  while (!is_in(peer_idx)) ++peer_idx;
+  const PeerView& view = peers_.entries[peer_idx].view;
+  const auto slot = static_cast<uint32_t>(static_cast<uint64_t>(at - view.small) / kLineBytes);
+  const auto add = [&](unsigned char* bytes, uint64_t num_bytes) {
+    if (num_bytes != 0) pieces.push_back({bytes, bytes, num_bytes});
+  };
+  const uint64_t num_rows = signal_rows(value) == kRefusedRows ? 0 : signal_rows(value);
+  const uint64_t num_ids = role_ == Role::kAttention ? num_rows * layout_.top_k : 0;
+  add(view.small + peer_small().header(slot), sizeof(Header));
+  add(view.small + peer_small().ids(slot), num_ids * sizeof(int32_t));
+  add(view.small + peer_small().weights(slot), num_ids * sizeof(float));
+  add(view.rows + peer_rows().row_in_object(slot, 0) * peer_rows().row_bytes, num_rows * peer_rows().row_bytes);
 }
 
 Header Comm::own_header(uint32_t peer_idx, uint32_t slot) const {

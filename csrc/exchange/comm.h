@@ -103,6 +103,7 @@ class Comm : public PeerListener, public LinkListener, public std::enable_shared
     LossCause cause = LossCause::kNone;
     uint64_t ticket = 0;
     std::vector<std::shared_ptr<Mapping>> mappings;
+    std::shared_ptr<void> exposed;  // its send area, to the verbs
     bool is_over_network = false;
     std::string violation;                   // of the protocol, as the network saw it
     PeerState end_state = PeerState::kLive;  // what the watcher found, until the network has ended the link
@@ -110,6 +111,8 @@ class Comm : public PeerListener, public LinkListener, public std::enable_shared
 
   // Do this rank's verbs wake peers that sleep?
   virtual bool wakes_peers() const { return true; }
+  // By which verbs send over a network that have no draft.
+  virtual const Doorbell* doorbell() const { return nullptr; }
   // A peer has joined, was dropped or given up; one at a time. Not called where the watcher found a loss.
   virtual void peers_changed() {}
 
@@ -224,6 +227,8 @@ class Comm : public PeerListener, public LinkListener, public std::enable_shared
 
  protected:
   bool is_over_network(uint32_t peer_idx) const { return links_[peer_idx].is_over_network; }
+  // What a message in a send area is, by the word that its signal has there.
+  void list_pieces(const Signal* word, Signal value, std::vector<Piece>& pieces) const;
 
   std::unique_ptr<Network> network_owner_;
   NetworkSlot network_;  // empty: peers share memory, all that have come so far

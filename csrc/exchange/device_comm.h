@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "exchange/device_memory.h"
+#include "exchange/doorbell_proxy.h"
 #include "exchange/sides.h"
 
 namespace m2n {
@@ -16,6 +17,9 @@ namespace m2n {
 template <class Side>
 class DeviceComm : public Side {
  public:
+  ~DeviceComm() override {
+    if (!this->is_own_process()) proxy_.release();  // its thread is the parent's
+  }
   const std::string& device() const { return memory_.device(); }
   bool is_capturing(Stream stream) { return memory_.machine().is_capturing(stream); }
   // Of launches that were given kTimeoutOfComm, those of graphs among them.
@@ -36,6 +40,7 @@ class DeviceComm : public Side {
       for (const auto& event : last_launch_) memory_.machine().synchronize(event.get());
       memory_.abort();
       if (was_captured_) memory_.machine().synchronize_all();
+      proxy_.reset();
     }
     Comm::close();
   }
@@ -58,8 +63,19 @@ class DeviceComm : public Side {
     for (uint32_t slot = 0; slot < this->layout_.num_slots; ++slot) {
       last_launch_.push_back(memory_.machine().make_event());
     }
+    if (Network* network = this->network_.get(); network != nullptr) {
+      const uint64_t num_rings = uint64_t{this->max_peers_} * this->layout_.num_slots;
+      const Doorbell bell{memory_.template on_host<Ring>(num_rings), memory_.template on_device<uint64_t>(1),
+                          num_rings};
+      doorbell_ = memory_.uploaded(std::vector<Doorbell>{bell});
+      const auto list_pieces = [this](const Signal* word, Signal value, std::vector<Piece>& pieces) {
+        this->list_pieces(word, value, pieces);
+      };
+      proxy_ = std::make_unique<DoorbellProxy>(bell, *network, this->exec_, list_pieces);
+    }
   }
 
+  const Doorbell* doorbell() const override { return doorbell_; }
   bool wakes_peers() const override { return false; }
   void peers_changed() override { memory_.update_mirror(); }
 
@@ -73,6 +89,7 @@ class DeviceComm : public Side {
     } else {
       memory_.machine().record(last_launch_[slot].get(), stream);
     }
+    if (proxy_ != nullptr) proxy_->kick();
   }
 
   mutable DeviceMemory memory_;
@@ -80,6 +97,8 @@ class DeviceComm : public Side {
 
  private:
   bool was_captured_ = false;
+  const Doorbell* doorbell_ = nullptr;
+  std::unique_ptr<DoorbellProxy> proxy_;
 };
 
 }  // namespace m2n

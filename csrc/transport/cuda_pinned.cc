@@ -98,6 +98,9 @@ class PinnedTransport final : public Transport {
     const uint64_t bytes = handle.bytes;
     return std::make_shared<PinnedMapping>(ordinal_, shm_->attach(std::move(handle), origin), bytes);
   }
+  std::shared_ptr<void> expose(void* memory, uint64_t bytes) override {
+    return register_memory(ordinal_, memory, bytes);
+  }
 
  private:
   int ordinal_;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Across hosts: windows in this host's memory, which peers reach through UCX, loaded when it is asked for.
+// Across hosts: windows in this host's memory, which peers reach through UCX, loaded when it is asked for. A GPU may
+// use that memory too.
 #include <pthread.h>
 #include <signal.h>
 
@@ -20,7 +21,7 @@ ucx::Settings parse(const std::string& name) {
   const auto refuse = [&](const std::string& part) {
     throw Error(Failure::kSetup,
                 "transport: expected 'ucx' or 'auto' and ';key=value' for way (auto, message, put), library, "
-                "beside or a variable of UCX, got '" +
+                "beside, device or a variable of UCX, got '" +
                     part + "' in '" + name + "'");
   };
   ucx::Settings settings;
@@ -34,6 +35,8 @@ ucx::Settings parse(const std::string& name) {
       settings.library = value;
     } else if (key == "beside") {
       settings.beside = value;
+    } else if (key == "device") {
+      settings.device = value;
     } else if (key == "way" && (value == "auto" || value == "message" || value == "put")) {
       settings.way = value == "auto" ? ucx::Way::kAuto : value == "put" ? ucx::Way::kPut : ucx::Way::kMessage;
     } else if (!key.empty() && key[0] >= 'A' && key[0] <= 'Z' && equals != std::string::npos) {
@@ -115,7 +118,9 @@ class UcxNetwork final : public Network {
 
 class UcxTransport final : public Transport {
  public:
-  explicit UcxTransport(const std::string& name) : settings_(parse(name)), host_(make_host_transport()) {
+  explicit UcxTransport(const std::string& name)
+      : settings_(parse(name)),
+        host_(settings_.device.empty() ? make_host_transport() : make_transport("pinned:" + settings_.device)) {
     if (!settings_.shares_memory) ucx::load(settings_.library, settings_.beside);
   }
   bool shares_memory() const override { return settings_.shares_memory; }
@@ -128,6 +133,7 @@ class UcxTransport final : public Transport {
     if (!settings_.shares_memory) throw Error(Failure::kSetup, "ucx: the memory of a peer cannot be mapped");
     return host_->attach(std::move(handle), origin);
   }
+  std::shared_ptr<void> expose(void* memory, uint64_t bytes) override { return host_->expose(memory, bytes); }
   std::unique_ptr<Network> make_network() override { return std::make_unique<UcxNetwork>(settings_); }
 
  private:

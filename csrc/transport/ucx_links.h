@@ -21,6 +21,7 @@ enum class Way : uint32_t { kAuto, kMessage, kPut };
 
 struct Settings {
   std::string library, beside;  // see load()
+  std::string device;           // a GPU that uses the windows too; "": none
   bool shares_memory = false;   // with peers of this host
   Way way = Way::kAuto;
   std::vector<std::pair<std::string, std::string>> variables;  // of UCX, without their UCX_

@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+// Waits for the doorbell as verbs on a CPU wait for signals, and so makes the network's progress meanwhile.
+#include "exchange/doorbell_proxy.h"
+
+#include <pthread.h>
+#include <signal.h>
+
+namespace m2n {
+namespace {
+
+constexpr int64_t kWaitNs = 1'000'000'000;
+
+}  // namespace
+
+DoorbellProxy::DoorbellProxy(const Doorbell& bell, Network& network, const HostExec& exec, ListPieces list_pieces)
+    : reader_(bell), network_(network), exec_(exec), list_pieces_(std::move(list_pieces)) {
+  exec_.look_often();  // a device wakes nobody
+  // Signals of the operating system belong to the program's own threads.
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  thread_ = std::thread([this] { run(); });
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+}
+
+DoorbellProxy::~DoorbellProxy() {
+  store_seq_cst(&is_stopped_, 1u);  // SYNC: doorbell-stopped
+  kick();
+  thread_.join();
+}
+
+void DoorbellProxy::run() {
+  pthread_setname_np(pthread_self(), "m2n-doorbell");
+  const auto is_over = [this] {
+    network_.look();
+    return reader_.is_rung() || load_seq_cst(&is_stopped_) != 0;  // SYNC: doorbell-stopped
+  };
+  while (true) {
+    // Before the last look for what was rung.
+    const bool is_stopped = load_seq_cst(&is_stopped_) != 0;  // SYNC: doorbell-stopped
+    send_rung();
+    if (is_stopped) return;
+    network_.enter();
+    if (!exec_.spin(is_over)) exec_.wait(is_over, now_ns() + kWaitNs);
+    network_.leave();
+  }
+}
+
+void DoorbellProxy::send_rung() {
+  while (reader_.is_rung()) {
+    const Signal* word = nullptr;
+    const Signal value = reader_.take(&word);
+    pieces_.clear();
+    list_pieces_(word, value, pieces_);
+    network_.send(pieces_, word, value, /*is_free_after=*/false);
+  }
+}
+
+}  // namespace m2n

@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+// The thread of a device's rank that sends over a network what its verbs have rung for.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <thread>
+#include <vector>
+
+#include "core/doorbell.h"
+#include "core/wire.h"
+#include "transport/host_exec.h"
+
+namespace m2n {
+
+class DoorbellProxy {
+ public:
+  // `list_pieces`: what the message with this word and value is, by pieces of the send area. `exec`: how the rank's own
+  // threads wait, asleep too: what arrives, and kick(), wake this one.
+  using ListPieces = std::function<void(const Signal* word, Signal value, std::vector<Piece>& pieces)>;
+  DoorbellProxy(const Doorbell& bell, Network& network, const HostExec& exec, ListPieces list_pieces);
+  // Sends what was rung before, and ends the thread.
+  ~DoorbellProxy();
+  DoorbellProxy(const DoorbellProxy&) = delete;
+  DoorbellProxy& operator=(const DoorbellProxy&) = delete;
+
+  // A verb was launched that may ring soon.
+  void kick() { exec_.wake_own(); }
+
+ private:
+  void run();
+  void send_rung();
+
+  DoorbellReader reader_;
+  Network& network_;
+  HostExec exec_;
+  ListPieces list_pieces_;
+  std::vector<Piece> pieces_;
+  uint32_t is_stopped_ = 0;
+  std::thread thread_;
+};
+
+}  // namespace m2n
