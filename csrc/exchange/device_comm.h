@@ -40,7 +40,7 @@ class DeviceComm : public Side {
       for (const auto& event : last_launch_) memory_.machine().synchronize(event.get());
       memory_.abort();
       if (was_captured_) memory_.machine().synchronize_all();
-      proxy_.reset();
+      if (proxy_ != nullptr) proxy_->stop();
     }
     Comm::close();
   }

@@ -15,6 +15,7 @@ constexpr int64_t kWaitNs = 1'000'000'000;
 DoorbellProxy::DoorbellProxy(const Doorbell& bell, Network& network, const HostExec& exec, ListPieces list_pieces)
     : reader_(bell), network_(network), exec_(exec), list_pieces_(std::move(list_pieces)) {
   exec_.look_often();  // a device wakes nobody
+  exec_.ignore_interrupts();
   // Signals of the operating system belong to the program's own threads.
   sigset_t all, before;
   sigfillset(&all);
@@ -23,7 +24,8 @@ DoorbellProxy::DoorbellProxy(const Doorbell& bell, Network& network, const HostE
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
-DoorbellProxy::~DoorbellProxy() {
+void DoorbellProxy::stop() {
+  if (!thread_.joinable()) return;
   store_seq_cst(&is_stopped_, 1u);  // SYNC: doorbell-stopped
   kick();
   thread_.join();

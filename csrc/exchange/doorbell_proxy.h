@@ -19,11 +19,12 @@ class DoorbellProxy {
   // threads wait, asleep too: what arrives, and kick(), wake this one.
   using ListPieces = std::function<void(const Signal* word, Signal value, std::vector<Piece>& pieces)>;
   DoorbellProxy(const Doorbell& bell, Network& network, const HostExec& exec, ListPieces list_pieces);
-  // Sends what was rung before, and ends the thread.
-  ~DoorbellProxy();
+  ~DoorbellProxy() { stop(); }
   DoorbellProxy(const DoorbellProxy&) = delete;
   DoorbellProxy& operator=(const DoorbellProxy&) = delete;
 
+  // Sends what was rung before, and ends the thread. Once; calls of kick() may go on.
+  void stop();
   // A verb was launched that may ring soon.
   void kick() { exec_.wake_own(); }
 

@@ -66,6 +66,9 @@ class HostExec {
   // Some peer wakes nobody: from now on a sleep is short.
   void look_often() { store_relaxed(&is_woken_by_all_, 0u); }
 
+  // For a thread of the library's own, which must wait for nothing that the program's hold.
+  void ignore_interrupts() { is_interruptible_ = false; }
+
   // Looks at ready() for a few microseconds.
   template <class Ready>
   bool spin(Ready&& ready) {
@@ -103,7 +106,7 @@ class HostExec {
       };
       if (sleep_once(own_wake_, ready, sleep)) return WaitResult::kReady;
       if (!is_woken) most_ns = std::min(2 * most_ns, kLongestSliceNs);
-      if (on_sleep != nullptr) on_sleep();
+      if (is_interruptible_ && on_sleep != nullptr) on_sleep();
     }
     return ready() ? WaitResult::kReady : WaitResult::kTimeout;
   }
@@ -139,6 +142,7 @@ class HostExec {
   SignalRelay* relay_;
   const NetworkSlot* network_;
   Draft* draft_ = nullptr;
+  bool is_interruptible_ = true;
   uint32_t is_woken_by_all_ = 1;
   uint32_t is_shared_ = 0;  // did somebody else run on this core during the last wait? Any thread writes it
 };
