@@ -132,9 +132,9 @@ void bind_attention(py::module_& module) {
       });
   py::class_<DeviceAttentionComm, Comm, std::shared_ptr<DeviceAttentionComm>> type(module, "DeviceAttentionComm");
   type.def(py::init<const Shape&, uint32_t, uint32_t, const std::string&, const std::string&,
-                    const std::vector<int32_t>&, const std::vector<int32_t>&, uint32_t>(),
+                    const std::vector<int32_t>&, const std::vector<int32_t>&, uint32_t, uint32_t>(),
            py::arg("shape"), py::arg("rank"), py::arg("max_peers"), py::arg("transport"), py::arg("device"),
-           py::arg("rank_offsets"), py::arg("ranks"), py::arg("num_ranks"));
+           py::arg("rank_offsets"), py::arg("ranks"), py::arg("num_ranks"), py::arg("placement_version"));
   type.def("make_route", &make_route, py::arg("topk_ids"), py::arg("topk_weights"), py::arg("splits"),
            py::arg("num_tokens"), py::arg("out"), py::arg("stream"));
   type.def("dispatch_send", &dispatch_send, py::arg("x"), py::arg("route"), py::arg("microbatch"), py::arg("layer"),
