@@ -200,6 +200,21 @@ void bind_expert(py::module_& module) {
   type.def("combine_send", &combine_send, py::arg("batch"), py::arg("y"), py::arg("reduced"), py::arg("num_sms"),
            py::arg("stream"));
   type.def("recover", &DeviceExpertComm::recover, py::arg("rank"));
+  type.def(
+      "placement_versions",
+      [](DeviceExpertComm& comm, uint64_t stream) {
+        const py::gil_scoped_release release;
+        return comm.placement_versions(to_stream(stream));
+      },
+      py::arg("stream"));
+  type.def(
+      "wait_placement",
+      [](DeviceExpertComm& comm, uint32_t version, double timeout_s, uint64_t stream) {
+        const int64_t deadline_ns = deadline_after(timeout_s);
+        const py::gil_scoped_release release;
+        comm.wait_placement(version, deadline_ns, to_stream(stream));
+      },
+      py::arg("version"), py::arg("timeout_s"), py::arg("stream"));
   bind_launches(type);
   type.def("window", [](const DeviceExpertComm& comm) {
     return window_array(comm.rows_window(), comm.window_rows(), comm.shape(), tensors_of(comm.device()));

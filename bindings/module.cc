@@ -273,6 +273,16 @@ void bind_expert(py::module_& module) {
       py::arg("timeout_s"));
   type.def("combine_send", &expert_combine_send, py::arg("batch"), py::arg("y"), py::arg("reduced"));
   type.def("recover", &ExpertComm::recover, py::arg("rank"));
+  type.def("set_experts", &ExpertComm::set_experts, py::arg("local_experts"));
+  type.def("placement_versions", &ExpertComm::placement_versions);
+  type.def(
+      "wait_placement",
+      [](ExpertComm& comm, uint32_t version, double timeout_s) {
+        const int64_t deadline_ns = deadline_after(timeout_s);
+        const py::gil_scoped_release release;
+        comm.wait_placement(version, deadline_ns);
+      },
+      py::arg("version"), py::arg("timeout_s"));
   type.def("window", [](const ExpertComm& comm) {
     return window_array(comm.rows_window(), comm.window_rows(), comm.shape(), kOnCpu);
   });
@@ -313,6 +323,7 @@ void bind_values(py::module_& module) {
   py::class_<Batch, std::shared_ptr<Batch>>(module, "Batch")
       .def_readonly("layer", &Batch::layer)
       .def_readonly("microbatch", &Batch::microbatch)
+      .def_readonly("hosting", &Batch::hosting)
       .def_readonly("ranks", &Batch::ranks)
       .def_property_readonly("num_rows", &Batch::num_rows)
       .def_property_readonly("num_pairs", &Batch::num_pairs)
