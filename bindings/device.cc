@@ -132,9 +132,9 @@ void bind_attention(py::module_& module) {
       });
   py::class_<DeviceAttentionComm, Comm, std::shared_ptr<DeviceAttentionComm>> type(module, "DeviceAttentionComm");
   type.def(py::init<const Shape&, uint32_t, uint32_t, const std::string&, const std::string&,
-                    const std::vector<int32_t>&, const std::vector<int32_t>&, uint32_t>(),
+                    const std::vector<int32_t>&, const std::vector<int32_t>&, uint32_t, uint32_t>(),
            py::arg("shape"), py::arg("rank"), py::arg("max_peers"), py::arg("transport"), py::arg("device"),
-           py::arg("rank_offsets"), py::arg("ranks"), py::arg("num_ranks"));
+           py::arg("rank_offsets"), py::arg("ranks"), py::arg("num_ranks"), py::arg("placement_version"));
   type.def("make_route", &make_route, py::arg("topk_ids"), py::arg("topk_weights"), py::arg("splits"),
            py::arg("num_tokens"), py::arg("out"), py::arg("stream"));
   type.def("dispatch_send", &dispatch_send, py::arg("x"), py::arg("route"), py::arg("microbatch"), py::arg("layer"),
@@ -200,6 +200,21 @@ void bind_expert(py::module_& module) {
   type.def("combine_send", &combine_send, py::arg("batch"), py::arg("y"), py::arg("reduced"), py::arg("num_sms"),
            py::arg("stream"));
   type.def("recover", &DeviceExpertComm::recover, py::arg("rank"));
+  type.def(
+      "placement_versions",
+      [](DeviceExpertComm& comm, uint64_t stream) {
+        const py::gil_scoped_release release;
+        return comm.placement_versions(to_stream(stream));
+      },
+      py::arg("stream"));
+  type.def(
+      "wait_placement",
+      [](DeviceExpertComm& comm, uint32_t version, double timeout_s, uint64_t stream) {
+        const int64_t deadline_ns = deadline_after(timeout_s);
+        const py::gil_scoped_release release;
+        comm.wait_placement(version, deadline_ns, to_stream(stream));
+      },
+      py::arg("version"), py::arg("timeout_s"), py::arg("stream"));
   bind_launches(type);
   type.def("window", [](const DeviceExpertComm& comm) {
     return window_array(comm.rows_window(), comm.window_rows(), comm.shape(), tensors_of(comm.device()));

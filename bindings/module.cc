@@ -72,14 +72,15 @@ void build_from_splits(Route& route, const std::vector<uint32_t>& splits, const 
 }
 
 void attention_dispatch_send(AttentionComm& comm, const py::object& x, std::shared_ptr<const Route> route,
-                             uint32_t microbatch, uint32_t layer, double timeout_s) {
+                             uint32_t microbatch, uint32_t layer, double timeout_s, uint32_t placement_version) {
   const Tensor rows(x, "x", kOnCpu);
   const DType dtype = require_x_rows(rows, comm.shape(), route->view().num_tokens);
   const uint64_t bytes = route->num_rows() * comm.layout().dispatch_rows.row_bytes;
   const int64_t deadline_ns = deadline_after(timeout_s);
   const bool is_long = bytes >= kLargeCopyBytes || (!comm.is_busy(microbatch) && !comm.is_free(microbatch));
   const MaybeRelease release(is_long);
-  comm.dispatch_send(rows.data(), rows.row_stride_bytes(), dtype, std::move(route), microbatch, layer, deadline_ns);
+  comm.dispatch_send(rows.data(), rows.row_stride_bytes(), dtype, std::move(route), microbatch, layer, deadline_ns,
+                     placement_version);
 }
 
 void attention_combine_recv(AttentionComm& comm, const py::object& y, uint32_t microbatch, double timeout_s) {
@@ -230,7 +231,7 @@ void bind_attention(py::module_& module) {
   type.def(py::init<const Shape&, uint32_t, uint32_t, const std::string&>(), py::arg("shape"), py::arg("rank"),
            py::arg("max_peers"), py::arg("transport"));
   type.def("dispatch_send", &attention_dispatch_send, py::arg("x"), py::arg("route"), py::arg("microbatch"),
-           py::arg("layer"), py::arg("timeout_s"));
+           py::arg("layer"), py::arg("timeout_s"), py::arg("placement_version"));
   type.def("combine_recv", &attention_combine_recv, py::arg("out"), py::arg("microbatch"), py::arg("timeout_s"));
   type.def("num_tokens", &AttentionComm::num_tokens, py::arg("microbatch"));
   type.def("is_busy", &AttentionComm::is_busy, py::arg("microbatch"));
@@ -245,12 +246,12 @@ void bind_attention(py::module_& module) {
       py::arg("microbatches"), py::arg("timeout_s"));
   type.def(
       "idle",
-      [](AttentionComm& comm, double timeout_s) {
+      [](AttentionComm& comm, double timeout_s, uint32_t placement_version) {
         const int64_t deadline_ns = deadline_after(timeout_s);
         const py::gil_scoped_release release;
-        comm.idle(deadline_ns);
+        comm.idle(deadline_ns, placement_version);
       },
-      py::arg("timeout_s"));
+      py::arg("timeout_s"), py::arg("placement_version"));
   type.def("recover", &AttentionComm::recover, py::arg("rank"));
 }
 
@@ -272,6 +273,16 @@ void bind_expert(py::module_& module) {
       py::arg("timeout_s"));
   type.def("combine_send", &expert_combine_send, py::arg("batch"), py::arg("y"), py::arg("reduced"));
   type.def("recover", &ExpertComm::recover, py::arg("rank"));
+  type.def("set_experts", &ExpertComm::set_experts, py::arg("local_experts"));
+  type.def("placement_versions", &ExpertComm::placement_versions);
+  type.def(
+      "wait_placement",
+      [](ExpertComm& comm, uint32_t version, double timeout_s) {
+        const int64_t deadline_ns = deadline_after(timeout_s);
+        const py::gil_scoped_release release;
+        comm.wait_placement(version, deadline_ns);
+      },
+      py::arg("version"), py::arg("timeout_s"));
   type.def("window", [](const ExpertComm& comm) {
     return window_array(comm.rows_window(), comm.window_rows(), comm.shape(), kOnCpu);
   });
@@ -312,6 +323,7 @@ void bind_values(py::module_& module) {
   py::class_<Batch, std::shared_ptr<Batch>>(module, "Batch")
       .def_readonly("layer", &Batch::layer)
       .def_readonly("microbatch", &Batch::microbatch)
+      .def_readonly("hosting", &Batch::hosting)
       .def_readonly("ranks", &Batch::ranks)
       .def_property_readonly("num_rows", &Batch::num_rows)
       .def_property_readonly("num_pairs", &Batch::num_pairs)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import _C, arrays, bootstrap
-from .comm import Comm, require_placement
+from .comm import Comm, require_next_placement
 from .shape import Config, Placement, Shape, require_int
 from .store import open_store
 
@@ -16,10 +16,13 @@ from .store import open_store
 class Route:
     """Where each (token, expert) goes. Made by `AttentionComm.route`, or from rows that are sorted already."""
 
-    __slots__ = ("_native", "_splits")
+    __slots__ = ("_native", "_splits", "_version")
 
-    def __init__(self, native: Any, splits: tuple[list[int], Any, Any] | None = None) -> None:
+    def __init__(
+        self, native: Any, splits: tuple[list[int], Any, Any] | None = None, version: int | None = None
+    ) -> None:
         self._native: _C.Route | _C.DeviceRoute = native
+        self._version = version  # of the placement it is made for; None: the caller's splits know none
         self._splits = splits  # what a route of ready-made splits is built from, on a device by its first dispatch
 
     @classmethod
@@ -32,7 +35,8 @@ class Route:
                 -1 for fewer than top_k, at least one each.
             topk_weights: float [R, top_k].
 
-        `combine_recv` gives one result per row, [R, hidden].
+        `combine_recv` gives one result per row, [R, hidden]. That the ranks host these experts, by the placement that
+        the comm has at dispatch_send, is the caller's to see to.
 
         Raises:
             ValueError, TypeError: naming the argument.
@@ -63,7 +67,7 @@ class Route:
 class AttentionComm(Comm):
     """An attention rank: sends tokens to their experts and gets the weighted results back (paper section 5).
 
-    Connects to every expert rank of the placement and waits for those that have not started yet.
+    Connects to every expert rank of the placement (`Placement.members`) and waits for those that have not started yet.
 
     Args:
         rank: of this attention rank, from 0.
@@ -96,13 +100,15 @@ class AttentionComm(Comm):
     ) -> None:
         super().__init__(rank, shape, placement, name, config, device)
         deadline = time.monotonic() + self.config.connect_timeout_s
-        self._borrowed: dict[int, tuple[Any, Route]] = {}
+        self._borrowed: dict[int, tuple[Any, Route, int]] = {}  # with the version of the placement it went by
+        self._shown = placement.version  # what messages tell: see _version_to_show()
+        self._num_ranks = placement.num_expert_ranks  # whoever is linked hears of every dispatch
         self._native = self._make_native(require_int("max_peers", max_peers, 1))
         native = self._native
         with self._opened(native) as key:
             opened = open_store(store, min(self.config.store_timeout_s, self.config.connect_timeout_s))
             bootstrap.publish(opened, self._identity)
-            for expert_rank in range(placement.num_expert_ranks):
+            for expert_rank in placement.members:
                 bootstrap.connect(native, self._identity, opened, expert_rank, deadline)
         self._store = opened
         self._keep_open(native, None, key)
@@ -112,7 +118,8 @@ class AttentionComm(Comm):
         if self.device == "cpu":
             return _C.AttentionComm(shape, self.rank, max_peers, self._transport)
         hosts = (placement._offsets, placement._ranks, placement.num_expert_ranks)
-        return _C.DeviceAttentionComm(shape, self.rank, max_peers, self._transport, self.device, *hosts)
+        common = (shape, self.rank, max_peers, self._transport)
+        return _C.DeviceAttentionComm(*common, self.device, *hosts, placement.version)
 
     def route(
         self,
@@ -144,7 +151,11 @@ class AttentionComm(Comm):
         elif num_tokens is not None:
             topk_ids, topk_weights = topk_ids[:num_tokens], topk_weights[:num_tokens]
         handle = self._on(stream)
-        if out is not None and self.device == "cpu" and any(route is out for _, route in list(self._borrowed.values())):
+        if (
+            out is not None
+            and self.device == "cpu"
+            and any(route is out for _, route, _ in list(self._borrowed.values()))
+        ):
             raise ValueError("out: this route is in flight; call combine_recv for its microbatch first")
         topk_ids, topk_weights = arrays.exportable(topk_ids), arrays.exportable(topk_weights)
         if self.device != "cpu":
@@ -160,9 +171,12 @@ class AttentionComm(Comm):
         target = _C.Route(self.shape._native()) if out is None else out._native
         if not isinstance(target, _C.Route):
             raise ValueError(f"out: it was made for another device than {self.device!r}")
-        hosts = (placement._offsets, placement._ranks, placement.num_expert_ranks)
-        target.build_from_topk(topk_ids, topk_weights, *hosts, self.rank)
-        return Route(target) if out is None else out
+        num_ranks = max(self._num_ranks, placement.num_expert_ranks)
+        target.build_from_topk(topk_ids, topk_weights, placement._offsets, placement._ranks, num_ranks, self.rank)
+        if out is None:
+            return Route(target, version=placement.version)
+        out._version = placement.version
+        return out
 
     def dispatch_send(
         self,
@@ -188,7 +202,8 @@ class AttentionComm(Comm):
 
         Raises:
             SlotBusy: this microbatch is in flight. PeerLost: an expert rank that gets rows is lost or has left.
-            Timeout: an expert rank has not answered this slot's last, empty message. ValueError, TypeError.
+            Timeout: an expert rank has not answered this slot's last, empty message. ValueError, TypeError; a route
+            that was made before set_placement brought a newer version is a ValueError.
             On a device the next call raises what a launch has found.
         """
         handle = self._on(stream)
@@ -200,10 +215,25 @@ class AttentionComm(Comm):
             route._native = self._native.make_route(*tensors, splits, None, None, *handle)
         if not isinstance(route._native, _C.Route if self.device == "cpu" else _C.DeviceRoute):
             raise ValueError(f"route: it was made for another device than {self.device!r}; use comm.route")
-        options = self._launch_options(num_sms, handle)
+        version = self.placement.version
+        if route._version is not None and route._version < version:
+            raise ValueError(
+                f"route: it was made for version {route._version} of the placement, and this comm has {version} by now "
+                "(set_placement); make it again with comm.route"
+            )
+        options = (self._version_to_show(),) if self.device == "cpu" else self._launch_options(num_sms, handle)
         timeout_s = self._launch_timeout(None, handle)
         self._native.dispatch_send(arrays.exportable(x), route._native, microbatch, layer, timeout_s, *options)
-        self._borrowed[microbatch] = (x, route)
+        self._borrowed[microbatch] = (x, route, version)
+
+    def _version_to_show(self) -> int:
+        """What messages tell: the version of the oldest placement by which rows of this rank still go, or went and are
+        not combined. So whoever has seen it need not host what only older placements put there, and no message that
+        overtakes another tells it too early."""
+        version = self.placement.version
+        if self._shown != version:
+            self._shown = min([version, *(sent for _, _, sent in list(self._borrowed.values()))])
+        return self._shown
 
     def combine_recv(
         self,
@@ -259,37 +289,43 @@ class AttentionComm(Comm):
         return None if position < 0 else microbatches[position]
 
     def set_placement(self, placement: Placement, timeout: float | None = None) -> None:
-        """From the next `route` on experts are where this placement says, on the CPU.
+        """From the next `route` on experts are where this placement says, on the CPU (design section 6).
 
-        Expert ranks that it names and that are not linked are joined first: new ones, and the next lives of those that
-        are lost or have left, which are given up as by `recover`. The links with the others go on. A route that was
-        made before is for the old placement.
+        Expert ranks that it names (`Placement.members`) and that are not linked are joined first: new ones, and the
+        next lives of those that are lost or have left, which are given up as by `recover`. The links with the others
+        go on, and what is in flight is combined as it was sent. Not while another thread is in `dispatch_send`.
+
+        With a higher `Placement.version` routes that were made before can no longer be dispatched, and messages tell
+        the expert ranks the new version from when everything that was sent before is combined: see
+        `ExpertComm.wait_placement`. Placements of one version are not told apart.
 
         Args:
-            timeout: seconds to find and join them; default: config.connect_timeout_s.
+            placement: its hosts host the experts already; its version is not below that of the present one.
+            timeout: seconds to find and join ranks; default: config.connect_timeout_s.
 
         Raises:
             SetupError: one of them did not appear in time, or refused; the placement stays as it was.
-            ValueError: another number of experts, or a comm on a device.
+            ValueError: another number of experts, an older version, or a comm on a device.
         """
-        require_placement(placement, self.shape)
-        if self.device != "cpu":
-            raise ValueError(f"placement: that of a comm on {self.device!r} is fixed; make a new comm")
+        require_next_placement(placement, self)
         deadline = time.monotonic() + (self.config.connect_timeout_s if timeout is None else timeout)
         peers = {peer.rank: peer for peer in self.peers()}  # of several lives the last
         ended = {peer.life for peer in self.peers() if peer.state != "live"}
-        for expert_rank in range(placement.num_expert_ranks):
+        for expert_rank in placement.members:
             known = peers.get(expert_rank)
             if known is not None and known.state == "live":
                 continue
             if known is not None:
                 self.recover(expert_rank)
             bootstrap.connect(self._native, self._identity, self._store, expert_rank, deadline, ended)
+        self._num_ranks = max(self._num_ranks, placement.num_expert_ranks)
         self.placement = placement
 
     def idle(self) -> None:
-        """Nothing to send for now: tells it to every peer, so that no expert rank lingers for this one.
+        """Nothing to send for now: tells it to every peer, so that no expert rank lingers for this one, and which
+        placement it has.
 
         It sends on every free microbatch: not while other threads drive some of them.
         """
-        self._native.idle(self._timeout_s, *self._on(None))
+        options = (self._version_to_show(),) if self.device == "cpu" else self._on(None)
+        self._native.idle(self._timeout_s, *options)

@@ -37,6 +37,18 @@ def require_placement(placement: Any, shape: Shape) -> None:
         raise ValueError(f"placement: places {placement.num_experts} experts, the shape has {shape.num_experts}")
 
 
+def require_next_placement(placement: Any, comm: Comm) -> None:
+    """Refuses what cannot follow the placement of this comm."""
+    require_placement(placement, comm.shape)
+    if comm.device != "cpu":
+        raise ValueError(f"placement: that of a comm on {comm.device!r} is fixed; make a new comm")
+    if placement.version < comm.placement.version:
+        raise ValueError(
+            f"placement: its version {placement.version} is older than {comm.placement.version}, which {comm!r} has; "
+            "give later placements a higher version"
+        )
+
+
 class PeerStatus(NamedTuple):
     """A peer as this rank sees it: state is "live", "left" (it said goodbye) or "lost" (`cause` says why)."""
 

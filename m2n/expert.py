@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from . import _C, arrays, bootstrap
-from .comm import Comm
+from .comm import Comm, require_next_placement
 from .listener import Listener
-from .shape import Config, Placement, Shape, require_int
+from .shape import Config, Placement, Shape, require_int, require_version
 from .store import open_store
 
 
@@ -23,6 +23,8 @@ class Batch:
     Received with sync=False, num_rows and num_pairs are what there is room for, and peers is empty: only the device
     knows how many there are. Lists are that long, what lies behind expert_offsets[-1] are rows that may be read but
     mean nothing, and `counts` says how many there are where the device can use it.
+
+    `experts` are the global ids of the local experts, ascending: those that were hosted when it was received.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class Batch:
         combine_dtype: str,
         library: str,
         counters: dict[str, float],
+        experts: list[int],
     ) -> None:
         self._native = native
         self._counters = counters
@@ -46,6 +49,7 @@ class Batch:
         self.num_rows: int = native.num_rows
         self.num_pairs: int = native.num_pairs
         self.peers: list[int] = native.ranks
+        self.experts: list[int] = experts
         self._is_counted = not isinstance(native, _C.DeviceBatch) or native.is_counted
 
     @property
@@ -169,6 +173,7 @@ class ExpertComm(Comm):
             native = _C.ExpertComm(*common, experts)
         else:
             native = _C.DeviceExpertComm(*common, self.device, experts)
+        self._experts = [experts]  # all that were ever hosted at one time: a batch says which of them it is for
         with self._opened(native) as key:
             opened = open_store(store, min(self.config.store_timeout_s, self.config.connect_timeout_s))
             listener = Listener(native, self._identity, self.config.bind)
@@ -233,7 +238,8 @@ class ExpertComm(Comm):
         if native is None:
             return None
         rows = (self._window, self._scales, self.shape.combine_dtype)
-        return Batch(native, *rows, self._library, self._counters)
+        experts = self._experts[native.hosting if self.device == "cpu" else 0]
+        return Batch(native, *rows, self._library, self._counters, experts)
 
     def wait_work(self, timeout: float | None = None) -> tuple[int, int] | None:
         """Sleeps until a message waits to be received; its (layer, microbatch), or None at the timeout (seconds)."""
@@ -265,3 +271,59 @@ class ExpertComm(Comm):
     def wait_peer(self, rank: int, timeout: float | None = None) -> bool:
         """Waits until an attention rank has joined; False at the timeout (seconds)."""
         return bool(self._native.wait_peer(require_int("rank", rank, 0), self._timeout(timeout)))
+
+    def set_placement(self, placement: Placement) -> None:
+        """Hosts from now on what this placement says, on the CPU: messages are taken and refused by it, also those
+        that have arrived and were not received yet.
+
+        A batch that was received before stays as it is, with its own `Batch.experts`, and is answered as ever. Nobody
+        is told: attention ranks send what their own placements say. One thread at a time. See `wait_placement`.
+
+        Args:
+            placement: with a version that is not below that of the present one. It may leave this rank without experts.
+
+        Raises:
+            ValueError: another number of experts, an older version, or a comm on a device. TypeError.
+        """
+        require_next_placement(placement, self)
+        self._experts.append(placement.experts_of(self.rank))
+        self._native.set_experts(self._experts[-1])
+        self.placement = placement
+
+    def placement_versions(self) -> dict[int, int]:
+        """For each live attention rank the newest `Placement.version` that it has shown: 0 before its first message.
+
+        It looks at what has arrived, received or not. The numbers are what peers say; nothing else depends on them.
+        On a device the look is a launch, behind the receives that were launched before.
+
+        Raises:
+            ProtocolError: a peer broke the protocol and was dropped.
+        """
+        return dict(self._native.placement_versions(*self._on(None)))
+
+    def wait_placement(self, version: int, timeout: float | None = None) -> None:
+        """Waits until every live attention rank has shown this `Placement.version` or a newer one (design section 6).
+
+        Then no attention rank has anything in flight that went by an older placement, nor will it send such a thing, so
+        experts that only older ones put here may go. An attention rank shows a version once it has called
+        set_placement, everything that it sent before is combined, and it dispatches again or calls idle(). To move an
+        expert from rank 0 to rank 1:
+
+            rank 1         comm.set_placement(Placement([[0, 1]]))             # hosted by both, version as before
+            attention      comm.set_placement(Placement([[1]], version=1))     # all of them, when it suits them
+            rank 0         comm.wait_placement(1)                              # and answers batches meanwhile
+                           comm.set_placement(Placement([[1]], version=1))     # or, to leave: comm.close()
+
+        Whoever waits takes no messages: what went by an older placement must be answered by another thread, or by this
+        one between calls with a short timeout (or looks at `placement_versions`). Ranks that join later must have a
+        placement as new. Versions are only reported: a rank that lies gets refusals, or is whom a Timeout names.
+
+        Args:
+            timeout: seconds; default: config.timeout_s. 0: one look.
+
+        Raises:
+            Timeout: naming the first attention rank that has not shown it. PeerLost: one is lost, and another one has
+            not shown it; recover(peer) goes on without it. ProtocolError: a peer broke the protocol and was dropped.
+            ValueError, TypeError: the version.
+        """
+        self._native.wait_placement(require_version(version), self._timeout(timeout), *self._on(None))

@@ -36,6 +36,13 @@ def require_int(field: str, value: Any, minimum: int) -> int:
     return number
 
 
+def require_version(version: Any) -> int:
+    number = require_int("version", version, 0)
+    if number >= 2**32:
+        raise ValueError(f"version: expected an int below 2**32, got {number}")
+    return number
+
+
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """The shape of one exchange; equal on all ranks of a comm, or the handshake refuses.
@@ -92,12 +99,16 @@ class Placement:
     Args:
         ranks_of_expert: for each global expert id the expert ranks that host it, at least one.
         num_expert_ranks: ranks in all; default: up to the highest that hosts anything.
+        version: 0 to 2**32 - 1, higher in a placement that comes later. Attention ranks tell it with every message
+            (design section 6), so that expert ranks know when nobody needs what they hosted before.
 
     Raises:
-        ValueError, TypeError: an expert without a rank, a rank twice, or below zero.
+        ValueError, TypeError: an expert without a rank, a rank twice, or below zero; the version.
     """
 
-    def __init__(self, ranks_of_expert: Iterable[Sequence[int]], num_expert_ranks: int | None = None) -> None:
+    def __init__(
+        self, ranks_of_expert: Iterable[Sequence[int]], num_expert_ranks: int | None = None, version: int = 0
+    ) -> None:
         table = tuple(tuple(require_int("placement", rank, 0) for rank in ranks) for ranks in ranks_of_expert)
         if not table:
             raise ValueError("placement: expected at least one expert")
@@ -113,22 +124,30 @@ class Placement:
             raise ValueError(f"placement: expert rank {highest} does not exist, there are {num_expert_ranks}")
         self.ranks_of_expert = table
         self.num_expert_ranks = num_expert_ranks
+        self.version = require_version(version)
         self._offsets = [0]
         for ranks in table:
             self._offsets.append(self._offsets[-1] + len(ranks))
         self._ranks = [rank for ranks in table for rank in ranks]
 
     @classmethod
-    def block(cls, num_experts: int, expert_ranks: int) -> Placement:
+    def block(cls, num_experts: int, expert_ranks: int, version: int = 0) -> Placement:
         """Neighbouring experts on one rank, in blocks whose sizes differ by at most one."""
         num_experts = require_int("num_experts", num_experts, 1)
         expert_ranks = require_int("expert_ranks", expert_ranks, 1)
-        return cls([[expert * expert_ranks // num_experts] for expert in range(num_experts)], expert_ranks)
+        return cls([[expert * expert_ranks // num_experts] for expert in range(num_experts)], expert_ranks, version)
 
     @property
     def num_experts(self) -> int:
         """How many experts there are."""
         return len(self.ranks_of_expert)
+
+    @property
+    def members(self) -> list[int]:
+        """The expert ranks that attention ranks link with: those that host an expert, and in version 0 all. A rank
+        that hosts nothing later on is about to leave, or has left."""
+        hosts = {rank for ranks in self.ranks_of_expert for rank in ranks}
+        return sorted(hosts if self.version > 0 else range(self.num_expert_ranks))
 
     def experts_of(self, rank: int) -> list[int]:
         """The global ids that `rank` hosts, ascending: the order of `Batch.expert_offsets`."""
@@ -144,13 +163,15 @@ class Placement:
             isinstance(other, Placement)
             and self.ranks_of_expert == other.ranks_of_expert
             and self.num_expert_ranks == other.num_expert_ranks
+            and self.version == other.version
         )
 
     def __hash__(self) -> int:
-        return hash((self.ranks_of_expert, self.num_expert_ranks))
+        return hash((self.ranks_of_expert, self.num_expert_ranks, self.version))
 
     def __repr__(self) -> str:
-        return f"Placement({[list(ranks) for ranks in self.ranks_of_expert]}, {self.num_expert_ranks})"
+        table = [list(ranks) for ranks in self.ranks_of_expert]
+        return f"Placement({table}, {self.num_expert_ranks}, version={self.version})"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from bodies import ONE, SMALL, small_answer, small_dispatch
 from test_exchange import REPLICAS, SHAPE, all_kinds, check
+from test_membership import drain_and_leave
 from test_processes import fork, until
 
 import m2n
@@ -46,6 +47,15 @@ def test_results_equal_the_oracle_when_signals_are_late_and_overtake_each_other(
     faults = m2n.Faults(delay_us=200, jitter_us=2000, seed=7)
     check(shape, REPLICAS, all_kinds(shape, 2), in_numpy=True, faults=faults)
     check(shape, m2n.Placement.block(8, 2), all_kinds(shape, 2), in_numpy=True, faults=faults)
+
+
+def test_no_rank_leaves_too_early_where_messages_overtake_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = m2n.Faults(delay_us=100, jitter_us=3000, seed=1)
+    monkeypatch.setattr(bodies, "NUMPY", dataclasses.replace(bodies.config_of("auto"), faults=faults))
+    for leaver in (0, 1):
+        drain_and_leave(tmp_path / str(leaver), leaver)
 
 
 @pytest.mark.sanitize

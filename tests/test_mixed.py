@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import threading
@@ -80,6 +81,41 @@ def test_a_cpu_rank_that_has_slept_long_sees_the_signal_of_one_that_wakes_nobody
             answer.start()
             attention.combine_recv()
             answer.join()
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("devices", [*CPU_AND_LAUNCHES, ("emulated", "emulated")])
+def test_messages_tell_the_version_of_the_placement(devices: tuple[str, str], tmp_path: Path) -> None:
+    """With and without rows, and before anybody has received them."""
+    one, two, three = (m2n.Placement.block(8, 1, version=version) for version in (0, 5, 9))
+    workload = to_numpy(testing.make_workload(SHAPE, testing.KINDS[0], 1))
+    options = {"store": tmp_path, "config": ON_HOST}
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(m2n.ExpertComm(0, SHAPE, one, device=devices[1], **options))
+        comms = [
+            m2n.AttentionComm(rank, SHAPE, p, device=devices[0], **options) for rank, p in enumerate((one, two, three))
+        ]
+        for comm in (*comms, server):
+            stack.enter_context(comm)
+            if comm.device != "cpu":
+                with pytest.raises(ValueError, match="placement: that of a comm on 'emulated' is fixed"):
+                    comm.set_placement(three)
+        assert all(server.wait_peer(comm.rank, 5) for comm in comms)
+        assert server.placement_versions() == {0: 0, 1: 0, 2: 0}
+        comms[1].idle()
+        comms[2].dispatch_send(workload.x, comms[2].route(workload.topk_ids, workload.topk_weights), layer=4)
+        assert server.placement_versions() == {0: 0, 1: 5, 2: 9}
+        with pytest.raises(m2n.Timeout, match="attention rank 0 has shown placement version 0 so far") as caught:
+            server.wait_placement(5, timeout=0.05)
+        assert caught.value.peer == 0
+        comms[0].close()
+        server.wait_placement(5, timeout=5)  # it sees the goodbye
+        batch = server.dispatch_recv(timeout=5)
+        assert batch is not None and batch.peers == [2] and batch.experts == list(range(8))
+        server.combine_send(batch, testing.expert_outputs(batch, batch.experts))
+        comms[2].combine_recv(timeout=5)
+        with pytest.raises(m2n.Timeout, match="attention rank 1 has shown placement version 5 so far"):
+            server.wait_placement(9, timeout=0)
 
 
 def test_transports_that_do_not_fit_are_refused_in_words(tmp_path: Path) -> None:

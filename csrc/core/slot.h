@@ -54,7 +54,7 @@ struct RecvSeq {
 struct alignas(16) Header {
   uint32_t layer;
   uint32_t microbatch;
-  uint32_t placement_version;
+  uint32_t placement_version;  // only reported by who reads it
   uint32_t flags;
   uint32_t num_rows;  // what the signal says again: they must agree
   uint32_t detail;    // a refusal names its cause here

@@ -111,7 +111,7 @@ uint32_t AttentionComm::send_to_peer(uint32_t peer_idx, uint32_t slot_idx, const
 
 void AttentionComm::dispatch_send(const unsigned char* x, uint64_t x_stride_bytes, DType x_dtype,
                                   std::shared_ptr<const Route> route, uint32_t microbatch, uint32_t layer,
-                                  int64_t deadline_ns) {
+                                  int64_t deadline_ns, uint32_t placement_version) {
   require_microbatch(microbatch);
   require_x_dtype(x_dtype);
   if (route->shape() != shape_) {
@@ -128,6 +128,7 @@ void AttentionComm::dispatch_send(const unsigned char* x, uint64_t x_stride_byte
   Header header{};
   header.layer = layer;
   header.microbatch = microbatch;
+  header.placement_version = placement_version;
   // Each attention rank starts with another peer, so that they do not all write to one at a time.
   const uint32_t num_ranks = slot.route->view().num_ranks;
   uint64_t num_messages = 0, num_rows = 0;
@@ -264,7 +265,7 @@ void AttentionComm::combine_recv(unsigned char* y, uint64_t y_stride_bytes, uint
   slot.route.reset();
 }
 
-void AttentionComm::idle(int64_t deadline_ns) {
+void AttentionComm::idle(int64_t deadline_ns, uint32_t placement_version) {
   require_usable();
   for (uint32_t slot_idx = 0; slot_idx < shape_.microbatches; ++slot_idx) {
     Slot& slot = slots_[slot_idx];
@@ -272,6 +273,7 @@ void AttentionComm::idle(int64_t deadline_ns) {
     finish_empty_messages(slot_idx, deadline_ns);
     Header header{};
     header.microbatch = slot_idx;
+    header.placement_version = placement_version;
     header.flags = kFlagIdleNext;
     slot.route.reset();
     uint64_t num_messages = 0;

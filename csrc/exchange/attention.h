@@ -47,9 +47,10 @@ class AttentionComm final : public AttentionSide {
   AttentionComm(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport);
 
   // x: [T][hidden] rows at a stride, of dispatch_dtype; where that is float8 of any other type, for they become float8
-  // on their way. Borrowed until combine_recv of the slot has returned.
+  // on their way. Borrowed until combine_recv of the slot has returned. `placement_version`: that of the oldest
+  // placement by which rows of this rank still go, or went and are not answered; expert ranks are told.
   void dispatch_send(const unsigned char* x, uint64_t x_stride_bytes, DType x_dtype, std::shared_ptr<const Route> route,
-                     uint32_t microbatch, uint32_t layer, int64_t deadline_ns);
+                     uint32_t microbatch, uint32_t layer, int64_t deadline_ns, uint32_t placement_version = 0);
   // y: [T][hidden] of combine_dtype.
   void combine_recv(unsigned char* y, uint64_t y_stride_bytes, uint32_t microbatch, int64_t deadline_ns);
   // Would the next verb go without waiting? In flight: would combine_recv return or raise; else: is it free?
@@ -60,8 +61,8 @@ class AttentionComm final : public AttentionSide {
   // Would dispatch_send go without waiting for the reply to an empty message?
   bool is_free(uint32_t microbatch);
   uint32_t num_tokens(uint32_t microbatch) const;
-  // Nothing to send for now: tells it to every peer, on each free slot.
-  void idle(int64_t deadline_ns);
+  // Nothing to send for now: tells it to every peer, on each free slot. `placement_version` as of dispatch_send.
+  void idle(int64_t deadline_ns, uint32_t placement_version = 0);
   // Gives up a peer that is lost or has left: what it owed becomes NaN, its slots are free.
   void recover(uint32_t expert_rank);
 

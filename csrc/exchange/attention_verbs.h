@@ -24,6 +24,7 @@ struct AttentionView {
   Layout layout;
   Shape shape;
   uint32_t max_peers;
+  uint32_t placement_version;  // which every message tells
   Peers peers;
   const unsigned char* rows;   // our own window of reply rows
   const unsigned char* small;  // and of their signals and headers, by peer index
@@ -194,6 +195,7 @@ M2N_HD void finish_message(Exec& exec, const DispatchVerb& verb, uint32_t rank, 
   Header header{};
   header.layer = verb.layer;
   header.microbatch = verb.slot;
+  header.placement_version = view.placement_version;
   header.flags = verb.flags;
   header.num_rows = target.num_rows;
   ++seq.sent;

@@ -23,6 +23,7 @@ struct Batch {
   const void* owner = nullptr;  // the comm that received it; only compared
   uint32_t layer = 0;
   uint32_t microbatch = 0;
+  uint32_t hosting = 0;           // which of the comm's sets of hosted experts its local indices mean: 0 the first one
   std::vector<Message> messages;  // ascending peer index
   std::vector<uint32_t> ranks;    // of the attention ranks, message by message
   std::vector<int32_t> pair_begin, pair_position, row_index_by_expert, expert_offsets;

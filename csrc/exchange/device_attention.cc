@@ -9,7 +9,7 @@ namespace m2n {
 DeviceAttentionComm::DeviceAttentionComm(const Shape& shape, uint32_t rank, uint32_t max_peers,
                                          const std::string& transport, const std::string& device,
                                          const std::vector<int32_t>& rank_offsets, const std::vector<int32_t>& ranks,
-                                         uint32_t num_ranks)
+                                         uint32_t num_ranks, uint32_t placement_version)
     : DeviceComm(device, shape, rank, max_peers, transport),
       num_ranks_(num_ranks),
       route_trouble_(memory_.on_host<uint64_t>(1)),
@@ -28,6 +28,7 @@ DeviceAttentionComm::DeviceAttentionComm(const Shape& shape, uint32_t rank, uint
   view_.layout = layout_;
   view_.shape = shape_;
   view_.max_peers = max_peers;
+  view_.placement_version = placement_version;
   view_.peers = memory_.mirror(peers_, max_peers);
   view_.rows = rows_window()->data();
   view_.small = small_window()->data();

@@ -80,7 +80,7 @@ class DeviceAttentionComm final : public DeviceComm<AttentionSide> {
   // Expert e is hosted by the expert ranks ranks[rank_offsets[e] .. rank_offsets[e + 1]), of num_ranks.
   DeviceAttentionComm(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport,
                       const std::string& device, const std::vector<int32_t>& rank_offsets,
-                      const std::vector<int32_t>& ranks, uint32_t num_ranks);
+                      const std::vector<int32_t>& ranks, uint32_t num_ranks, uint32_t placement_version = 0);
 
   // `splits`: where not empty, rows are sorted by destination, splits[r] of them for rank r. `into`: a route of this
   // comm whose memory is used again; a capture needs one. Bad ids are raised by the next call.

@@ -3,14 +3,22 @@
 #include "exchange/device_expert.h"
 
 #include <algorithm>
+#include <chrono>
+#include <thread>
 
 namespace m2n {
+namespace {
+
+constexpr int64_t kVersionPauseNs = 1'000'000;  // between two looks at the versions that peers have shown
+
+}  // namespace
 
 DeviceExpertComm::DeviceExpertComm(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport,
                                    const std::string& device, const std::vector<uint32_t>& local_experts)
     : DeviceComm(device, shape, rank, max_peers, transport, local_experts),
       received_(memory_.on_host<Received>(1)),
       ranks_(memory_.on_host<uint32_t>(max_peers)),
+      versions_(memory_.on_host<uint32_t>(max_peers)),
       launched_(memory_.on_host<Received>(layout_.num_slots)),
       is_unread_(memory_.on_host<uint64_t>(layout_.num_slots)),
       received_event_(memory_.machine().make_event()) {
@@ -82,7 +90,7 @@ std::shared_ptr<DeviceBatch> DeviceExpertComm::make_batch(uint32_t layer, uint32
 }
 
 Received DeviceExpertComm::receive(const Wanted& wanted, bool is_peek, int64_t deadline_ns, Stream stream,
-                                   const std::shared_ptr<DeviceBatch>& batch) {
+                                   const std::shared_ptr<DeviceBatch>& batch, std::vector<uint32_t>* versions) {
   std::lock_guard receive_lock(receive_mutex_);
   require_usable();
   Machine& machine = memory_.machine();
@@ -96,13 +104,20 @@ Received DeviceExpertComm::receive(const Wanted& wanted, bool is_peek, int64_t d
   ReceiveVerb verb{view_, wanted, is_peek, 0, received_, ranks_, nullptr};
   verb.wanted.attention_ranks = keep_ranks(wanted);
   verb.timeout_ns = std::clamp<int64_t>(deadline_ns - now_ns(), 0, kSliceNs);
+  if (versions != nullptr) verb.versions = versions_;
   machine.wait(stream, received_event_.get());
   machine.launch(verb, stream);
   machine.record(received_event_.get(), stream);
   machine.synchronize(received_event_.get());
   const Received received = *received_;
+  if (versions != nullptr) versions->assign(versions_, versions_ + max_peers_);
   if (received.is_batch && batch != nullptr) batch->ranks.assign(ranks_, ranks_ + received.num_messages);
   return received;
+}
+
+void DeviceExpertComm::raise_if_broken(const Received& received) {
+  if (received.violation.breach == Breach::kNone) return;
+  raise_violation(received.violation.peer_idx, describe(received.violation, received.violation_layer));
 }
 
 Received DeviceExpertComm::receive_until(const Wanted& wanted, bool is_peek, int64_t deadline_ns, Stream stream,
@@ -111,9 +126,7 @@ Received DeviceExpertComm::receive_until(const Wanted& wanted, bool is_peek, int
   require_few_ranks(wanted);
   while (true) {
     const Received received = receive(wanted, is_peek, deadline_ns, stream, batch);
-    if (received.violation.breach != Breach::kNone) {
-      raise_violation(received.violation.peer_idx, describe(received.violation, received.violation_layer));
-    }
+    raise_if_broken(received);
     if (received.is_batch) return received;
     raise_if_lost(wanted);
     if (now_ns() >= deadline_ns) return received;
@@ -176,6 +189,32 @@ std::optional<Work> DeviceExpertComm::wait_work(int64_t deadline_ns, Stream stre
   return Work{received.layer, received.microbatch};
 }
 
+std::vector<uint32_t> DeviceExpertComm::read_versions(Stream stream) {
+  std::vector<uint32_t> versions;
+  raise_if_broken(receive(Wanted{}, /*is_peek=*/true, /*deadline_ns=*/0, stream, nullptr, &versions));
+  return versions;
+}
+
+ExpertSide::PlacementVersions DeviceExpertComm::placement_versions(Stream stream) {
+  const std::vector<uint32_t> versions = read_versions(stream);
+  return list_versions([&](uint32_t peer_idx) { return versions[peer_idx]; });
+}
+
+void DeviceExpertComm::wait_placement(uint32_t version, int64_t deadline_ns, Stream stream) {
+  const std::string doing = "wait_placement(" + std::to_string(version) + ")";
+  while (true) {
+    const std::vector<uint32_t> versions = read_versions(stream);
+    const int32_t behind = find_behind(version, [&](uint32_t peer_idx) { return versions[peer_idx]; });
+    if (behind == kNone) return;
+    raise_if_lost({}, doing.c_str());
+    if (now_ns() >= deadline_ns) {
+      raise_behind(static_cast<uint32_t>(behind), version, versions[static_cast<uint32_t>(behind)]);
+    }
+    if (on_sleep != nullptr) on_sleep();
+    std::this_thread::sleep_for(std::chrono::nanoseconds(kVersionPauseNs));  // messages that wait do not end it
+  }
+}
+
 void DeviceExpertComm::combine_send(DeviceBatch& batch, const unsigned char* y, uint64_t y_stride_bytes, DType y_dtype,
                                     bool is_reduced, uint32_t num_sms, Stream stream) {
   require_answerable(batch.owner, batch.is_answered, y_dtype);
@@ -191,9 +230,7 @@ void DeviceExpertComm::raise_trouble() {
     if (load_acquire(&is_unread_[slot]) == 0) continue;  // SYNC: receive-status
     const Received received = launched_[slot];
     store_release(&is_unread_[slot], uint64_t{0});  // SYNC: receive-status
-    if (received.violation.breach != Breach::kNone) {
-      raise_violation(received.violation.peer_idx, describe(received.violation, received.violation_layer));
-    }
+    raise_if_broken(received);
     if (received.is_started) raise_timeout(received.missing_rank);
     throw Error(Failure::kTimeout, "dispatch_recv(microbatch=" + std::to_string(slot) +
                                        "): no attention rank has dispatched in time; its lists were left empty");

@@ -49,6 +49,9 @@ class DeviceExpertComm final : public DeviceComm<ExpertSide> {
   void combine_send(DeviceBatch& batch, const unsigned char* y, uint64_t y_stride_bytes, DType y_dtype, bool is_reduced,
                     uint32_t num_sms, Stream stream);
   void recover(uint32_t attention_rank) { give_up(attention_rank); }
+  // As of ExpertComm. Each look is a launch, which goes behind the receives before it.
+  PlacementVersions placement_versions(Stream stream);
+  void wait_placement(uint32_t version, int64_t deadline_ns, Stream stream);
 
  protected:
   void raise_trouble() override;
@@ -59,9 +62,12 @@ class DeviceExpertComm final : public DeviceComm<ExpertSide> {
   // The ranks of a strict receive, in memory that launches and graphs may read as long as this lives.
   const uint32_t* keep_ranks(const Wanted& wanted);
   void require_few_ranks(const Wanted& wanted) const;
-  // One launch that waits for a slice; throws for a violation.
+  // One launch that waits for a slice.
   Received receive(const Wanted& wanted, bool is_peek, int64_t deadline_ns, Stream stream,
-                   const std::shared_ptr<DeviceBatch>& batch);
+                   const std::shared_ptr<DeviceBatch>& batch, std::vector<uint32_t>* versions = nullptr);
+  void raise_if_broken(const Received& received);
+  // By peer index, after one look.
+  std::vector<uint32_t> read_versions(Stream stream);
   // Launches until there is something to tell or the deadline has passed.
   Received receive_until(const Wanted& wanted, bool is_peek, int64_t deadline_ns, Stream stream,
                          const std::shared_ptr<DeviceBatch>& batch);
@@ -71,6 +77,7 @@ class DeviceExpertComm final : public DeviceComm<ExpertSide> {
   std::vector<std::shared_ptr<void>> list_memory_;  // by slot
   Received* received_;
   uint32_t* ranks_;
+  uint32_t* versions_;
   Received* launched_;   // [slot]: of launched receives
   uint64_t* is_unread_;  // [slot]
   std::map<std::vector<uint32_t>, uint32_t*> kept_ranks_;

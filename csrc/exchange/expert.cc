@@ -25,6 +25,10 @@ uint32_t ExpertComm::look_around() {
   return scanned.num_arrived;
 }
 
+void ExpertComm::look_and_stamp() {
+  if (look_around() != 0) stamp(inbox_view_, now_ns());
+}
+
 void ExpertComm::raise_breach(const Violation& violation) {
   const uint32_t layer = inbox(violation.peer_idx, violation.slot).header.layer;
   raise_violation(violation.peer_idx, describe(violation, layer));
@@ -97,6 +101,7 @@ std::shared_ptr<Batch> ExpertComm::collect(uint32_t layer, uint32_t microbatch, 
   batch->owner = this;
   batch->layer = layer;
   batch->microbatch = microbatch;
+  batch->hosting = hosting_;
   batch->expert_offsets.assign(num_local_experts_ + 1, 0);
   batch->pair_begin.assign(1, 0);
   for (uint32_t peer_idx = 0; peer_idx < peers_.size(); ++peer_idx) {
@@ -212,6 +217,36 @@ void ExpertComm::recover(uint32_t attention_rank) {
   require_usable();  // before the lock: in a forked child nobody may be left to free it
   std::lock_guard lock(inbox_mutex_);
   give_up(attention_rank);
+}
+
+void ExpertComm::set_experts(const std::vector<uint32_t>& local_experts) {
+  require_usable();
+  std::lock_guard lock(inbox_mutex_);
+  host(local_experts);
+  next_.resize(local_experts.size());
+  ++hosting_;
+}
+
+ExpertSide::PlacementVersions ExpertComm::placement_versions() {
+  require_usable();
+  look_at_network();
+  std::lock_guard lock(inbox_mutex_);
+  look_and_stamp();
+  return list_versions([this](uint32_t peer_idx) { return shown_version(inbox_view_, peer_idx); });
+}
+
+void ExpertComm::wait_placement(uint32_t version, int64_t deadline_ns) {
+  const std::string doing = "wait_placement(" + std::to_string(version) + ")";
+  int32_t behind = kNone;
+  uint32_t shown = 0;
+  const auto is_shown = [&] {
+    std::lock_guard lock(inbox_mutex_);
+    look_and_stamp();
+    behind = find_behind(version, [&](uint32_t peer_idx) { return shown = shown_version(inbox_view_, peer_idx); });
+    if (behind != kNone) raise_if_lost({}, doing.c_str());
+    return behind == kNone;
+  };
+  if (wait(is_shown, deadline_ns) == WaitResult::kTimeout) raise_behind(static_cast<uint32_t>(behind), version, shown);
 }
 
 }  // namespace m2n

@@ -36,11 +36,19 @@ class ExpertComm final : public ExpertSide {
   void combine_send(Batch& batch, const unsigned char* y, uint64_t y_stride_bytes, DType y_dtype, bool is_reduced);
   // Gives up an attention rank that is lost or has left: nothing of it is waited for or served.
   void recover(uint32_t attention_rank);
+  // The global ids hosted here from now on, ascending. Batches that were received before keep their local indices.
+  void set_experts(const std::vector<uint32_t>& local_experts);
+  // Both look at what has arrived, received or not.
+  PlacementVersions placement_versions();
+  // Until every live attention rank has shown `version`; throws Timeout for the first that has not.
+  void wait_placement(uint32_t version, int64_t deadline_ns);
 
  private:
   Inbox& inbox(uint32_t peer_idx, uint32_t slot) { return inboxes_[peer_idx * layout_.num_slots + slot]; }
   // Notes what has arrived, and how much that was; throws for a violation.
   uint32_t look_around();
+  // The same where nothing is taken: what stays lingers from now on.
+  void look_and_stamp();
   // Messages of a batch that no earlier look has seen.
   uint32_t num_just_arrived(const Batch* batch) const;
   // One look: the batch that is asked for, if it is complete.
@@ -53,6 +61,7 @@ class ExpertComm final : public ExpertSide {
   std::vector<Inbox> inboxes_;            // [peer][slot]
   std::vector<CopyChoice> copy_choices_;  // likewise
   const InboxView inbox_view_;
+  uint32_t hosting_ = 0;  // how many times the hosted experts have changed
   // Held while looking and collecting, never while waiting: several threads may receive at once.
   std::mutex inbox_mutex_;
   // Scratch of collect(), which only grows.

@@ -36,6 +36,7 @@ struct ReceiveVerb {
   Received* received;
   uint32_t* ranks;      // host memory [max_peers]: of the attention ranks, message by message
   uint64_t* is_unread;  // host memory: set where nothing was received; nullptr: the host reads `received` anyway
+  uint32_t* versions = nullptr;  // host memory [max_peers]: the placement versions that peers have shown
 };
 
 // All threads look for new messages, a message each. False: one of them breaks the protocol, which a second, serial
@@ -135,6 +136,15 @@ M2N_HD void leave_empty(Exec& exec, const ExpertView& view, uint32_t microbatch)
   slot.lists.pair_begin[0] = 0;
 }
 
+// By all threads, a peer each.
+template <class Exec>
+M2N_HD void tell_versions(Exec& exec, const InboxView& inbox, uint32_t* versions) {
+  exec.sync();  // behind the looks
+  for (uint32_t i = exec.thread(); i < inbox.peers.size(); i += exec.num_threads()) {
+    versions[i] = shown_version(inbox, i);
+  }
+}
+
 // For one block. All its threads look together, and its leader says when to stop.
 template <class Exec>
 M2N_HD void run(Exec& exec, const ReceiveVerb& verb) {
@@ -153,6 +163,7 @@ M2N_HD void run(Exec& exec, const ReceiveVerb& verb) {
     is_told = look_around(exec, verb, is_long || is_over, received);
   }
   if (verb.is_unread != nullptr && !is_told) leave_empty(exec, verb.view, verb.wanted.microbatch);
+  if (verb.versions != nullptr) tell_versions(exec, verb.view.inbox, verb.versions);
   if (!is_leader(exec) || (verb.is_unread != nullptr && received.is_batch)) return;
   received.missing_rank = missing_rank(verb.view.inbox, verb.wanted);
   *verb.received = received;

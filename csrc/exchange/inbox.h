@@ -132,6 +132,16 @@ M2N_HD Scanned scan(Exec& exec, const InboxView& view) {
   return scanned;
 }
 
+// The newest placement version that the last messages of a peer tell. Only reported: it may write any number there.
+M2N_HD inline uint32_t shown_version(const InboxView& view, uint32_t peer_idx) {
+  uint32_t newest = 0;
+  for (uint32_t slot = 0; slot < view.layout.num_slots; ++slot) {
+    const uint32_t version = view.at(peer_idx, slot).header.placement_version;
+    if (version > newest) newest = version;
+  }
+  return newest;
+}
+
 // Gives what waits without one the time at which it was seen.
 M2N_HD inline void stamp(const InboxView& view, int64_t now_ns) {
   for (uint32_t i = 0; i < view.peers.size() * view.layout.num_slots; ++i) {

@@ -72,18 +72,22 @@ void AttentionSide::count_received(uint64_t num_messages, uint64_t num_rows) {
 
 ExpertSide::ExpertSide(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport,
                        const std::vector<uint32_t>& local_experts)
-    : Comm(Role::kExpert, shape, rank, max_peers, transport),
-      num_local_experts_(static_cast<uint32_t>(local_experts.size())),
-      expert_idx_(shape.num_experts, kNone) {
+    : Comm(Role::kExpert, shape, rank, max_peers, transport) {
+  host(local_experts);
+}
+
+void ExpertSide::host(const std::vector<uint32_t>& local_experts) {
+  num_local_experts_ = static_cast<uint32_t>(local_experts.size());
+  expert_idx_.assign(shape_.num_experts, kNone);
   for (uint32_t i = 0; i < num_local_experts_; ++i) expert_idx_.at(local_experts[i]) = static_cast<int32_t>(i);
 }
 
-void ExpertSide::raise_if_lost(const Wanted& wanted) const {
+void ExpertSide::raise_if_lost(const Wanted& wanted, const char* doing) const {
   for (uint32_t peer_idx = 0; peer_idx < peers_.size(); ++peer_idx) {
     const bool is_awaited =
         wanted.is_listed(rank_of(peer_idx)) && peers_.find(rank_of(peer_idx)) == static_cast<int32_t>(peer_idx);
     if (is_lost(peer_idx) || (is_awaited && peers_.state(peer_idx) == PeerState::kLeft)) {
-      raise_lost(peer_idx, "dispatch_recv");
+      raise_lost(peer_idx, doing);
     }
   }
 }
@@ -98,6 +102,15 @@ void ExpertSide::raise_timeout(int32_t missing_rank) const {
           (peers_.find(static_cast<uint32_t>(missing_rank)) < 0 ? " has not connected" : " has not dispatched") +
           " in time, others have; with attention_ranks= every listed rank must send, if only zero rows",
       missing_rank);
+}
+
+void ExpertSide::raise_behind(uint32_t peer_idx, uint32_t version, uint32_t shown) const {
+  throw Error(Failure::kTimeout,
+              "wait_placement(" + std::to_string(version) + "): " + peer_name(rank_of(peer_idx)) +
+                  " has shown placement version " + std::to_string(shown) +
+                  " so far; it shows a newer one once it has called set_placement, everything that it sent before is "
+                  "combined, and it dispatches again or calls idle()",
+              static_cast<int>(rank_of(peer_idx)));
 }
 
 void ExpertSide::require_answerable(const void* owner, bool is_answered, DType y_dtype) const {

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "exchange/comm.h"
@@ -31,22 +32,46 @@ class AttentionSide : public Comm {
 };
 
 class ExpertSide : public Comm {
+ public:
+  // (live attention rank, the newest placement version that it has shown; 0 before its first message).
+  using PlacementVersions = std::vector<std::pair<uint32_t, uint32_t>>;
+
  protected:
   // `local_experts`: the global ids hosted here, ascending.
   ExpertSide(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport,
              const std::vector<uint32_t>& local_experts);
 
   // A lost peer ends a wait that would otherwise go on: once no batch is ready, the caller must know.
-  void raise_if_lost(const Wanted& wanted) const;
+  void raise_if_lost(const Wanted& wanted, const char* doing = "dispatch_recv") const;
   // Strict: `missing_rank` has not sent, or (-1) all have, but of different batches.
   [[noreturn]] void raise_timeout(int32_t missing_rank) const;
+  // wait_placement() is over, and this peer had shown an older version.
+  [[noreturn]] void raise_behind(uint32_t peer_idx, uint32_t version, uint32_t shown) const;
+  // The first live peer with shown(peer_idx) < version, or -1.
+  template <class Shown>
+  int32_t find_behind(uint32_t version, Shown&& shown) const {
+    for (uint32_t peer_idx = 0; peer_idx < peers_.size(); ++peer_idx) {
+      if (peers_.is_live(peer_idx) && shown(peer_idx) < version) return static_cast<int32_t>(peer_idx);
+    }
+    return kNone;
+  }
+  template <class Shown>
+  PlacementVersions list_versions(Shown&& shown) const {
+    PlacementVersions versions;
+    for (uint32_t peer_idx = 0; peer_idx < peers_.size(); ++peer_idx) {
+      if (peers_.is_live(peer_idx)) versions.emplace_back(rank_of(peer_idx), shown(peer_idx));
+    }
+    return versions;
+  }
+  // The global ids hosted here from now on, ascending.
+  void host(const std::vector<uint32_t>& local_experts);
   void require_answerable(const void* owner, bool is_answered, DType y_dtype) const;
   uint64_t bytes_sent(uint64_t num_messages, uint64_t num_rows) const;
   uint64_t bytes_received(uint64_t num_messages, uint64_t num_rows) const;
   void count_batch(uint64_t num_messages, uint64_t num_rows);
   void count_sent(uint64_t num_messages, uint64_t num_rows);
 
-  const uint32_t num_local_experts_;
+  uint32_t num_local_experts_ = 0;
   std::vector<int32_t> expert_idx_;  // global id -> local index, -1: not hosted
 };
 
