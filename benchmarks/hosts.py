@@ -17,19 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .links import Link
 from .runs import program
 
 _KEY = secrets.token_hex(16)
 # Of a long cable: a message of 64 KB is one packet, so that the relay keeps up with fast links.
 _LONG_MTU = 65500
 _numbers = itertools.count()
-
-
-class Link(NamedTuple):
-    """A cable: megabits per second and microseconds, each way."""
-
-    mbit: float
-    delay_us: float
 
 
 def _run(*command: str) -> None:
@@ -71,20 +65,20 @@ class Hosts:
 
     def __init__(self, count: int, link: Link | None = None) -> None:
         self.count, self.link, self._processes = count, link, list[subprocess.Popen[str]]()
-        self._relay: subprocess.Popen[str] | None = None
+        self.relay: subprocess.Popen[str] | None = None
         # Names of interfaces have at most 15 characters.
         self._name = f"m2n{os.getpid() % 10000:x}{next(_numbers):x}{secrets.token_hex(1)}"
-        self._namespaces: list[str] = []
+        self.namespaces: list[str] = []
 
     def __enter__(self) -> Hosts:
         try:
             self._make(f"{self._name}sw")
-            switch = self._namespaces[0]
+            switch = self.namespaces[0]
             _run("ip", "-n", switch, "link", "add", "br0", "type", "bridge")
             _run("ip", "-n", switch, "link", "set", "br0", "up")
             for host in range(self.count):
                 self._make(f"{self._name}h{host}")
-                here = ["ip", "-n", self._namespaces[-1]]
+                here = ["ip", "-n", self.namespaces[-1]]
                 if self.link is not None and host == 0:
                     self._lay_long_cable(self.link)
                 else:
@@ -104,12 +98,12 @@ class Hosts:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        for name in self._namespaces:
+        for name in self.namespaces:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
     def _make(self, name: str) -> None:
         _run("ip", "netns", "add", name)
-        self._namespaces.append(name)
+        self.namespaces.append(name)
 
     def _lay_long_cable(self, link: Link) -> None:
         """Host 0's eth0 and its port at the switch are two devices that a program reads and writes.
@@ -117,19 +111,19 @@ class Hosts:
         The program also limits the rate: tbf lets a burst pass at once, which must be as large as the largest packet,
         so with few large packets a message that comes alone would not be slowed at all.
         """
-        ends = ((self._namespaces[1], "eth0"), (self._namespaces[0], "port0"))
+        ends = ((self.namespaces[1], "eth0"), (self.namespaces[0], "port0"))
         for namespace, device in ends:
             _run("ip", "-n", namespace, "tuntap", "add", "dev", device, "mode", "tap")
         command = [program("m2n_relay"), link.mbit, link.delay_us, *itertools.chain(*ends)]
         # It ends with its standard input: also where this process is killed.
-        self._relay = subprocess.Popen(
+        self.relay = subprocess.Popen(
             list(map(str, command)), text=True, start_new_session=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
-        self._processes.append(self._relay)
+        self._processes.append(self.relay)
         said = []
-        assert self._relay.stdout is not None
-        for line in self._relay.stdout:
+        assert self.relay.stdout is not None
+        for line in self.relay.stdout:
             if line == "ready\n":
                 sys.stderr.writelines(said)
                 return
@@ -139,8 +133,8 @@ class Hosts:
     @property
     def relay_cpu_s(self) -> float:
         """Seconds of a core that the program of the long cable has taken."""
-        assert self._relay is not None
-        return int(Path(f"/proc/{self._relay.pid}/schedstat").read_text().split()[0]) / 1e9
+        assert self.relay is not None
+        return int(Path(f"/proc/{self.relay.pid}/schedstat").read_text().split()[0]) / 1e9
 
     def address(self, host: int) -> str:
         return f"10.79.0.{host + 1}"
@@ -148,7 +142,7 @@ class Hosts:
     def place(self, host: int) -> Place:
         """What makes a command run there, and finds its peers through UCX over TCP."""
         settings = {"M2N_BIND": "eth0", "M2N_JOB_KEY": _KEY, "UCX_TLS": "tcp,self", "OMP_NUM_THREADS": "1"}
-        return Place(("ip", "netns", "exec", self._namespaces[host + 1]), settings)
+        return Place(("ip", "netns", "exec", self.namespaces[host + 1]), settings)
 
     def start(self, host: int, command: Sequence[str | Path], pids: bool = False, **env: str) -> subprocess.Popen[str]:
         """Starts a process there; `pids`: in a namespace of process numbers of its own, as pods are."""
@@ -167,18 +161,18 @@ class Hosts:
 
     def cut(self, host: int) -> None:
         """The switch's end: the host itself sees nothing but silence."""
-        _run("ip", "-n", self._namespaces[0], "link", "set", f"port{host}", "nomaster")
+        _run("ip", "-n", self.namespaces[0], "link", "set", f"port{host}", "nomaster")
 
     def mend(self, host: int) -> None:
-        _run("ip", "-n", self._namespaces[0], "link", "set", f"port{host}", "master", "br0", "up")
+        _run("ip", "-n", self.namespaces[0], "link", "set", f"port{host}", "master", "br0", "up")
 
     def shape(self, host: int, mbit: float) -> None:
         """At most so fast, in each direction."""
-        for namespace, device in ((self._namespaces[host + 1], "eth0"), (self._namespaces[0], f"port{host}")):
+        for namespace, device in ((self.namespaces[host + 1], "eth0"), (self.namespaces[0], f"port{host}")):
             _run("tc", "-n", namespace, "qdisc", "replace", "dev", device, "root", "tbf", "rate", f"{mbit}mbit",
                  "burst", "256kb", "latency", "50ms")  # fmt: skip
 
     def lose(self, host: int, share: float) -> None:
         """Loses packets that come in, at random."""
-        _run("ip", "netns", "exec", self._namespaces[host + 1], "iptables", "-A", "INPUT", "-i", "eth0", "-m",
+        _run("ip", "netns", "exec", self.namespaces[host + 1], "iptables", "-A", "INPUT", "-i", "eth0", "-m",
              "statistic", "--mode", "random", "--probability", str(share), "-j", "DROP")  # fmt: skip

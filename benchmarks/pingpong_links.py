@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""m2n-bench pingpong --links: what m microbatches gain where attention and experts are a shaped link apart.
+
+Each side runs in a network namespace; transport ucx over TCP. benchmarks/README.md explains every number.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import m2n
+from m2n.reference_model.errors import InputError
+from m2n.reference_model.simulate import Pipeline, simulate
+
+from . import link_probe
+from .hosts import Hosts, why_no_links
+from .links import Link
+from .pingpong import MICROBATCHES, Bench, Measured, Options, Times, choose_model, per_s, simulated
+from .pool import Job, Pool
+from .synthetic import ModelShape
+
+_FLOAT_BYTES = 4  # rows travel as float32
+_BULK_S = 0.6
+
+
+@dataclass
+class OneLink:
+    """What one round says of one link; times in seconds."""
+
+    probe: dict[str, float]
+    idle: Times
+    busy: Times
+    runs: dict[int, Measured]  # by m
+    relay_share: float  # of a core, while the runs were going on
+
+    @property
+    def t_c(self) -> float:
+        """One way, as the run with m = 1 saw it: there every message is waited for."""
+        return float(self.runs[1].pipeline["t_c_us"]) / 1e6
+
+    def simulated(self, options: Options, m: int, seed: int) -> float:
+        """Tokens/s that the simulator expects from T_a and T_e as timed apart, and T_c."""
+        return per_s(simulated(options, m, self.idle, self.busy, self.t_c, seed)) * options.sequences
+
+    def simulated_from_traces(self, options: Options, m: int) -> float:
+        """The same from T_a and T_e of this very run, verbs included, and so what the network takes of the cores."""
+        t_a, t_e = (self.runs[m].pipeline[name] / 1e6 for name in ("t_a_us", "t_e_us"))
+        t_step = (self.idle if m == 1 else self.busy).t_step
+        pipeline = Pipeline(options.num_layers, m, t_a, t_e, self.t_c, t_step, steps=options.steps)
+        return per_s(simulate(pipeline).step_ends_s) * options.sequences
+
+
+def require_links() -> None:
+    """Raises InputError where hosts with such a link between them cannot be made, or UCX is missing."""
+    features = m2n.features()
+    reason = why_no_links() if features["ucx"] else features["ucx_words"]
+    if reason is not None:
+        raise InputError(f"--links: {reason}")
+
+
+def message_bytes(options: Options) -> int:
+    """Of a dispatch or a combine of one microbatch, rows alone."""
+    return options.sequences * options.hidden * _FLOAT_BYTES
+
+
+def one_link(options: Options, link: Link, folder: Path, checkpoint: Path) -> OneLink:
+    """All runs over one link once, in processes of their own."""
+    with Hosts(2, link) as hosts, Pool(2, [hosts.place(0), hosts.place(1)]) as pool:
+        bench = Bench(options, pool, folder, checkpoint)
+        # With one microbatch a rank sleeps while the other one computes, and longer on a long link.
+        busy = bench.times(options.sequences)
+        idle = bench.times(options.sequences, pause_s=busy.t_f + 2 * link.delay_us / 1e6)
+        address, size, cores = hosts.address(1), message_bytes(options), options.cores
+        probe, bulk_gbit = pool.run(
+            Job(0, cores[:1], link_probe.ask, address, size, _BULK_S),
+            Job(1, cores[1:], link_probe.answer, address, size),
+        )
+        began, relay_s = time.perf_counter(), hosts.relay_cpu_s
+        runs = {m: bench.run(bench.config(m, options.sequences)) for m in MICROBATCHES}
+        relay_share = (hosts.relay_cpu_s - relay_s) / (time.perf_counter() - began)
+    return OneLink({**probe, "bulk_gbit": bulk_gbit}, idle, busy, runs, relay_share)
+
+
+def run_rounds(
+    options: Options, links: list[Link], progress: Callable[[str], None]
+) -> tuple[Options, ModelShape, list[dict[Link, OneLink]]]:
+    """Choose the model, then measure every link once a round; (options as used, model, rounds)."""
+    rounds = []
+    with tempfile.TemporaryDirectory(prefix="m2n-pingpong-") as name:
+        folder = Path(name)
+        with Pool(2) as pool:
+            progress("choosing the model")
+            options, shape, checkpoint = choose_model(options, pool, folder)
+        for number in range(options.rounds):
+            by_link = {}
+            for link in links:
+                progress(f"round {number + 1} of {options.rounds}: {link.name}")
+                by_link[link] = one_link(options, link, folder, checkpoint)
+            rounds.append(by_link)
+    return options, shape, rounds
