@@ -29,8 +29,10 @@ _BULK_S = 0.6
 
 @dataclass
 class OneLink:
-    """What one round says of one link; times in seconds."""
+    """What one round says of one link."""
 
+    number: int  # of the round
+    link: Link
     probe: dict[str, float]
     idle: Times
     busy: Times
@@ -39,18 +41,22 @@ class OneLink:
 
     @property
     def t_c(self) -> float:
-        """One way, as the run with m = 1 saw it: there every message is waited for."""
-        return float(self.runs[1].pipeline["t_c_us"]) / 1e6
+        """One way in seconds, as the run with m = 1 saw it: there every message is waited for."""
+        return float(self.runs[1].pipeline["t_c_us"] or self.link.delay_us) / 1e6
 
-    def simulated(self, options: Options, m: int, seed: int) -> float:
+    def measured(self, options: Options, m: int) -> float:
+        """Tokens/s."""
+        return self.runs[m].tokens_per_s
+
+    def simulated(self, options: Options, m: int) -> float:
         """Tokens/s that the simulator expects from T_a and T_e as timed apart, and T_c."""
-        return per_s(simulated(options, m, self.idle, self.busy, self.t_c, seed)) * options.sequences
+        return per_s(simulated(options, m, self.idle, self.busy, self.t_c, self.number)) * options.sequences
 
-    def simulated_from_traces(self, options: Options, m: int) -> float:
+    def from_traces(self, options: Options, m: int) -> float:
         """The same from T_a and T_e of this very run, verbs included, and so what the network takes of the cores."""
         t_a, t_e = (self.runs[m].pipeline[name] / 1e6 for name in ("t_a_us", "t_e_us"))
         t_step = (self.idle if m == 1 else self.busy).t_step
-        pipeline = Pipeline(options.num_layers, m, t_a, t_e, self.t_c, t_step, steps=options.steps)
+        pipeline = Pipeline(options.num_layers, m, t_a, t_e, self.t_c, t_step, steps=options.steps, seed=self.number)
         return per_s(simulate(pipeline).step_ends_s) * options.sequences
 
 
@@ -67,7 +73,7 @@ def message_bytes(options: Options) -> int:
     return options.sequences * options.hidden * _FLOAT_BYTES
 
 
-def one_link(options: Options, link: Link, folder: Path, checkpoint: Path) -> OneLink:
+def one_link(options: Options, number: int, link: Link, folder: Path, checkpoint: Path) -> OneLink:
     """All runs over one link once, in processes of their own."""
     with Hosts(2, link) as hosts, Pool(2, [hosts.place(0), hosts.place(1)]) as pool:
         bench = Bench(options, pool, folder, checkpoint)
@@ -82,7 +88,7 @@ def one_link(options: Options, link: Link, folder: Path, checkpoint: Path) -> On
         began, relay_s = time.perf_counter(), hosts.relay_cpu_s
         runs = {m: bench.run(bench.config(m, options.sequences)) for m in MICROBATCHES}
         relay_share = (hosts.relay_cpu_s - relay_s) / (time.perf_counter() - began)
-    return OneLink({**probe, "bulk_gbit": bulk_gbit}, idle, busy, runs, relay_share)
+    return OneLink(number, link, {**probe, "bulk_gbit": bulk_gbit}, idle, busy, runs, relay_share)
 
 
 def run_rounds(
@@ -99,6 +105,6 @@ def run_rounds(
             by_link = {}
             for link in links:
                 progress(f"round {number + 1} of {options.rounds}: {link.name}")
-                by_link[link] = one_link(options, link, folder, checkpoint)
+                by_link[link] = one_link(options, number, link, folder, checkpoint)
             rounds.append(by_link)
     return options, shape, rounds

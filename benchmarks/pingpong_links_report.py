@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -47,24 +47,18 @@ def _link_row(options: Options, link: Link, rounds: Sequence[OneLink]) -> Row:
 
 def _row(options: Options, link: Link, m: int, rounds: Sequence[OneLink]) -> Row:
     """One m over one link. A gain is over m = 1, the median of each round's own gain."""
-    ways: dict[str, Callable[[OneLink, int, int], float]] = {
-        "": lambda one, m, seed: one.runs[m].tokens_per_s,
-        "simulated_": lambda one, m, seed: one.simulated(options, m, seed),
-        "simulated_from_traces_": lambda one, m, seed: one.simulated_from_traces(options, m),
+    measured = [one.measured(options, m) for one in rounds]
+    gains = [speed / one.measured(options, 1) for speed, one in zip(measured, rounds)]
+    figures: Row = {
+        "tokens_per_s": _median(measured, 1),
+        "gain": _median(gains),
+        "gain_min_max": [round(min(gains), 3), round(max(gains), 3)],
     }
-    figures: Row = {}
-    for prefix, of in ways.items():
-        speeds = [(of(one, m, seed), of(one, 1, seed)) for seed, one in enumerate(rounds)]
-        gains = [speed / of_one for speed, of_one in speeds]
-        figures[f"{prefix}tokens_per_s"] = _median((speed for speed, _ in speeds), 1)
-        figures[f"{prefix}gain"] = _median(gains)
-        if not prefix:
-            figures["gain_min_max"] = [round(min(gains), 3), round(max(gains), 3)]
-        else:
-            measured = (one.runs[m].tokens_per_s for one in rounds)
-            figures[f"measured_over_{prefix.rstrip('_')}"] = _median(
-                ours / theirs for ours, (theirs, _) in zip(measured, speeds)
-            )
+    for name, simulated in (("simulated", OneLink.simulated), ("from_traces", OneLink.from_traces)):
+        speeds = [simulated(one, options, m) for one in rounds]
+        figures[f"{name}_tokens_per_s"] = _median(speeds, 1)
+        figures[f"{name}_gain"] = _median(speed / simulated(one, options, 1) for speed, one in zip(speeds, rounds))
+        figures[f"measured_over_{name}"] = _median(ours / theirs for ours, theirs in zip(measured, speeds))
     runs = [one.runs[m] for one in rounds]
     times = {name.replace("_us", "_ms"): in_run(runs, name)
              for name in ("t_a_us", "t_e_us", "t_c_us", "t_c_dispatch_us", "t_c_combine_us")}  # fmt: skip
@@ -97,7 +91,7 @@ _LINK_COLUMNS = {
 }  # fmt: skip
 _COLUMNS = {
     "tokens_per_s": "tokens/s", "simulated_tokens_per_s": "simulated", "measured_over_simulated": "ratio",
-    "measured_over_simulated_from_traces": "ratio, traces' T_a, T_e", "gain": "gain over m = 1",
+    "measured_over_from_traces": "ratio, traces' T_a, T_e", "gain": "gain over m = 1",
     "simulated_gain": "simulated", "t_a_ms": "T_a ms", "t_e_ms": "T_e ms", "t_c_ms": "T_c ms",
 }  # fmt: skip
 
