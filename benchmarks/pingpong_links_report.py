@@ -91,8 +91,8 @@ _LINK_COLUMNS = {
 }  # fmt: skip
 _COLUMNS = {
     "tokens_per_s": "tokens/s", "simulated_tokens_per_s": "simulated", "measured_over_simulated": "ratio",
-    "measured_over_from_traces": "ratio, traces' T_a, T_e", "gain": "gain over m = 1",
-    "simulated_gain": "simulated", "t_a_ms": "T_a ms", "t_e_ms": "T_e ms", "t_c_ms": "T_c ms",
+    "measured_over_from_traces": "ratio, from traces", "gain": "gain over m = 1",
+    "simulated_gain": "simulated", "from_traces_gain": "from traces", "t_a_ms": "T_a ms", "t_e_ms": "T_e ms", "t_c_ms": "T_c ms",
 }  # fmt: skip
 
 
