@@ -12,8 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 import m2n
+from m2n.reference_model import trace
 from m2n.reference_model.errors import InputError
+from m2n.reference_model.pipeline import samples_ns
+from m2n.reference_model.run_config import ATTENTION
 from m2n.reference_model.simulate import Pipeline, simulate
 
 from . import link_probe
@@ -53,9 +58,13 @@ class OneLink:
         return per_s(simulated(options, m, self.idle, self.busy, self.t_c, self.number)) * options.sequences
 
     def from_traces(self, options: Options, m: int) -> float:
-        """The same from T_a and T_e of this very run, verbs included, and so what the network takes of the cores."""
-        t_a, t_e = (self.runs[m].pipeline[name] / 1e6 for name in ("t_a_us", "t_e_us"))
-        t_step = (self.idle if m == 1 else self.busy).t_step
+        """The same from the times of this very run, verbs included, and so what the network takes of the cores."""
+        traces = self.runs[m].traces
+        t_a, t_e = ((samples / 1e9).tolist() for samples in samples_ns(traces))
+        (attention,) = (one for one in traces if one.role == ATTENTION)
+        between = np.concatenate([attention.of_kind(kind) for kind in (trace.EMBED, trace.SAMPLE)])
+        between_ns = np.diff(between[:, [trace.FIELDS.index(name) for name in ("begin_ns", "end_ns")]]).sum()
+        t_step = float(between_ns) / 1e9 / len(attention.of_kind(trace.SAMPLE))
         pipeline = Pipeline(options.num_layers, m, t_a, t_e, self.t_c, t_step, steps=options.steps, seed=self.number)
         return per_s(simulate(pipeline).step_ends_s) * options.sequences
 

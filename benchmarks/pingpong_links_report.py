@@ -92,7 +92,8 @@ _LINK_COLUMNS = {
 _COLUMNS = {
     "tokens_per_s": "tokens/s", "simulated_tokens_per_s": "simulated", "measured_over_simulated": "ratio",
     "measured_over_from_traces": "ratio, from traces", "gain": "gain over m = 1",
-    "simulated_gain": "simulated", "from_traces_gain": "from traces", "t_a_ms": "T_a ms", "t_e_ms": "T_e ms", "t_c_ms": "T_c ms",
+    "simulated_gain": "simulated", "from_traces_gain": "from traces", "t_a_ms": "T_a ms", "t_e_ms": "T_e ms",
+    "t_c_ms": "T_c ms",
 }  # fmt: skip
 
 
