@@ -14,13 +14,16 @@ from typing import Any
 from m2n.reference_model.errors import InputError, missing_packages
 
 from . import balance, connect, copies, e2e, growth, paper, perftest, transport
+from .links import DEFAULT_LINKS, parse_links
+from .report import write_json
 
 PROGRAM = "m2n-bench"
 _MODEL_EXTRAS = e2e.PROGRAM_NEEDS
 
 _PINGPONG = """What one more microbatch gains: one attention and one expert process on a core each, with m = 1 to 4
 microbatches, while signals are held back so that T_c/T_f is as given. Beside it what the simulator makes of T_a, T_e
-and T_c, and what the paper measured."""
+and T_c, and what the paper measured. With --links the network is a real one: attention and experts run in a network
+namespace each, with TCP over a link of such a rate and delay between them (needs root and UCX)."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,7 +42,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     pingpong.add_argument("--hidden", type=int, default=512, help="of the model (default 512; a multiple of 16)")
     pingpong.add_argument("--layers", type=int, default=4, help="of the model (default 4)")
-    pingpong.add_argument("--ratios", default="0,0.1,0.28,0.38,0.8", metavar="R,...", help="T_c/T_f")
+    network = pingpong.add_mutually_exclusive_group()
+    network.add_argument("--ratios", default="0,0.1,0.28,0.38,0.8", metavar="R,...", help="T_c/T_f")
+    network.add_argument(
+        "--links", nargs="?", const=DEFAULT_LINKS, metavar="RATE:DELAY,...", help=f"one way; alone: {DEFAULT_LINKS}"
+    )
     pingpong.add_argument("--least-tf-ms", type=float, default=2.0, metavar="MS", help="T_f at least (default 2)")
     pingpong.add_argument("--json", type=Path, metavar="FILE", help="write all results")
     pingpong.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the gains (needs matplotlib)")
@@ -85,6 +92,9 @@ def _pingpong(args: argparse.Namespace, command: str) -> None:
     from .pingpong_report import plot, print_report, report
 
     options = _pingpong_options(args)
+    if args.links is not None:
+        _pingpong_links(args, command, options)
+        return
     for path in (args.json, args.plot, args.timeline, args.trace):
         if path is not None:
             check_writable(path)
@@ -104,6 +114,29 @@ def _pingpong(args: argparse.Namespace, command: str) -> None:
         draw_timeline(args.timeline, shown.traces, 3)
     if args.trace is not None:
         write_trace(args.trace, shown.traces)
+
+
+def _pingpong_links(args: argparse.Namespace, command: str, options: Any) -> None:
+    from rich.console import Console
+
+    from m2n.reference_model.timeline import check_writable
+
+    from .machine import machine
+    from .pingpong_links import require_links, run_rounds
+    from .pingpong_links_report import print_report, report
+
+    links = parse_links(args.links)
+    if any((args.plot, args.timeline, args.trace)):
+        raise InputError("--links: draws no pictures and writes no trace: leave out --plot, --timeline and --trace")
+    if args.json is not None:
+        check_writable(args.json)
+    require_links()
+    with Console(stderr=True, highlight=False).status("starting") as status:
+        options, shape, rounds = run_rounds(options, links, status.update)
+    about = {"machine": machine(), "command": command, **report(options, shape, rounds)}
+    print_report(about, Console(highlight=False, width=None if sys.stdout.isatty() else 150))
+    if args.json is not None:
+        write_json(args.json, about)
 
 
 def _pingpong_options(args: argparse.Namespace) -> Any:

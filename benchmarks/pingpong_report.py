@@ -53,7 +53,7 @@ def _gains(table: str, options: Options, rounds: Sequence[Round]) -> dict[str, l
     return gains
 
 
-def _latencies(runs: Sequence[Measured]) -> dict[str, float]:
+def latencies(runs: Sequence[Measured]) -> dict[str, float]:
     """Percentiles over the runs' samples, all rounds together, in ms."""
     between = np.array([sample for run in runs for sample in run.between_tokens_s]) * 1e3
     first = np.array([sample for run in runs for sample in run.first_token_s]) * 1e3
@@ -62,7 +62,7 @@ def _latencies(runs: Sequence[Measured]) -> dict[str, float]:
     return {name: round(float(np.percentile(samples, q)), 2) for name, (samples, q) in names.items()}
 
 
-def _in_run(runs: Sequence[Measured], name: str) -> float | None:
+def in_run(runs: Sequence[Measured], name: str) -> float | None:
     """A time as the traces of the runs have it, verbs included, in ms; None where it could not be seen."""
     times = [run.pipeline[name] for run in runs if run.pipeline[name] is not None]
     return round(statistics.median(times) / 1e3, 3) if times else None
@@ -84,11 +84,11 @@ def _rows(table: str, options: Options, rounds: Sequence[Round]) -> list[dict[st
                 "tokens_per_s": measured,
                 "simulated_tokens_per_s": simulated,
                 "measured_over_simulated": over,
-                **_latencies(runs),
+                **latencies(runs),
                 "bubble": round(statistics.median(run.pipeline["bubble"] for run in runs), 4),
-                "t_a_ms": _in_run(runs, "t_a_us"),
-                "t_e_ms": _in_run(runs, "t_e_us"),
-                "t_c_ms": _in_run(runs, "t_c_us"),
+                "t_a_ms": in_run(runs, "t_a_us"),
+                "t_e_ms": in_run(runs, "t_e_us"),
+                "t_c_ms": in_run(runs, "t_c_us"),
                 "held_ms": round(statistics.median(run.pipeline["held_us"] for run in runs) / 1e3, 4),
             }
             rows.append(row)
@@ -157,7 +157,7 @@ def report(options: Options, shape: ModelShape, rounds: Sequence[Round]) -> dict
             {
                 "name": name,
                 "tokens_per_s": _median(lambda one, at=name: one["deployments"][at].tokens_per_s, rounds, 1),
-                **_latencies([one["deployments"][name] for one in rounds]),
+                **latencies([one["deployments"][name] for one in rounds]),
             }
             for name in first
         ],

@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import contextlib
 import os
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
+
+from .hosts import Place
 
 # What a job may take; the ranks in it have deadlines of their own.
 _JOB_TIMEOUT_S = 120.0
@@ -45,15 +50,21 @@ class Job:
 
 
 class Pool:
-    """Processes that are started afresh with the pool and end with it."""
+    """Processes that are started afresh with the pool and end with it.
 
-    def __init__(self, num_workers: int) -> None:
-        context = multiprocessing.get_context("spawn")
+    places: where each worker runs, if not here.
+    """
+
+    def __init__(self, num_workers: int, places: Sequence[Place] = ()) -> None:
         self._workers = []
-        for _ in range(num_workers):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_worker_main, args=(theirs,), daemon=True)
-            process.start()
+        for prefix, env in places or [Place((), {})] * num_workers:
+            ours, theirs = Pipe()
+            process = subprocess.Popen(
+                [*prefix, sys.executable, "-m", __name__, str(theirs.fileno())],
+                # What a job names is found where it is found here.
+                env={**os.environ, **env, "PYTHONPATH": os.pathsep.join(sys.path)},
+                stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()],
+            )  # fmt: skip
             theirs.close()
             self._workers.append((process, ours))
 
@@ -63,9 +74,9 @@ class Pool:
     def __exit__(self, *exc_info: object) -> None:
         for process, connection in self._workers:
             connection.close()
-            process.join(timeout=2)
+            _wait(process)
             process.kill()
-            process.join()
+            process.wait()
 
     def run(self, *jobs: Job) -> list[Any]:
         """Run these jobs at once, each on a worker of its own, and return what they return.
@@ -83,9 +94,18 @@ class Pool:
                     raise WorkerFailed(f"worker {job.worker} did not end its job within {_JOB_TIMEOUT_S:.0f} s")
                 is_fine, result = connection.recv()
             except (EOFError, ConnectionResetError):
-                process.join(timeout=2)
-                raise WorkerFailed(f"worker {job.worker} died with exit code {process.exitcode}") from None
+                _wait(process)
+                raise WorkerFailed(f"worker {job.worker} died with exit code {process.returncode}") from None
             if not is_fine:
                 raise WorkerFailed(result)
             results.append(result)
         return results
+
+
+def _wait(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=2)
+
+
+if __name__ == "__main__":
+    _worker_main(Connection(int(sys.argv[1])))

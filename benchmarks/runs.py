@@ -87,16 +87,16 @@ def _why_not(name: str) -> str:
     return plugins.find(name).reason if name in plugins.NAMES else ""
 
 
-def program() -> Path:
-    """The program of the ranks at the C++ boundary, as installed with the package.
+def program(name: str = "m2n_ranks") -> Path:
+    """The program of the ranks at the C++ boundary, or another one, as installed with the package.
 
     Raises:
         InputError: it is not there.
     """
     for file in importlib.metadata.files("m2n") or ():
-        if file.name == "m2n_ranks":
+        if file.name == name:
             return Path(str(file.locate()))
-    raise InputError("the program m2n_ranks was not installed with m2n; install m2n again: pip install .")
+    raise InputError(f"the program {name} was not installed with m2n; install m2n again: pip install .")
 
 
 @contextmanager

@@ -43,9 +43,7 @@ def summarise(traces: Sequence[Trace], microbatches: int, held_us: float = 0.0) 
     messages = match(traces)
     ranks = _shares((*messages.attention, *messages.experts))
     mean = {name: _mean([rank[name] for rank in ranks]) for name in ("busy", "communicating")}
-    with_tokens = [_with_tokens(trace) for trace in messages.attention]
-    t_a = _median_us(np.concatenate([_attention_ns(trace) for trace in messages.attention] or [np.zeros(0)]))
-    t_e = _median_us(_expert_ns(messages, with_tokens))
+    t_a, t_e = map(_median_us, _samples_ns(messages))
     t_f = None if t_a is None or t_e is None else max(t_a, t_e)
     wire = _wire(messages, held_us)
     t_c = wire["t_c_us"]
@@ -66,6 +64,17 @@ def summarise(traces: Sequence[Trace], microbatches: int, held_us: float = 0.0) 
     }
     summary["advice"] = _advice(summary)
     return summary
+
+
+def samples_ns(traces: Sequence[Trace]) -> tuple[np.ndarray, np.ndarray]:
+    """T_a and T_e of every microbatch of every layer with experts, in ns: what `summarise` gives the medians of."""
+    return _samples_ns(match(traces))
+
+
+def _samples_ns(messages: Messages) -> tuple[np.ndarray, np.ndarray]:
+    with_tokens = [_with_tokens(trace) for trace in messages.attention]
+    t_a = np.concatenate([_attention_ns(trace) for trace in messages.attention] or [np.zeros(0)])
+    return t_a, _expert_ns(messages, with_tokens)
 
 
 def _mean(values: list[float]) -> float:

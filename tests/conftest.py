@@ -65,7 +65,7 @@ def why_no_hosts() -> str | None:
     """Why tests with the marker `two_hosts` cannot run here; None when they can."""
     if reason := why_no_ucx():
         return reason
-    import hosts
+    from m2n.benchmarks import hosts
 
     return hosts.why_no_hosts()
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hosts import Hosts
+
+from m2n.benchmarks.hosts import Hosts
 
 ROOT = Path(__file__).parents[1]
 RANK = ROOT / "tests/host_rank.py"
