@@ -148,6 +148,7 @@ class Links {
   std::vector<std::unique_ptr<Link>> links_;   // by peer index
   std::vector<std::unique_ptr<Sending>> sending_, idle_;
   uint32_t num_sending_ = 0;
+  bool has_delivered_ = false;  // a message, since a look began
   std::function<void()> on_signal_, on_report_;
 };
 
