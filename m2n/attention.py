@@ -134,7 +134,7 @@ class AttentionComm(Comm):
                 In a graph capture it is required.
             stream: on a GPU, as for dispatch_send.
             pack: copy the rows of each expert rank side by side before they are sent over a network: one run of bytes a
-                rank, the scatter of the paper's section 5. x is then the caller's again when `dispatch_send` returns.
+                rank, the scatter of the paper's section 6. x is then the caller's again when `dispatch_send` returns.
                 The bytes are counted (`stats()["bytes_packed"]`). Over TCP it pays where the rows of a rank lie apart
                 in x and are less than 512 KB together (0.5 to 0.7 of the time with rows of 1 KB, 0.9 with longer ones);
                 with more it takes up to 1.7 times as long (benchmarks/README.md), and then only x is gained. Where
