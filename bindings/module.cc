@@ -170,6 +170,7 @@ py::dict stats_dict(const Comm& comm) {
   dict["rows_received"] = stats.rows_received;
   dict["bytes_sent"] = stats.bytes_sent;
   dict["bytes_received"] = stats.bytes_received;
+  dict["bytes_packed"] = stats.bytes_packed;
   dict["wait_us"] = static_cast<double>(stats.wait_ns) / 1e3;
   dict["signals_held"] = stats.signals_held;
   dict["held_us"] = static_cast<double>(stats.held_ns) / 1e3;
@@ -300,6 +301,7 @@ void bind_values(py::module_& module) {
       .def("build_from_topk", &build_from_topk, py::arg("topk_ids"), py::arg("topk_weights"), py::arg("rank_offsets"),
            py::arg("ranks"), py::arg("num_ranks"), py::arg("own_rank"))
       .def("build_from_splits", &build_from_splits, py::arg("splits"), py::arg("topk_ids"), py::arg("topk_weights"))
+      .def_property("packs", &Route::packs, &Route::set_packs)
       .def_property_readonly("num_tokens", [](const Route& route) { return route.view().num_tokens; })
       .def_property_readonly("num_rows", &Route::num_rows)
       .def_property_readonly("rows_per_rank", [](const Route& route) {

@@ -128,6 +128,7 @@ class AttentionComm(Comm):
         num_tokens: Any = None,
         out: Route | None = None,
         stream: Any = None,
+        pack: bool = False,
     ) -> Route:
         """Where each token goes, from the router's top-k. On a GPU one kernel, which the host does not wait for.
 
@@ -139,12 +140,25 @@ class AttentionComm(Comm):
             out: a route whose memory, and on a GPU whose addresses, are used again; it must not be in flight.
                 In a graph capture it is required.
             stream: on a GPU, as for dispatch_send.
+            pack: copy the rows of each expert rank side by side before they are sent over a network: one run of bytes a
+                rank, the scatter of the paper's section 6. x is then the caller's again when `dispatch_send` returns.
+                The bytes are counted (`stats()["bytes_packed"]`). Over TCP it pays where the rows of a rank lie apart
+                in x and are less than 512 KB together (0.5 to 0.7 of the time with rows of 1 KB, 0.9 with longer ones);
+                with more it takes up to 1.7 times as long (benchmarks/README.md), and then only x is gained. Where
+                memory is shared rows are written into the peer's at once, and rows that become float8 are made side by
+                side: nothing is packed there, and x is free as early.
 
         Raises:
             ValueError: shapes, ids out of range or twice in a row, weights that are not finite, more than
-                shape.max_tokens tokens. TypeError: dtypes. On a GPU what is wrong with values is raised by the next
-                call, nothing is sent, and the results are NaN.
+                shape.max_tokens tokens; pack on a device, whose kernels write each row where it belongs. TypeError:
+                dtypes. On a GPU what is wrong with values is raised by the next call, nothing is sent, and the results
+                are NaN.
         """
+        if pack and self.device != "cpu":
+            raise ValueError(
+                f"pack: the kernels of device {self.device!r} write each row where it belongs in the peer's memory, so "
+                "there is nothing to pack; leave it out"
+            )
         so_far = None
         if num_tokens is not None and not isinstance(num_tokens, int) and self.device != "cpu":
             so_far = arrays.exportable(num_tokens)
@@ -173,6 +187,7 @@ class AttentionComm(Comm):
             raise ValueError(f"out: it was made for another device than {self.device!r}")
         num_ranks = max(self._num_ranks, placement.num_expert_ranks)
         target.build_from_topk(topk_ids, topk_weights, placement._offsets, placement._ranks, num_ranks, self.rank)
+        target.packs = pack
         if out is None:
             return Route(target, version=placement.version)
         out._version = placement.version
@@ -191,7 +206,8 @@ class AttentionComm(Comm):
 
         Args:
             x: [T, hidden] of shape.dispatch_dtype, or of float32, bfloat16 or float16 where that is float8; rows may
-                be strided. Borrowed: it must not change until `combine_recv` of this microbatch has returned.
+                be strided. Borrowed: it must not change until `combine_recv` of this microbatch has returned; unless
+                the route packs, then it is the caller's again when this returns.
             route: for the same T tokens.
             microbatch: 0 to shape.microbatches - 1; the slot that is used.
             layer: goes with the message; expert ranks batch by (layer, microbatch).
@@ -224,6 +240,8 @@ class AttentionComm(Comm):
         options = (self._version_to_show(),) if self.device == "cpu" else self._launch_options(num_sms, handle)
         timeout_s = self._launch_timeout(None, handle)
         self._native.dispatch_send(arrays.exportable(x), route._native, microbatch, layer, timeout_s, *options)
+        if isinstance(route._native, _C.Route) and route._native.packs:
+            x = arrays.empty(0, self.shape.hidden, self.shape.combine_dtype, x)  # its library is all that is kept
         self._borrowed[microbatch] = (x, route, version)
 
     def _version_to_show(self) -> int:

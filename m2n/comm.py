@@ -216,7 +216,8 @@ class Comm:
         return {rank: (ahead / 1e9, round_trip / 1e9) for rank, ahead, round_trip in self._native.clock_offsets()}
 
     def stats(self) -> dict[str, float]:
-        """Counters since the comm was made: messages, rows and bytes in each direction, wait_us, rows_gathered.
+        """Counters since the comm was made: messages, rows and bytes in each direction, wait_us, rows_gathered,
+        and bytes_packed: of rows that were copied once more before they were sent, for `route(pack=True)`.
 
         With `Config.faults` also signals_held, those that were held back and have come by now, and held_us, for how
         long in all; else both are 0.

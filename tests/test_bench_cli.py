@@ -92,6 +92,14 @@ def test_peers_bring_rows_back_or_say_why_not(capsys: pytest.CaptureFixture[str]
         pytest.skip(reason)
 
 
+@pytest.mark.ucx
+def test_packed_and_not_packed_take_turns(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ("--baselines", "m2n-pack", "--transport", "ucx", "--sizes", "8192", "--hidden", "512")
+    rows = run(capsys, tmp_path / "u.json", "latency", *TINY, *words)["rows"]
+    assert {row["contender"] for row in rows} == {"m2n", "m2n-pack"}
+    assert all(row["p50_us"] > 0 and row["x_stride_rows"] == 2 for row in rows)
+
+
 def test_a_plot_and_a_comparison(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     words = ("sweep", *TINY, "--sizes", "1024,2048", "--baselines", "memcpy")
     run(capsys, tmp_path / "old.json", *words)

@@ -225,7 +225,7 @@ void sum_replies(const Job& job, Contender& contender, unsigned char* y) {
 std::unique_ptr<Contender> make_contender(const Job& job, Board& board, const std::string& name) {
   const size_t split = name.find('=');
   if (split == std::string::npos) {
-    if (name == "m2n") return make_m2n(job);
+    if (name == "m2n" || name == "m2n-pack") return make_m2n(job, name);
     return make_limit(job, board, name);
   }
   const std::string path = name.substr(split + 1);

@@ -107,7 +107,7 @@ void sum_replies(const Job& job, Contender& contender, unsigned char* y);
 
 // Known by name: m2n, memcpy, non-temporal, hop; else a plug-in.
 std::unique_ptr<Contender> make_contender(const Job& job, Board& board, const std::string& name);
-std::unique_ptr<Contender> make_m2n(const Job& job);
+std::unique_ptr<Contender> make_m2n(const Job& job, const std::string& name);
 std::unique_ptr<Contender> make_limit(const Job& job, Board& board, const std::string& name);
 
 }  // namespace m2n::bench

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// m2n itself, by the calls that its Python verbs make.
+// m2n itself, by the calls that its Python verbs make; "m2n-pack" with routes that pack.
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -82,11 +82,11 @@ int make_socket() {
   return fd;
 }
 
-sockaddr_un address_of(const Case& job, uint32_t expert_rank) {
+sockaddr_un address_of(const Case& job, const std::string& contender, uint32_t expert_rank) {
   sockaddr_un address{};
   address.sun_family = AF_UNIX;
   // The folder's name is random: nobody else has this one.
-  const std::string name = job.folder + "/" + std::to_string(expert_rank);
+  const std::string name = job.folder + "/" + contender + "-" + std::to_string(expert_rank);
   if (name.size() >= sizeof address.sun_path) throw std::runtime_error("too long a path: " + name);
   std::memcpy(address.sun_path, name.data(), name.size());
   return address;
@@ -100,7 +100,8 @@ struct Arrived {
 
 class M2n final : public Contender {
  public:
-  explicit M2n(const Job& job) : job_(job), traffic_(job.traffic), peer_idx_of_rank_(traffic_.num_peers()) {
+  M2n(const Job& job, const std::string& name)
+      : job_(job), traffic_(job.traffic), name_(name), peer_idx_of_rank_(traffic_.num_peers()) {
     const Case& options = job.options;
     if (traffic_.is_attention()) {
       attention_ =
@@ -115,7 +116,7 @@ class M2n final : public Contender {
     wanted_.attention_ranks = ranks_.data();
     wanted_.num_attention_ranks = options.num_attention;
     const Fd listener(make_socket());
-    const sockaddr_un address = address_of(options, traffic_.rank());
+    const sockaddr_un address = address_of(options, name_, traffic_.rank());
     if (bind(listener.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0) raise_socket("bind");
     if (listen(listener.get(), static_cast<int>(options.num_attention)) != 0) raise_socket("listen");
     std::vector<Arrived> arrived(options.num_attention);
@@ -137,7 +138,9 @@ class M2n final : public Contender {
 
   void dispatch_send(const unsigned char* x) override {
     const DType dtype = job_.options.shape.dispatch_dtype;
-    attention_->dispatch_send(x, traffic_.x_stride_bytes, dtype, job_.routes[traffic_.rank()], 0, 0, deadline_ns_);
+    const std::shared_ptr<Route>& route = job_.routes[traffic_.rank()];
+    route->set_packs(name_ == "m2n-pack");
+    attention_->dispatch_send(x, traffic_.x_stride_bytes, dtype, route, 0, 0, deadline_ns_);
   }
   void combine_recv(unsigned char* y) override {
     attention_->combine_recv(y, traffic_.reply_row_bytes, 0, deadline_ns_);
@@ -165,7 +168,7 @@ class M2n final : public Contender {
 
   void connect_to(uint32_t expert_rank) {
     const int connection = make_socket();
-    const sockaddr_un address = address_of(job_.options, expert_rank);
+    const sockaddr_un address = address_of(job_.options, name_, expert_rank);
     const int64_t until_ns = deadline();
     while (connect(connection, reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0) {
       if (now_ns() > until_ns) raise_socket("connect");
@@ -187,6 +190,7 @@ class M2n final : public Contender {
 
   const Job& job_;
   const Traffic& traffic_;
+  const std::string name_;
   std::shared_ptr<AttentionComm> attention_;
   std::shared_ptr<ExpertComm> expert_;
   std::vector<uint32_t> peer_idx_of_rank_, ranks_;
@@ -197,6 +201,8 @@ class M2n final : public Contender {
 
 }  // namespace
 
-std::unique_ptr<Contender> make_m2n(const Job& job) { return std::make_unique<M2n>(job); }
+std::unique_ptr<Contender> make_m2n(const Job& job, const std::string& name) {
+  return std::make_unique<M2n>(job, name);
+}
 
 }  // namespace m2n::bench

@@ -98,8 +98,12 @@ uint32_t AttentionComm::send_to_peer(uint32_t peer_idx, uint32_t slot_idx, const
     send.is_streamed = is_streamed;
     with_sender([&](HostExec& exec) { m2n::dispatch_send(exec, layout_, shape_, send); });
   };
-  if (shape_.dispatch_dtype == DType::kFloat8E4M3 || is_over_network(peer_idx)) {
-    put(false);  // computed, or sent from where it lies: not copied
+  const bool is_computed = shape_.dispatch_dtype == DType::kFloat8E4M3;
+  if (is_computed || is_over_network(peer_idx)) {
+    // Sent from where it lies, or (packed) from the send area; what is computed is made there.
+    send.is_packed = slot.route != nullptr && slot.route->packs() && !is_computed;
+    if (send.is_packed) add_relaxed(&stats_.bytes_packed, send.header.num_rows * layout_.dispatch_rows.row_bytes);
+    put(false);
   } else {
     CopyChoice& choice = copy_choices_[peer_idx * layout_.num_slots + slot_idx];
     choice.send(send.header.num_rows * layout_.dispatch_rows.row_bytes, put);

@@ -27,6 +27,10 @@ class Route {
   // Rows are sorted by destination already: splits[r] of them go to rank r, with all their experts.
   void build_from_splits(const int32_t* topk_ids, const float* topk_weights, const std::vector<uint32_t>& splits);
 
+  // Are rows copied side by side before they go over a network? Then x is the caller's again after dispatch_send.
+  void set_packs(bool packs) { packs_ = packs; }
+  bool packs() const { return packs_; }
+
   const RouteView& view() const { return view_; }
   const Shape& shape() const { return shape_; }
   uint32_t num_rows() const { return view_.num_ranks == 0 ? 0 : view_.row_offsets[view_.num_ranks]; }
@@ -40,6 +44,7 @@ class Route {
   std::vector<int32_t> indices_;  // token_of_row, ids, source_rank, source_row
   std::vector<float> weights_;    // weights, source_weight
   RouteView view_{};
+  bool packs_ = false;
 };
 
 class AttentionComm final : public AttentionSide {
@@ -47,8 +52,9 @@ class AttentionComm final : public AttentionSide {
   AttentionComm(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport);
 
   // x: [T][hidden] rows at a stride, of dispatch_dtype; where that is float8 of any other type, for they become float8
-  // on their way. Borrowed until combine_recv of the slot has returned. `placement_version`: that of the oldest
-  // placement by which rows of this rank still go, or went and are not answered; expert ranks are told.
+  // on their way. Borrowed until combine_recv of the slot has returned, unless the route packs. `placement_version`:
+  // that of the oldest placement by which rows of this rank still go, or went and are not answered; expert ranks are
+  // told.
   void dispatch_send(const unsigned char* x, uint64_t x_stride_bytes, DType x_dtype, std::shared_ptr<const Route> route,
                      uint32_t microbatch, uint32_t layer, int64_t deadline_ns, uint32_t placement_version = 0);
   // y: [T][hidden] of combine_dtype.

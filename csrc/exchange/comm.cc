@@ -302,6 +302,7 @@ Stats Comm::stats() const {
   copy.rows_received = load_relaxed(&stats_.rows_received);
   copy.bytes_sent = load_relaxed(&stats_.bytes_sent);
   copy.bytes_received = load_relaxed(&stats_.bytes_received);
+  copy.bytes_packed = load_relaxed(&stats_.bytes_packed);
   copy.wait_ns = load_relaxed(&stats_.wait_ns);
   const HeldSignals held = relay_ == nullptr ? HeldSignals{} : relay_->held();
   copy.signals_held = held.count;

@@ -28,6 +28,7 @@ struct DispatchSend {
   const int32_t* ids;           // [R][top_k]
   const float* weights;         // [R][top_k]
   bool is_streamed;             // on the host: its rows go past the caches
+  bool is_packed;               // to a send area: its rows are first copied there
 };
 
 // Writes the rows straight from x into the peer's window. The slot must be free. In: the type of x where they become
@@ -48,6 +49,9 @@ M2N_HD void put_dispatch(Exec& exec, const Layout& layout, const Shape& shape, c
     put(exec, small + layout.dispatch_small.weights(send.slot), send.weights + first, num_bytes);
   };
   if constexpr (std::is_void_v<In>) {
+    if constexpr (kHasDraft<Exec>) {
+      if (send.is_packed) return pack_rows(exec, rows, send.header.num_rows, row_bytes, row_at, put_ids);
+    }
     put_rows(exec, deal, rows, send.header.num_rows, row_bytes, send.is_streamed, row_at, put_ids);
   } else {
     put_quantized_rows<In>(exec, deal.deal, rows, send.header.num_rows, row_bytes, shape.hidden, row_at, put_ids);

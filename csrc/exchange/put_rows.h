@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "core/peer.h"
 #include "exchange/layout.h"
@@ -71,6 +72,16 @@ M2N_HD void put_rows(Exec& exec, [[maybe_unused]] PutDeal& deal, unsigned char* 
   }
   if (begin != end) put_beside(begin, end);
 #endif
+}
+
+// Rows side by side in the send area that stands for the peer's memory, by one thread of the host: the message is one
+// run of them, and reads nothing else any more.
+template <class Exec, class RowAt, class PutBeside>
+void pack_rows(Exec& exec, unsigned char* to, uint32_t num_rows, uint64_t row_bytes, RowAt&& row_at,
+               PutBeside&& put_beside) {
+  for (uint32_t row = 0; row < num_rows; ++row) std::memcpy(to + row * row_bytes, row_at(row), row_bytes);
+  wrote(exec, to, num_rows * row_bytes);
+  put_beside(0, num_rows);
 }
 
 M2N_HD inline Signal* peer_signal(const PeerView& peer, const Small& small, uint32_t slot) {

@@ -99,7 +99,9 @@ class PinnedTransport final : public Transport {
     return std::make_shared<PinnedMapping>(ordinal_, shm_->attach(std::move(handle), origin), bytes);
   }
   std::shared_ptr<void> expose(void* memory, uint64_t bytes) override {
-    return register_memory(ordinal_, memory, bytes);
+    const uint64_t behind = reinterpret_cast<uintptr_t>(memory) % kPageBytes;  // whole pages are registered
+    return register_memory(ordinal_, static_cast<unsigned char*>(memory) - behind,
+                           round_up(behind + bytes, kPageBytes));
   }
 
  private:

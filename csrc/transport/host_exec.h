@@ -89,10 +89,10 @@ class HostExec {
     for (int64_t last_ns = began_ns; num_given < kGiven && last_ns - began_ns < kYieldNs;) {
       if (ready()) return WaitResult::kReady;
       if (last_ns >= deadline_ns) return WaitResult::kTimeout;
+      const int64_t giving_ns = now_ns();  // a look may have taken as long as somebody else's turn
       sched_yield();
-      const int64_t yielded_ns = now_ns();
-      num_given += yielded_ns - last_ns > kOthersNs;
-      last_ns = yielded_ns;
+      last_ns = now_ns();
+      num_given += last_ns - giving_ns > kOthersNs;
       store_relaxed(&is_shared_, uint32_t{num_given != 0});
     }
     const bool is_woken = load_relaxed(&is_woken_by_all_) != 0;

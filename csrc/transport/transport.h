@@ -152,7 +152,8 @@ class Transport {
   virtual std::shared_ptr<Window> make_window(uint64_t object_bytes, uint64_t stride_bytes, uint32_t max_peers) = 0;
   virtual Origin origin() const { return {process_nonce()}; }
   virtual std::shared_ptr<Mapping> attach(Handle handle, const Origin& origin) = 0;
-  // Lets bodies use memory of this process wherever they work on these windows, while what it returns lives.
+  // Lets bodies use memory of this process, on pages that hold nothing else, wherever they work on these windows, while
+  // what it returns lives.
   virtual std::shared_ptr<void> expose(void* /*memory*/, uint64_t /*bytes*/) { return nullptr; }
   // What a rank's signals go through; nullptr: the rank stores them itself. Random choices are those of `stream`.
   virtual std::unique_ptr<SignalRelay> make_relay(uint64_t /*stream*/) { return nullptr; }

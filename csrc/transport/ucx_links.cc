@@ -28,6 +28,11 @@ constexpr int64_t kDrainNs = 5'000'000'000;
 constexpr const char* kVariables[][2] = {
     {"TCP_TX_SEG_SIZE", "1m"}, {"TCP_RX_SEG_SIZE", "1m"}, {"RNDV_THRESH", "512k"}, {"TCP_MAX_IOV", "256"}};
 
+// From the beginning of a page to that of the send areas. The kernel copies what is sent to where its own pages begin,
+// behind a short head; from the same place of another page that takes twice as long or longer, since the processor
+// takes each load for one of the bytes just stored, whose addresses end alike.
+constexpr uint64_t kAreasAt = 256;
+
 [[noreturn]] void fail(const std::string& text) { throw Error(Failure::kSetup, "ucx: " + text); }
 
 uint64_t random_number() {
@@ -38,11 +43,13 @@ uint64_t random_number() {
 }
 
 std::shared_ptr<unsigned char> reserve(uint64_t num_bytes) {
+  num_bytes += kAreasAt;
   const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
   void* data = mmap(nullptr, num_bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
   if (data == MAP_FAILED) fail("cannot reserve " + std::to_string(num_bytes) + " bytes of addresses for send areas");
   madvise(data, num_bytes, MADV_DONTFORK);
-  return {static_cast<unsigned char*>(data), [num_bytes](unsigned char* areas) { munmap(areas, num_bytes); }};
+  return {static_cast<unsigned char*>(data) + kAreasAt,
+          [num_bytes](unsigned char* areas) { munmap(areas - kAreasAt, num_bytes); }};
 }
 
 // Is this list of UCX_TLS one of shared memory alone? That never tells that a peer is gone, and refuses to be asked.

@@ -100,7 +100,8 @@ class Links {
   };
 
   void make_worker(const Settings& settings);
-  uint64_t area_bytes() const { return peers_.rows_bytes + peers_.small_bytes; }  // of one peer's send area
+  // From one peer's send area to the next, on pages of their own.
+  uint64_t area_bytes() const { return peers_.rows_bytes + peers_.small_bytes + kPageBytes; }
   Link* find(uint32_t peer_idx) { return peer_idx < links_.size() ? links_[peer_idx].get() : nullptr; }
   void make_endpoint(Link& link, const std::string& address);
   std::vector<std::string> transports_of(const Link& link) const;
@@ -149,6 +150,7 @@ class Links {
   std::vector<std::unique_ptr<Link>> links_;   // by peer index
   std::vector<std::unique_ptr<Sending>> sending_, idle_;
   uint32_t num_sending_ = 0;
+  bool has_delivered_ = false;  // a message, since a look began
   std::function<void()> on_signal_, on_report_;
 };
 

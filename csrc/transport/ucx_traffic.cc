@@ -20,7 +20,7 @@ constexpr int64_t kTakenNs = 30'000'000'000;
 constexpr uint64_t kShortBytes = 16 << 10;
 // From here on UCX waits for the receiver before it reads anything.
 constexpr uint64_t kMostWaitedBytes = 500 << 10;
-constexpr int kLooks = 8;  // of one call, while each finds something
+constexpr int kLooks = 8;  // of one call, while each finds something, but no whole message
 constexpr int64_t kFinishNs = 1'000'000'000;
 // The watcher of processes knows better why a connection broke, a moment later.
 constexpr int64_t kGraceNs = 200'000'000;
@@ -288,6 +288,7 @@ void Links::on_received(void* request, Status status, size_t, void* user_data) {
 
 void Links::deliver(Link& link, const MessageHead& head) {
   store_signal(reinterpret_cast<Signal*>(link.own.small + head.word_offset), head.value);  // SYNC: slot-signal
+  has_delivered_ = true;
   on_signal_();
 }
 
@@ -306,7 +307,10 @@ void Links::break_link(Link& link, const std::string& violation) {
 
 void Links::look() {
   std::unique_lock lock(mutex_, std::try_to_lock);
-  for (int i = 0; i < kLooks && lock.owns_lock() && !is_closed_ && api_.worker_progress(worker_) != 0; ++i) {
+  if (!lock.owns_lock() || is_closed_) return;
+  // Whoever looks wants to know at once of a message that has come: one more call of UCX is a system call.
+  has_delivered_ = false;
+  for (int i = 0; i < kLooks && !has_delivered_ && api_.worker_progress(worker_) != 0; ++i) {
   }
 }
 
