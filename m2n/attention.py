@@ -159,28 +159,13 @@ class AttentionComm(Comm):
                 f"pack: the kernels of device {self.device!r} write each row where it belongs in the peer's memory, so "
                 "there is nothing to pack; leave it out"
             )
-        so_far = None
-        if num_tokens is not None and not isinstance(num_tokens, int) and self.device != "cpu":
-            so_far = arrays.exportable(num_tokens)
-        elif num_tokens is not None:
+        if self.device != "cpu":
+            return self._route_on_device(topk_ids, topk_weights, num_tokens, out, self._on(stream))
+        if num_tokens is not None:
             topk_ids, topk_weights = topk_ids[:num_tokens], topk_weights[:num_tokens]
-        handle = self._on(stream)
-        if (
-            out is not None
-            and self.device == "cpu"
-            and any(route is out for _, route, _ in list(self._borrowed.values()))
-        ):
+        if out is not None and any(route is out for _, route, _ in list(self._borrowed.values())):
             raise ValueError("out: this route is in flight; call combine_recv for its microbatch first")
         topk_ids, topk_weights = arrays.exportable(topk_ids), arrays.exportable(topk_weights)
-        if self.device != "cpu":
-            into = None if out is None else out._native
-            if into is not None and not isinstance(into, _C.DeviceRoute):
-                raise ValueError(f"out: it was made for another device than {self.device!r}")
-            native = self._native.make_route(topk_ids, topk_weights, [], so_far, into, *handle)
-            if out is None:
-                return Route(native)
-            out._splits = None
-            return out
         placement = self.placement
         target = _C.Route(self.shape._native()) if out is None else out._native
         if not isinstance(target, _C.Route):
@@ -191,6 +176,24 @@ class AttentionComm(Comm):
         if out is None:
             return Route(target, version=placement.version)
         out._version = placement.version
+        return out
+
+    def _route_on_device(
+        self, topk_ids: Any, topk_weights: Any, num_tokens: Any, out: Route | None, handle: tuple[int, ...]
+    ) -> Route:
+        so_far = None
+        if num_tokens is not None and not isinstance(num_tokens, int):
+            so_far = arrays.exportable(num_tokens)
+        elif num_tokens is not None:
+            topk_ids, topk_weights = topk_ids[:num_tokens], topk_weights[:num_tokens]
+        into = None if out is None else out._native
+        if into is not None and not isinstance(into, _C.DeviceRoute):
+            raise ValueError(f"out: it was made for another device than {self.device!r}")
+        tensors = (arrays.exportable(topk_ids), arrays.exportable(topk_weights))
+        native = self._native.make_route(*tensors, [], so_far, into, *handle)
+        if out is None:
+            return Route(native)
+        out._splits = None
         return out
 
     def dispatch_send(
