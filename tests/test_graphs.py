@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_device import CONFIG, is_nan
+from test_device import config, is_nan
 from test_faults import SOON_S
 from test_launches import outputs_at_capacity
 
@@ -63,8 +63,8 @@ class Ranks:
     """Attention and expert ranks of one GPU, each with a stream, and the graphs that were captured on them."""
 
     def __init__(self, store: Path, **options: Any) -> None:
-        config = dataclasses.replace(CONFIG, timeout_s=20.0)
-        common = {"shape": SHAPE, "placement": PLACED, "store": store, "config": config, "device": "cuda:0", **options}
+        patient = dataclasses.replace(config(), timeout_s=20.0)
+        common = {"shape": SHAPE, "placement": PLACED, "store": store, "config": patient, "device": "cuda:0", **options}
         self.experts = [m2n.ExpertComm(rank, max_peers=NUM_ATTENTION, **common) for rank in range(NUM_EXPERT)]
         self.attention = [m2n.AttentionComm(rank, **common) for rank in range(NUM_ATTENTION)]
         assert all(comm.wait_peer(rank) for comm in self.experts for rank in range(NUM_ATTENTION))

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_device import CONFIG, Pair
+from test_device import Pair, config
 from test_faults import IDS, SHAPE, SOON_S, TWO, WEIGHTS
 
 import m2n
@@ -242,7 +242,7 @@ def test_compiled_attention_layers_equal_the_oracle_and_eager(backend: str) -> N
         return serve(comm, 1, lambda batch: testing.expert_outputs(batch, experts, matmul))
 
     attention = functools.partial(run_layers, backend=backend)
-    ran = run_ranks((attention, answer), attention=1, experts=2, shape=SMALL, config=CONFIG, timeout=100)
+    ran = run_ranks((attention, answer), attention=1, experts=2, shape=SMALL, config=config(), timeout=100)
     for (out, record), (out_eager, record_eager) in ran["attention", 0]:
         assert all(map(torch.equal, out, out_eager)) and len(record) == 4
         for sent, sent_eager in zip(record, record_eager):
@@ -385,8 +385,8 @@ def test_what_cannot_be_registered_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="comm: expected m2n.AttentionComm or m2n.ExpertComm, got int"):
         ops.register(3)
     options = {"shape": SHAPE, "placement": TWO, "store": tmp_path}
-    config = dataclasses.replace(CONFIG, arrays="numpy")
-    with m2n.ExpertComm(0, config=config, **options) as comm:
+    of_numpy = dataclasses.replace(config(), arrays="numpy")
+    with m2n.ExpertComm(0, config=of_numpy, **options) as comm:
         with pytest.raises(ValueError, match=r"it gives out numpy arrays; make it with Config\(arrays='torch'\)"):
             ops.register(comm)
         with pytest.raises(ValueError, match="it is not registered; call"):
