@@ -36,13 +36,13 @@ demo: $(DEMO_READY)  ## text from two attention and two expert processes
 	$(BIN)/m2n-generate --attention-ranks 2 --expert-ranks 2 --microbatches 2 --max-new-tokens 64 \
 	  --prompt "And it came to pass" --prompt "And the LORD said unto Moses"
 
-# The slow ones mostly wait for a compiler or a model checker, so two of their files run at once.
-test: $(VENV)/.installed-test  ## all tests, the fast ones first (about 15 minutes on two cores)
-	@$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS); fast=$$?; \
-	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadfile $(PYTEST_FLAGS) && exit $$fast
+# Two files at once: most tests wait, for processes to start, a compiler, a model checker.
+PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_FLAGS)
+test: $(VENV)/.installed-test  ## all tests, the fast ones first (about 17 minutes on two cores)
+	@$(PYTEST) -m "not slow"; fast=$$?; $(PYTEST) -m slow && exit $$fast
 
 test-fast: $(VENV)/.installed-test  ## tests without the marker `slow` (about four minutes)
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
+	$(PYTEST) -m "not slow"
 
 lint: $(VENV)/.installed-test  ## ruff, clang-format, mypy
 	$(BIN)/ruff check $(PYTHON_PATHS)

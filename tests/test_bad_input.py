@@ -27,7 +27,8 @@ PLACEMENT = m2n.Placement.block(4, 1)
 FAST = m2n.Config(arrays="torch", timeout_s=5.0, connect_timeout_s=1.0)
 IDS = torch.tensor([[0, 1], [2, 3], [1, 3]])
 WEIGHTS = torch.full((3, 2), 0.5)
-X = torch.randn(3, 16)
+SEEDED = torch.Generator().manual_seed(1)  # workers of pytest-xdist must find the same names
+X = torch.randn(3, 16, generator=SEEDED)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def nothing_was_sent(pair: tuple[m2n.AttentionComm, m2n.ExpertComm]) -> None:
         (X[:, :15], ValueError, r"x: expected shape \[T, 16\], got float32 \[3, 15\]"),
         (X[0], ValueError, r"x: expected shape \[T, 16\]"),
         (X[:2], ValueError, "x: the route is for 3 tokens, x has 2 rows"),
-        (torch.randn(16, 3).t(), ValueError, "elements of a row must be adjacent"),
+        (torch.randn(16, 3, generator=SEEDED).t(), ValueError, "elements of a row must be adjacent"),
         (X[:1].expand(3, 16), ValueError, "rows must not overlap"),
         ([[1.0] * 16] * 3, TypeError, "x: expected a torch, numpy or other DLPack tensor, got list"),
         (torch.empty(3, 16, device="meta"), (TypeError, ValueError), "x: "),

@@ -318,7 +318,7 @@ BY_RELACY = [
     ("link", "one_link", 4), ("link", "two_senders", 2), ("link", "two_receivers", 2), ("link", "skipped_number", 5),
     ("wake", "one_writer", 5), ("wake", "two_writers", 4), ("wake", "two_messages", 4), ("wake", "two_sleepers", 4),
     ("wake", "closed", 5), ("wake", "closed_or_signalled", 4), ("blocks", "two_blocks", 1),
-    ("doorbell", "two_ringers", 2),
+    ("doorbell", "two_ringers", 1),
 ]  # fmt: skip
 
 

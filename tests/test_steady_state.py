@@ -22,8 +22,8 @@ BUILD = ROOT / "build/steady-state"
 CXX = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++20", "-O2", "-g1", "-w", "-ffp-contract=off", "-DM2N_HAS_CUDA=0", f"-I{ROOT / 'csrc'}"]
 EXCHANGE = ("attention", "batch", "comm", "expert", "inbox", "route", "sides")
-NETWORK = ("ucx", "ucx_api", "ucx_links", "ucx_message", "ucx_proxy", "ucx_traffic")
-TRANSPORT = ("faulty", "local", "shm", "transport", "watcher", *NETWORK)
+TRANSPORT = ("faulty", "local", "shm", "transport", "watcher")
+OWN = ("no_network", "steady_state")
 KINDS = [("expert", "pairs"), ("expert", "reduced"), ("attention", "pairs")]
 CANNOT_TRACE = 3
 
@@ -54,9 +54,10 @@ def build(old: str = "", new: str = "") -> Path:
     else:
         names = [*(f"exchange/{name}.cc" for name in EXCHANGE), *(f"transport/{name}.cc" for name in TRANSPORT)]
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(compile_one, [ROOT / "tests/steady_state.cc", *(ROOT / "csrc" / name for name in names)]))
+            own = [ROOT / f"tests/{name}.cc" for name in OWN]
+            list(pool.map(compile_one, [*own, *(ROOT / "csrc" / name for name in names)]))
     batch = "edited_batch" if old else "batch"
-    objects = [BUILD / f"{batch if name == 'batch' else name}.o" for name in (*EXCHANGE, *TRANSPORT, "steady_state")]
+    objects = [BUILD / f"{batch if name == 'batch' else name}.o" for name in (*EXCHANGE, *TRANSPORT, *OWN)]
     program = BUILD / f"steady_state_{batch}"
     must([CXX, *objects, "-rdynamic", "-pthread", "-ldl", "-o", program])
     return program
