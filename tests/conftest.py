@@ -188,6 +188,13 @@ class Leftovers:
                 continue
         return left
 
+    def names_that_stay(self) -> list[str]:
+        """Those that are left after a while: tests that run beside this one come and go."""
+        deadline = time.monotonic() + GRACE_S
+        while (left := self.names()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return left
+
     def look(self) -> list[str]:
         """Waits a little for what is ending, then says what is left, and ends it."""
         deadline = time.monotonic() + GRACE_S

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import types
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Leftovers
 
 from m2n.benchmarks import cases, cli, plugins, runs
 from m2n.reference_model.errors import InputError
@@ -139,13 +139,13 @@ def test_bad_input_starts_nothing(
 
 def test_a_rank_that_dies_ends_the_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its peer does not wait for ever, nothing is left behind, and the exit status is 1."""
-    before = set(os.listdir("/dev/shm"))
+    shared_memory = Leftovers()
     dead = [[sys.executable, "-c", "raise SystemExit('no')"], ["sleep", "60"]]
     monkeypatch.setattr(runs, "start_python", lambda *_: runs.run_processes(dead, 30.0))
     status, _, err = bench(capsys, "latency", *TINY, "--sizes", "1024", "--python", "--baselines", "")
     assert status == 1
     assert "a run failed: no" in err
-    assert set(os.listdir("/dev/shm")) <= before
+    assert not shared_memory.names_that_stay()
 
 
 def test_a_forked_rank_that_fails_ends_the_others() -> None:

@@ -23,6 +23,7 @@ import bodies
 import numpy as np
 import psutil
 import pytest
+from conftest import Leftovers
 
 import m2n
 from m2n import _C
@@ -380,7 +381,7 @@ def test_nothing_is_left_behind(start: Any, tmp_path: Path) -> None:
     """No descriptor, mapping, shared-memory name or abstract socket, whether ranks close or are killed."""
     run_ranks(bodies.pair([[]]), 1, 1, shape=SHAPE, config=bodies.NUMPY)  # the watcher's own descriptors stay
     gc.collect()
-    files_before, shm_before = open_files(), set(os.listdir("/dev/shm"))
+    files_before, shared_memory = open_files(), Leftovers()
     with expert(tmp_path) as comm:
         address = json.loads(next(tmp_path.iterdir()).read_text())["address"]
         assert f"@{address}" in Path("/proc/net/unix").read_text()
@@ -392,6 +393,6 @@ def test_nothing_is_left_behind(start: Any, tmp_path: Path) -> None:
     gc.collect()
     assert open_files() == files_before
     assert "memfd:m2n" not in Path("/proc/self/maps").read_text()
-    assert set(os.listdir("/dev/shm")) == shm_before
+    assert not shared_memory.names_that_stay()
     assert f"@{address}" not in Path("/proc/net/unix").read_text()
     assert not [child for child in psutil.Process().children() if "bodies" in " ".join(child.cmdline())]
