@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from libraries import build_libraries
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -39,14 +40,12 @@ def build(source: Path, directory: Path, *options: str | Path) -> Path:
 
 @pytest.fixture(scope="module")
 def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The installed libraries, moved to another place than they were installed to; the build is gone."""
+    """The installed libraries, moved to another place than they were installed to."""
     place = tmp_path_factory.mktemp("libraries")
-    options = ("-DM2N_PYTHON=OFF", "-DM2N_CUDA=OFF", "-DCMAKE_BUILD_TYPE=Debug")  # compiles in half the time
-    directory = build(ROOT, place / "build", *options)
+    directory = build_libraries()
     looked_for = re.findall(r"^(?:Python|pybind11)_\w+", (directory / "CMakeCache.txt").read_text(), re.MULTILINE)
     assert not looked_for, "libraries need no Python"
     must("cmake", "--install", directory, "--prefix", place / "first")
-    shutil.rmtree(directory)
     return (place / "first").rename(place / "moved, with a space")
 
 

@@ -26,18 +26,26 @@ def nvcc(*arguments: str | Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with machine code for sm_80, 90 and 100 in one object, and the PTX that it was made from."""
+    place = tmp_path_factory.mktemp("kernels")
+    codes = [option for sm in (80, 90, 100) for option in ("-gencode", f"arch=compute_{sm},code=sm_{sm}")]
+    options = [*codes, "--threads", "0", "--keep", "--keep-dir", place, "-Xcompiler=-Wall,-Wextra"]
+    nvcc(*options, "-c", SOURCE, "-o", place / "run_cuda.o")
+    return place
+
+
+@pytest.fixture(scope="module")
+def ptx(compiled: Path) -> dict[str, str]:
     """The code of each verb's kernels, by its name: those for rows of one type each together."""
-    path = tmp_path_factory.mktemp("ptx") / "run_cuda.ptx"
-    nvcc("-arch=compute_80", "-ptx", SOURCE, "-o", path)
+    (path,) = compiled.glob("run_cuda*80.ptx")
     kernels = re.findall(r"\.entry (\w+)\((.*?)^\}", path.read_text(), re.DOTALL | re.MULTILINE)
     assert len(kernels) == 5 + 3 + 3 + 9
     return {verb: "".join(body for name, body in kernels if verb in name) for verb in VERBS}
 
 
-def test_one_build_holds_machine_code_for_sm_80_90_and_100(tmp_path: Path) -> None:
-    codes = [option for sm in (80, 90, 100) for option in ("-gencode", f"arch=compute_{sm},code=sm_{sm}")]
-    nvcc(*codes, "--threads", "0", "-Xcompiler=-Wall,-Wextra", "-c", SOURCE, "-o", tmp_path / "run_cuda.o")
+def test_one_build_holds_machine_code_for_sm_80_90_and_100(compiled: Path) -> None:
+    assert {path.stem.rpartition("_")[2] for path in compiled.glob("*.cubin")} == {"80", "90", "100"}
 
 
 def test_what_surrounds_the_kernels_compiles_without_a_warning(tmp_path: Path) -> None:

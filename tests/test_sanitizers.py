@@ -35,7 +35,7 @@ class Sanitizer(NamedTuple):
         return ROOT / "build" / f"sanitize-{self.name.replace(',', '-')}"
 
 
-THREAD = Sanitizer("thread", "libtsan.so", 25)
+THREAD = Sanitizer("thread", "libtsan.so", 15)
 ADDRESS = Sanitizer("address,undefined", "libasan.so", 10)
 both = pytest.mark.parametrize("sanitizer", [THREAD, ADDRESS], ids=lambda sanitizer: sanitizer.name)
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import subprocess
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from libraries import build_libraries
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -21,9 +22,6 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build/steady-state"
 CXX = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++20", "-O2", "-g1", "-w", "-ffp-contract=off", "-DM2N_HAS_CUDA=0", f"-I{ROOT / 'csrc'}"]
-EXCHANGE = ("attention", "batch", "comm", "expert", "inbox", "route", "sides")
-TRANSPORT = ("faulty", "local", "shm", "transport", "watcher")
-OWN = ("no_network", "steady_state")
 KINDS = [("expert", "pairs"), ("expert", "reduced"), ("attention", "pairs")]
 CANNOT_TRACE = 3
 
@@ -35,31 +33,20 @@ def must(command: list[str | Path]) -> None:
     assert done.returncode == 0, f"{command}\n{done.stderr[-4000:]}"
 
 
-def compile_one(source: Path) -> Path:
-    target = BUILD / f"{source.stem}.o"
-    must([CXX, *FLAGS, "-c", source, "-o", target])
-    return target
-
-
 @functools.cache
 def build(old: str = "", new: str = "") -> Path:
     """The program; with `old` against a copy of batch.cc in which that text is another one."""
     BUILD.mkdir(parents=True, exist_ok=True)
+    directory = build_libraries()
+    sources = [ROOT / "tests/steady_state.cc"]
     if old:
         text = (ROOT / "csrc/exchange/batch.cc").read_text()
         assert text.count(old) == 1, f"batch.cc does not have this text once any more: {old!r}"
-        build()
-        (BUILD / "edited_batch.cc").write_text(text.replace(old, new))
-        compile_one(BUILD / "edited_batch.cc")
-    else:
-        names = [*(f"exchange/{name}.cc" for name in EXCHANGE), *(f"transport/{name}.cc" for name in TRANSPORT)]
-        with ThreadPoolExecutor(2) as pool:
-            own = [ROOT / f"tests/{name}.cc" for name in OWN]
-            list(pool.map(compile_one, [*own, *(ROOT / "csrc" / name for name in names)]))
-    batch = "edited_batch" if old else "batch"
-    objects = [BUILD / f"{batch if name == 'batch' else name}.o" for name in (*EXCHANGE, *TRANSPORT, *OWN)]
-    program = BUILD / f"steady_state_{batch}"
-    must([CXX, *objects, "-rdynamic", "-pthread", "-ldl", "-o", program])
+        sources.append(BUILD / "edited_batch.cc")  # in the place of the library's
+        sources[-1].write_text(text.replace(old, new))
+    program = BUILD / sources[-1].stem
+    libraries = [directory / f"libm2n_{name}.a" for name in ("exchange", "transport")]
+    must([CXX, *FLAGS, *sources, *libraries, "-rdynamic", "-pthread", "-ldl", "-o", program])
     return program
 
 
@@ -73,7 +60,10 @@ def count(program: Path, *arguments: str) -> tuple[Counts, str]:
     for line in done.stdout.splitlines():
         phase, verb, what, number = line.split()
         counts[phase, verb][what] = int(number)
-    return counts, done.stderr
+    places = re.findall(r"\(\+(0x[0-9a-f]+)\)", done.stderr)
+    command = ["addr2line", "--demangle", "--functions", f"--exe={program}", *places]
+    names = subprocess.run(command, capture_output=True, text=True) if places else None
+    return counts, done.stderr + (names.stdout if names else "")
 
 
 @pytest.mark.parametrize("kind", KINDS, ids="-".join)
