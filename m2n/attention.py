@@ -159,10 +159,10 @@ class AttentionComm(Comm):
                 f"pack: the kernels of device {self.device!r} write each row where it belongs in the peer's memory, so "
                 "there is nothing to pack; leave it out"
             )
+        if num_tokens is not None and (self.device == "cpu" or isinstance(num_tokens, int)):
+            topk_ids, topk_weights, num_tokens = topk_ids[:num_tokens], topk_weights[:num_tokens], None
         if self.device != "cpu":
             return self._route_on_device(topk_ids, topk_weights, num_tokens, out, self._on(stream))
-        if num_tokens is not None:
-            topk_ids, topk_weights = topk_ids[:num_tokens], topk_weights[:num_tokens]
         if out is not None and any(route is out for _, route, _ in list(self._borrowed.values())):
             raise ValueError("out: this route is in flight; call combine_recv for its microbatch first")
         topk_ids, topk_weights = arrays.exportable(topk_ids), arrays.exportable(topk_weights)
@@ -181,11 +181,7 @@ class AttentionComm(Comm):
     def _route_on_device(
         self, topk_ids: Any, topk_weights: Any, num_tokens: Any, out: Route | None, handle: tuple[int, ...]
     ) -> Route:
-        so_far = None
-        if num_tokens is not None and not isinstance(num_tokens, int):
-            so_far = arrays.exportable(num_tokens)
-        elif num_tokens is not None:
-            topk_ids, topk_weights = topk_ids[:num_tokens], topk_weights[:num_tokens]
+        so_far = None if num_tokens is None else arrays.exportable(num_tokens)
         into = None if out is None else out._native
         if into is not None and not isinstance(into, _C.DeviceRoute):
             raise ValueError(f"out: it was made for another device than {self.device!r}")

@@ -3,7 +3,7 @@
 // memory that both reach. Any number of threads ring; one takes, in the order of the tickets.
 //
 // An entry is there when it carries the lap of its ticket. Nobody waits for room: a slot of a peer has one message on
-// its way, and what frees it, the peer's reply, comes after the entry was taken. So `num_entries` is at least the
+// its way, and what frees it, the peer's reply, comes after the entry was taken. So `num_rings` is at least the
 // number of slots of all peers.
 #pragma once
 
