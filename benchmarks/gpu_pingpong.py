@@ -24,10 +24,10 @@ from typing import Any
 
 from m2n.benchmarks.synthetic import ModelShape, write_checkpoint
 from m2n.reference_model.result import RunResult
-from m2n.reference_model.run_config import ATTENTION, RunConfig
+from m2n.reference_model.run_config import ATTENTION, EXPERT, RunConfig
 from m2n.reference_model.timeline import check_matplotlib, draw_timeline
 from m2n.reference_model.trace import Trace
-from m2n.reference_model.worker import run_rank
+from m2n.reference_model.worker import load_rank, run_rank
 
 MICROBATCHES = (1, 2, 3, 4)
 # The first steps of a run compile, record and fill the pipeline.
@@ -35,7 +35,7 @@ WARM_UP_STEPS = 6
 TIMEOUT_S = 60.0
 
 
-def run_once(run: RunConfig) -> tuple[list[float], float, list[Trace]]:
+def run_once(run: RunConfig, loaded: dict[str, Any]) -> tuple[list[float], float, list[Trace]]:
     """(seconds between two tokens of a sequence, tokens per second, traces)."""
     prompts = [[1 + idx % 200] for idx in range(run.max_batch)]
     times_s: list[list[float]] = [[] for _ in prompts]
@@ -52,7 +52,7 @@ def run_once(run: RunConfig) -> tuple[list[float], float, list[Trace]]:
         share = dict(enumerate(prompts)) if role == ATTENTION else {}
         try:
             run_rank(run, role, rank, share, store, lambda event: emit({**event, "role": role, "rank": rank}),
-                     meet=meeting.wait)  # fmt: skip
+                     loaded[role], meet=meeting.wait)  # fmt: skip
         except BaseException:
             meeting.abort()
             raise
@@ -101,9 +101,13 @@ def measure(options: argparse.Namespace, checkpoint: Path) -> list[dict[str, Any
     """All runs in turn; rows by m, each with its gain over one microbatch of the same kind."""
     kinds = list(itertools.product((False, True), options.microbatches))
     results: dict[tuple[bool, int], list[Any]] = {kind: [] for kind in kinds}
+    loaded = {role: load_rank(config_of(options, checkpoint, 1, False), role, 0) for role in (ATTENTION, EXPERT)}
     for _ in range(options.rounds):
         for is_graph, m in kinds:
-            results[is_graph, m].append(run_once(config_of(options, checkpoint, m, is_graph)))
+            began = time.perf_counter()
+            results[is_graph, m].append(run_once(config_of(options, checkpoint, m, is_graph), loaded))
+            kind = "in CUDA graphs" if is_graph else "launched"
+            print(f"m = {m}, {kind}: {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
     rows: list[dict[str, Any]] = []
     for is_graph, m in kinds:
         row = row_of(options, m, is_graph, results[is_graph, m])

@@ -8,6 +8,7 @@ Every microbatch takes part in every round, with no tokens where it has no seque
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -20,6 +21,10 @@ from .experts import RemoteExperts
 from .model import KVCache
 from .schedule import ATTEND, COMBINE, DISPATCH, END, Action, round_schedule
 from .scheduler import Piece, Sequence
+
+
+# torch waits for the whole device before it records, which fails while another thread is recording.
+_RECORDING = threading.Lock()
 
 
 class Repeated:
@@ -35,7 +40,7 @@ class Repeated:
         if device.startswith("cuda"):
             graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             # Other ranks may be threads of this process, which record theirs.
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            with _RECORDING, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 launch()
             self._run = graph.replay
 
