@@ -22,7 +22,6 @@ from .model import KVCache
 from .schedule import ATTEND, COMBINE, DISPATCH, END, Action, round_schedule
 from .scheduler import Piece, Sequence
 
-
 # torch waits for the whole device before it records, which fails while another thread is recording.
 _RECORDING = threading.Lock()
 
