@@ -113,6 +113,7 @@ void bind_launches(py::class_<DeviceComm, Options...>& type) {
   type.def(
       "set_timeout", [](DeviceComm& comm, double timeout_s) { comm.set_timeout(timeout_ns(timeout_s)); },
       py::arg("timeout_s"));
+  type.def("use_stream_waits", [](DeviceComm& comm) { comm.use_stream_waits(); });
   type.def(
       "is_capturing", [](DeviceComm& comm, uint64_t stream) { return comm.is_capturing(to_stream(stream)); },
       py::arg("stream"));

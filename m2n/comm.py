@@ -100,6 +100,11 @@ class Comm:
             transport = "cuda" if is_on_gpu else "auto" if is_plain else "shm"
         if transport == "cuda" and not is_on_gpu:
             raise ValueError(f"config.transport: device {self.device!r} needs 'auto' or 'shm', got 'cuda'")
+        if transport == "cuda" and self.config.stream_waits:
+            raise ValueError(
+                "config.stream_waits: the host must be able to end a stream's wait, which it cannot in the memory of a "
+                "GPU; use transport='shm' or 'ucx' on all ranks, or leave out stream_waits (M2N_STREAM_WAITS)"
+            )
         self._transport = transport
         if is_on_gpu:
             self._transport = self.device if transport == "cuda" else f"pinned:{self.device}"
@@ -139,6 +144,8 @@ class Comm:
         self._native = native
         if self.device != "cpu":
             native.set_timeout(self._timeout_s)
+            if self.config.stream_waits:
+                native.use_stream_waits()
         try:
             yield key
         except BaseException:

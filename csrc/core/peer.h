@@ -172,7 +172,7 @@ M2N_HD void signal(Exec& exec, const PeerView& peer, Signal* word, Signal value)
 }
 
 M2N_HD inline Signal poll_signal(const Signal* word) {
-  return load_signal(word);  // SYNC: slot-signal
+  return without_ahead(load_signal(word));  // SYNC: slot-signal
 }
 
 enum class Look : uint32_t {

@@ -22,6 +22,24 @@ M2N_HD constexpr Signal make_signal(uint32_t num_rows, uint32_t seq) {
 M2N_HD constexpr uint32_t signal_seq(Signal signal) { return static_cast<uint32_t>(signal); }
 M2N_HD constexpr uint32_t signal_rows(Signal signal) { return static_cast<uint32_t>(signal >> 32); }
 
+// The owner of a word may put a seq into it that its peer has not sent yet, for a stream that waits for nothing else:
+// the upper 8 bits, which no number of rows reaches, then say how far that seq is ahead of the peer's.
+inline constexpr uint32_t kMostAhead = 0xFE;
+inline constexpr uint32_t kAheadShift = 24;  // in the rows
+inline constexpr uint32_t kPlainRows = (1u << kAheadShift) - 1;
+
+M2N_HD constexpr Signal with_ahead(Signal signal, uint32_t seq) {
+  const uint32_t num_ahead = seq - signal_seq(signal);  // 1 to kMostAhead
+  return make_signal(num_ahead << kAheadShift | (signal_rows(signal) & kPlainRows), seq);
+}
+// As the peer has written it.
+M2N_HD constexpr Signal without_ahead(Signal signal) {
+  const uint32_t num_ahead = signal_rows(signal) >> kAheadShift;
+  if (num_ahead == 0 || num_ahead > kMostAhead) return signal;
+  const uint32_t rows = signal_rows(signal) & kPlainRows;
+  return make_signal(rows == kPlainRows ? kRefusedRows : rows, signal_seq(signal) - num_ahead);
+}
+
 enum class Arrival : uint32_t {
   kNone,       // nothing new
   kNext,       // the message with seq last + 1 is complete

@@ -11,6 +11,7 @@
 #include "exchange/dispatch.h"
 #include "exchange/layout.h"
 #include "exchange/route.h"
+#include "exchange/stream_wait.h"
 
 namespace m2n {
 
@@ -235,6 +236,7 @@ struct AwaitVerb {
   RouteView route;
   uint32_t slot;
   int64_t timeout_ns;
+  StreamWait stream_wait = {};
 };
 
 // The second one sums.
@@ -282,7 +284,8 @@ M2N_HD bool await_reply(Exec& exec, const AwaitVerb& verb, uint32_t rank) {
     look = look_for_reply(view, peer_idx, verb.slot, is_long);
     return look != Look::kPending;
   };
-  wait_for(exec, &view.control->abort, [&] { return read_timeout(view.control, verb.timeout_ns); }, is_told);
+  const auto timeout_ns = [&] { return is_over(verb.stream_wait) ? 0 : read_timeout(view.control, verb.timeout_ns); };
+  wait_for(exec, &view.control->abort, timeout_ns, is_told);
   const Status status = judge_reply(view, peer_idx, verb.slot, look);
   if (status.trouble == Trouble::kNone) {
     view.source_of_rank(verb.slot)[rank] = static_cast<int32_t>(peer_idx);
@@ -307,6 +310,11 @@ M2N_HD void run(Exec& exec, const AwaitVerb& verb) {
   }
   const bool is_any_late = exec.any(is_late);
   if (is_leader(exec)) slot.is_late = is_any_late;
+  if (verb.stream_wait.words == nullptr) return;
+  tell_round(exec, verb.stream_wait);
+  for (uint32_t i = exec.thread(); i < view.peers.table.size(); i += exec.num_threads()) {
+    tell_seq(verb.stream_wait, i, view.seq(i, verb.slot).sent);
+  }
 }
 
 // Rows of T: a kernel holds the code of one type.

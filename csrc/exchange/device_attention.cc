@@ -94,6 +94,7 @@ DispatchVerb DeviceAttentionComm::prepare_dispatch(std::shared_ptr<const DeviceR
   slot.layer = layer;
   slot.is_busy = true;
   wait_slot(microbatch, stream);
+  begin_round(microbatch, stream, [&](uint32_t rank) { return rank < num_ranks_; });
   return verb;
 }
 
@@ -121,7 +122,8 @@ void DeviceAttentionComm::combine_recv(unsigned char* y, uint64_t y_stride_bytes
   const RouteView& route = slot.route->view;
   const uint64_t num_bytes = route.num_tokens * layout_.combine_rows.row_bytes * std::min(shape_.top_k, num_ranks_);
   wait_slot(microbatch, stream);
-  machine.launch(AwaitVerb{view_, route, microbatch, timeout_ns}, stream);
+  const StreamWait stream_wait = wait_on_stream(microbatch, timeout_ns, stream);
+  machine.launch(AwaitVerb{view_, route, microbatch, timeout_ns, stream_wait}, stream);
   machine.launch(CombineRecvVerb{view_, route, y, y_stride_bytes, microbatch}, num_sms, num_bytes, stream);
   if (!machine.is_capturing(stream)) machine.record(slot.route->memory().last_use.get(), stream);
   note_launch(microbatch, stream);
@@ -166,6 +168,15 @@ void DeviceAttentionComm::idle(int64_t timeout_ns, Stream stream) {
     memory_.machine().launch(verb, 1, 0, stream);
     note_launch(microbatch, stream);
   }
+}
+
+void DeviceAttentionComm::use_stream_waits() {
+  wait_on_streams([status = view_.status, max_peers = max_peers_](uint32_t slot) {
+    return std::any_of(status, status + max_peers, [slot](const uint64_t& at) {
+      const uint64_t word = load_acquire(&at);  // SYNC: verb-status
+      return word != 0 && unpack(word).slot == slot;
+    });
+  });
 }
 
 void DeviceAttentionComm::raise_trouble() {

@@ -109,6 +109,9 @@ class DeviceAttentionComm final : public DeviceComm<AttentionSide> {
   // that is so at once: a launch never waits on the host.
   int wait_ready(const std::vector<uint32_t>& microbatches, int64_t deadline_ns, Stream stream);
   void idle(int64_t timeout_ns, Stream stream);
+  // From now on a stream waits by itself for the replies of all expert ranks, ahead of combine_recv's launches. Needs
+  // windows in memory of the host.
+  void use_stream_waits();
   void recover(uint32_t expert_rank) { give_up(expert_rank); }
 
  protected:

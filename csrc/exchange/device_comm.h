@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -11,6 +12,7 @@
 #include "exchange/device_memory.h"
 #include "exchange/doorbell_proxy.h"
 #include "exchange/sides.h"
+#include "exchange/stream_waits.h"
 
 namespace m2n {
 
@@ -18,7 +20,9 @@ template <class Side>
 class DeviceComm : public Side {
  public:
   ~DeviceComm() override {
-    if (!this->is_own_process()) proxy_.release();  // its thread is the parent's
+    if (this->is_own_process()) return;
+    proxy_.release();  // its thread is the parent's
+    waits_.release();
   }
   const std::string& device() const { return memory_.device(); }
   bool is_capturing(Stream stream) { return memory_.machine().is_capturing(stream); }
@@ -40,6 +44,7 @@ class DeviceComm : public Side {
       for (const auto& event : last_launch_) memory_.machine().synchronize(event.get());
       memory_.abort();
       if (was_captured_) memory_.machine().synchronize_all();
+      if (waits_ != nullptr) waits_->stop();
       if (proxy_ != nullptr) proxy_->stop();
     }
     Comm::close();
@@ -82,6 +87,29 @@ class DeviceComm : public Side {
   // Raises the first trouble that a launch has reported, once.
   virtual void raise_trouble() = 0;
 
+  // Streams wait for signals by themselves, ahead of the verbs. `is_troubled`: see StreamWaits.
+  void wait_on_streams(std::function<bool(uint32_t slot)> is_troubled) {
+    const auto signal = [this](uint32_t peer_idx, uint32_t slot) {
+      return const_cast<Signal*>(this->own_signal(peer_idx, slot));
+    };
+    const auto is_live = [this](uint32_t peer_idx) { return this->peers_.is_live(peer_idx); };
+    waits_ = std::make_unique<StreamWaits>(memory_, this->layout_.num_slots, this->max_peers_, this->first_seq_,
+                                           StreamWaits::Sight{signal, is_live, std::move(is_troubled)});
+  }
+  // A round of the slot begins, with the live peers whose rank takes_part(rank).
+  template <class TakesPart>
+  void begin_round(uint32_t slot, Stream stream, TakesPart&& takes_part) {
+    if (waits_ == nullptr || memory_.machine().is_capturing(stream)) return;
+    std::vector<uint32_t> peers = memory_.live_peers();
+    std::erase_if(peers, [&](uint32_t peer_idx) { return !takes_part(this->rank_of(peer_idx)); });
+    waits_->begin_round(slot, std::move(peers));
+  }
+  // Ahead of the verb that waits for what the round's peers send.
+  StreamWait wait_on_stream(uint32_t slot, int64_t timeout_ns, Stream stream) {
+    if (waits_ == nullptr || memory_.machine().is_capturing(stream)) return {};
+    return waits_->launch(slot, timeout_ns, stream);
+  }
+
   // To be called behind each launch on a slot.
   void note_launch(uint32_t slot, Stream stream) {
     if (memory_.machine().is_capturing(stream)) {
@@ -99,6 +127,7 @@ class DeviceComm : public Side {
   bool was_captured_ = false;
   const Doorbell* doorbell_ = nullptr;
   std::unique_ptr<DoorbellProxy> proxy_;
+  std::unique_ptr<StreamWaits> waits_;
 };
 
 }  // namespace m2n

@@ -174,6 +174,8 @@ std::shared_ptr<DeviceBatch> DeviceExpertComm::launch_recv(const Wanted& wanted,
   ReceiveVerb verb{view_, wanted, /*is_peek=*/false, timeout_ns, &launched_[slot], nullptr, &is_unread_[slot]};
   verb.wanted.attention_ranks = keep_ranks(wanted);
   if (!is_captured) machine.wait(stream, received_event_.get());
+  begin_round(slot, stream, [&](uint32_t rank) { return wanted.is_listed(rank); });
+  verb.stream_wait = wait_on_stream(slot, timeout_ns, stream);
   machine.launch(verb, stream);
   if (!is_captured) machine.record(received_event_.get(), stream);
   note_launch(slot, stream);
@@ -223,6 +225,12 @@ void DeviceExpertComm::combine_send(DeviceBatch& batch, const unsigned char* y, 
   const uint64_t num_bytes = (is_reduced ? batch.num_rows : batch.num_pairs) * layout_.combine_rows.row_bytes;
   memory_.machine().launch(verb, num_sms, num_bytes, stream);
   note_launch(batch.microbatch, stream);
+}
+
+void DeviceExpertComm::use_stream_waits() {
+  wait_on_streams([is_unread = is_unread_](uint32_t slot) {
+    return load_acquire(&is_unread[slot]) != 0;  // SYNC: receive-status
+  });
 }
 
 void DeviceExpertComm::raise_trouble() {

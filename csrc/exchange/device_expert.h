@@ -48,6 +48,9 @@ class DeviceExpertComm final : public DeviceComm<ExpertSide> {
   std::optional<Work> wait_work(int64_t deadline_ns, Stream stream);
   void combine_send(DeviceBatch& batch, const unsigned char* y, uint64_t y_stride_bytes, DType y_dtype, bool is_reduced,
                     uint32_t num_sms, Stream stream);
+  // From now on a stream waits by itself for the messages of a launched receive that names its attention ranks. Needs
+  // windows in memory of the host.
+  void use_stream_waits();
   void recover(uint32_t attention_rank) { give_up(attention_rank); }
   // As of ExpertComm. Each look is a launch, which goes behind the receives before it.
   PlacementVersions placement_versions(Stream stream);

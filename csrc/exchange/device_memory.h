@@ -3,6 +3,7 @@
 #pragma once
 
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -66,6 +67,7 @@ class DeviceMemory {
   // Brings peers that have joined, and states that have changed, to the verbs: of a new peer rank, view, state, in the
   // order in which a verb may read them.
   void update_mirror() {
+    const std::lock_guard lock(mirror_mutex_);
     const PeerTable& on_host = peers_.on_host;
     PeerEntry* entries = peers_.table.entries;
     const uint32_t count = on_host.size();
@@ -88,6 +90,18 @@ class DeviceMemory {
     }
   }
 
+  // Peers that the verbs know, the newest life of each rank, and that are live.
+  std::vector<uint32_t> live_peers() {
+    const std::lock_guard lock(mirror_mutex_);
+    const PeerTable& on_host = peers_.on_host;
+    std::vector<uint32_t> live;
+    for (uint32_t i = 0; i < mirrored_.size(); ++i) {
+      const bool is_newest = on_host.find(on_host.entries[i].rank) == static_cast<int32_t>(i);
+      if (is_newest && mirrored_[i] == PeerState::kLive && on_host.is_live(i)) live.push_back(i);
+    }
+    return live;
+  }
+
  private:
   std::string device_;
   Transport* transport_;
@@ -97,6 +111,7 @@ class DeviceMemory {
   Counters* counters_;
   Peers peers_{};
   uint32_t max_peers_ = 0;
+  std::mutex mirror_mutex_;
   std::vector<PeerState> mirrored_;  // by peer index; verbs may have seen a later one
 };
 

@@ -2,8 +2,7 @@
 // Waits for the doorbell as verbs on a CPU wait for signals, and so makes the network's progress meanwhile.
 #include "exchange/doorbell_proxy.h"
 
-#include <pthread.h>
-#include <signal.h>
+#include "transport/own_thread.h"
 
 namespace m2n {
 namespace {
@@ -16,12 +15,7 @@ DoorbellProxy::DoorbellProxy(const Doorbell& bell, Network& network, const HostE
     : reader_(bell), network_(network), exec_(exec), list_pieces_(std::move(list_pieces)) {
   exec_.look_often();  // a device wakes nobody
   exec_.ignore_interrupts();
-  // Signals of the operating system belong to the program's own threads.
-  sigset_t all, before;
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &before);
-  thread_ = std::thread([this] { run(); });
-  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  thread_ = start_own_thread("m2n-doorbell", [this] { run(); });
 }
 
 void DoorbellProxy::stop() {
@@ -32,7 +26,6 @@ void DoorbellProxy::stop() {
 }
 
 void DoorbellProxy::run() {
-  pthread_setname_np(pthread_self(), "m2n-doorbell");
   const auto is_over = [this] {
     network_.look();
     return reader_.is_rung() || load_seq_cst(&is_stopped_) != 0;  // SYNC: doorbell-stopped

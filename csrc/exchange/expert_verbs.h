@@ -11,6 +11,7 @@
 #include "exchange/dispatch.h"
 #include "exchange/inbox.h"
 #include "exchange/layout.h"
+#include "exchange/stream_wait.h"
 
 namespace m2n {
 
@@ -37,6 +38,7 @@ struct ReceiveVerb {
   uint32_t* ranks;      // host memory [max_peers]: of the attention ranks, message by message
   uint64_t* is_unread;  // host memory: set where nothing was received; nullptr: the host reads `received` anyway
   uint32_t* versions = nullptr;  // host memory [max_peers]: the placement versions that peers have shown
+  StreamWait stream_wait = {};
 };
 
 // All threads look for new messages, a message each. False: one of them breaks the protocol, which a second, serial
@@ -145,6 +147,16 @@ M2N_HD void tell_versions(Exec& exec, const InboxView& inbox, uint32_t* versions
   }
 }
 
+// By all threads, a message of the batch each.
+template <class Exec>
+M2N_HD void tell_taken(Exec& exec, const ReceiveVerb& verb) {
+  tell_round(exec, verb.stream_wait);  // behind the looks, too
+  const SlotLists& slot = verb.view.slots[verb.wanted.microbatch];
+  for (uint32_t i = exec.thread(); i < slot.state->num_messages; i += exec.num_threads()) {
+    tell_seq(verb.stream_wait, slot.messages[i].arrived.peer_idx, slot.messages[i].seq);
+  }
+}
+
 // For one block. All its threads look together, and its leader says when to stop.
 template <class Exec>
 M2N_HD void run(Exec& exec, const ReceiveVerb& verb) {
@@ -152,18 +164,19 @@ M2N_HD void run(Exec& exec, const ReceiveVerb& verb) {
   Received received{};
   bool is_told = look_around(exec, verb, /*is_long=*/false, received);
   const int64_t began_ns = exec.now_ns();
-  const int64_t wait_ns = is_told ? 0 : read_timeout(control, verb.timeout_ns);
-  bool is_over = false;
-  for (uint32_t i = 1; !is_told && !is_over; ++i) {
+  const int64_t wait_ns = is_told || is_over(verb.stream_wait) ? 0 : read_timeout(control, verb.timeout_ns);
+  bool is_last = false;
+  for (uint32_t i = 1; !is_told && !is_last; ++i) {
     exec.pause();
     const bool is_long = i % kLooksPerLong == 0;
     // Before the look: the last one comes after the end.
     const bool is_late = is_leader(exec) && exec.now_ns() - began_ns >= wait_ns;
-    is_over = exec.any(is_late || (is_long && load_acquire(&control->abort) != 0));  // SYNC: verb-abort
-    is_told = look_around(exec, verb, is_long || is_over, received);
+    is_last = exec.any(is_late || (is_long && load_acquire(&control->abort) != 0));  // SYNC: verb-abort
+    is_told = look_around(exec, verb, is_long || is_last, received);
   }
   if (verb.is_unread != nullptr && !is_told) leave_empty(exec, verb.view, verb.wanted.microbatch);
   if (verb.versions != nullptr) tell_versions(exec, verb.view.inbox, verb.versions);
+  if (verb.stream_wait.words != nullptr) tell_taken(exec, verb);
   if (!is_leader(exec) || (verb.is_unread != nullptr && received.is_batch)) return;
   received.missing_rank = missing_rank(verb.view.inbox, verb.wanted);
   *verb.received = received;

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "exchange/attention_verbs.h"
 #include "exchange/expert_verbs.h"
@@ -74,6 +75,15 @@ class Machine {
   virtual void record(void* event, Stream stream) = 0;
   virtual void wait(Stream stream, void* event) = 0;
   virtual void synchronize(void* event) = 0;
+
+  // The stream stores `ticket` in *begun, waits until each word has come to its value (both wrap), and stores it in
+  // *passed: nothing else ends that. All words lie in memory of the host.
+  struct WordWait {
+    const uint32_t* word;
+    uint32_t value;
+  };
+  virtual void wait_words(const std::vector<WordWait>& waits, uint32_t* begun, uint32_t* passed, uint32_t ticket,
+                          Stream stream) = 0;
 
   // On one block of threads.
   virtual void launch(const RouteVerb& verb, Stream stream) = 0;

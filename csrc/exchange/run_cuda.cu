@@ -16,6 +16,7 @@ constexpr uint32_t kThreads = 512;
 static_assert(kThreads <= kMaxParts);
 // What a block is launched for, at least: each of its warps copies 1 KB or more at a time.
 constexpr uint64_t kBlockBytes = 4096;
+constexpr size_t kMostOps = 128;  // of the driver in one call
 
 class VerbExec : public KernelExec {
  public:
@@ -125,6 +126,30 @@ class CudaMachine final : public Machine {
     check_cuda(cudaEventSynchronize(static_cast<cudaEvent_t>(event)), "a kernel failed");
   }
 
+  void wait_words(const std::vector<WordWait>& waits, uint32_t* begun, uint32_t* passed, uint32_t ticket,
+                  Stream stream) override {
+    const OnDevice on_device(ordinal_);
+    std::vector<CUstreamBatchMemOpParams> ops;
+    ops.push_back(store_op(begun, ticket));  // SYNC: wait-begun
+    for (const WordWait& wait : waits) {
+      CUstreamBatchMemOpParams op{};
+      op.waitValue.operation = CU_STREAM_MEM_OP_WAIT_VALUE_32;
+      op.waitValue.address = reinterpret_cast<CUdeviceptr>(wait.word);  // SYNC: slot-signal
+      op.waitValue.value = wait.value;
+      op.waitValue.flags = CU_STREAM_WAIT_VALUE_GEQ;
+      ops.push_back(op);
+    }
+    ops.push_back(store_op(passed, ticket));  // SYNC: wait-passed
+    for (size_t i = 0; i < ops.size(); i += kMostOps) {
+      const auto count = static_cast<unsigned>(std::min(ops.size() - i, kMostOps));
+      if (cuda_driver().stream_batch(static_cast<CUstream>(stream), count, ops.data() + i, 0) != CUDA_SUCCESS) {
+        throw Error(Failure::kSetup,
+                    "cuda: a stream cannot wait by itself here (cuStreamBatchMemOp); leave out "
+                    "stream_waits");
+      }
+    }
+  }
+
   void launch(const RouteVerb& verb, Stream stream) override { start(verb, 1, kThreads, stream); }
   void launch(const AwaitVerb& verb, Stream stream) override { start(verb, 1, kThreads, stream); }
   void launch(const PollVerb& verb, Stream stream) override { start(verb, 1, 1, stream); }
@@ -140,6 +165,14 @@ class CudaMachine final : public Machine {
   }
 
  private:
+  // Everything before it in the stream is visible to who sees it.
+  static CUstreamBatchMemOpParams store_op(uint32_t* word, uint32_t value) {
+    CUstreamBatchMemOpParams op{};
+    op.writeValue.operation = CU_STREAM_MEM_OP_WRITE_VALUE_32;
+    op.writeValue.address = reinterpret_cast<CUdeviceptr>(word);
+    op.writeValue.value = value;
+    return op;
+  }
   static uint32_t num_blocks(uint32_t num_sms, uint64_t num_bytes) {
     return static_cast<uint32_t>(std::clamp<uint64_t>(num_bytes / kBlockBytes, 1, std::max(num_sms, 1u)));
   }

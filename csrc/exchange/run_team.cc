@@ -47,6 +47,15 @@ class TeamMachine final : public Machine {
   void wait(Stream, void*) override {}
   void synchronize(void*) override {}
 
+  void wait_words(const std::vector<WordWait>& waits, uint32_t* begun, uint32_t* passed, uint32_t ticket,
+                  Stream) override {
+    store_release(begun, ticket);  // SYNC: wait-begun
+    for (const WordWait& wait : waits) {
+      while (static_cast<int32_t>(load_acquire(wait.word) - wait.value) < 0) sched_yield();  // SYNC: slot-signal
+    }
+    store_release(passed, ticket);  // SYNC: wait-passed
+  }
+
   void launch(const RouteVerb& verb, Stream) override { start(verb, 1); }
   void launch(const AwaitVerb& verb, Stream) override { start(verb, 1); }
   void launch(const PollVerb& verb, Stream) override { start(verb, 1); }

@@ -40,6 +40,7 @@ CudaDriver load_driver() {
   look_up("cuDeviceGetAttribute", driver.device_attribute);
   look_up("cuStreamWriteValue64", driver.stream_write);
   look_up("cuStreamWaitValue64", driver.stream_wait);
+  look_up("cuStreamBatchMemOp", driver.stream_batch);
   look_up("cuGetErrorString", driver.error_string);
   return driver;
 }

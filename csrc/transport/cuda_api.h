@@ -53,6 +53,7 @@ struct CudaDriver {
   decltype(&::cuDeviceGetAttribute) device_attribute;
   decltype(&::cuStreamWriteValue64) stream_write;
   decltype(&::cuStreamWaitValue64) stream_wait;
+  decltype(&::cuStreamBatchMemOp) stream_batch;
   decltype(&::cuGetErrorString) error_string;
 };
 const CudaDriver& cuda_driver();

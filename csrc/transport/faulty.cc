@@ -2,9 +2,7 @@
 // A transport with faults, put around another one: a run on it must end with the same results. So far signals come
 // late, as on a slow network: the rows are written at once, their signal is held back by a delay from a seed, in which
 // no core is occupied.
-#include <pthread.h>
 #include <sched.h>
-#include <signal.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
@@ -21,6 +19,7 @@
 #include "core/error.h"
 #include "core/peer.h"
 #include "transport/host_exec.h"
+#include "transport/own_thread.h"
 #include "transport/transport.h"
 
 namespace m2n {
@@ -112,13 +111,8 @@ void make_prompt() {
 class DelayedSignals final : public SignalRelay {
  public:
   DelayedSignals(const Faults& faults, uint64_t stream) : shared_(std::make_shared<Shared>(faults, stream)) {
-    // Signals of the operating system belong to the program's own threads.
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
     // It owns a share: in a forked child, which has no such thread, what it may have locked is never touched again.
-    std::thread([shared = shared_] { shared->run(); }).detach();
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    start_own_thread("m2n-faulty", [shared = shared_] { shared->run(); }).detach();
   }
   ~DelayedSignals() override {
     if (fork_count_ == fork_count()) shared_->stop();
@@ -160,7 +154,6 @@ class DelayedSignals final : public SignalRelay {
     }
 
     void run() {
-      pthread_setname_np(pthread_self(), "m2n-faulty");
       make_prompt();
       std::unique_lock lock(mutex);
       while (!is_stopped) {

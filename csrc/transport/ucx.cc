@@ -1,13 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Across hosts: windows in this host's memory, which peers reach through UCX, loaded when it is asked for. A GPU may
 // use that memory too.
-#include <pthread.h>
-#include <signal.h>
-
-#include <thread>
-
 #include "core/error.h"
 #include "transport/host_exec.h"
+#include "transport/own_thread.h"
 #include "transport/transport.h"
 #include "transport/ucx_links.h"
 #include "transport/ucx_proxy.h"
@@ -63,15 +59,7 @@ class UcxNetwork final : public Network {
   void open(LinkListener* listener, WakeWord* own_wake, const Peers& peers) override {
     own_wake_ = own_wake;
     shared_->links.open(peers, [this] { wake_sleepers(own_wake_, this); }, [this] { shared_->proxy.kick(false); });
-    // Signals of the operating system belong to the program's own threads.
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    std::thread([shared = shared_, listener] {
-      pthread_setname_np(pthread_self(), "m2n-ucx");
-      shared->proxy.run(*listener);
-    }).detach();
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    start_own_thread("m2n-ucx", [shared = shared_, listener] { shared->proxy.run(*listener); }).detach();
     is_running_ = true;
   }
 

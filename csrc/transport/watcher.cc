@@ -3,8 +3,6 @@
 #include "transport/watcher.h"
 
 #include <poll.h>
-#include <pthread.h>
-#include <signal.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
@@ -22,6 +20,7 @@
 #include "core/error.h"
 #include "transport/control.h"
 #include "transport/host_exec.h"
+#include "transport/own_thread.h"
 #include "transport/transport.h"
 
 namespace m2n {
@@ -82,12 +81,7 @@ class Watcher {
     if (epoll_fd_ < 0 || wake_fd_ < 0 || !listen(wake_fd_, EPOLLIN, kWakeKey)) {
       throw Error(Failure::kSetup, std::string("watcher: epoll_create1: ") + std::strerror(errno));
     }
-    // Signals belong to the program's own threads.
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    std::thread([this] { run(); }).detach();
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    start_own_thread("m2n-watcher", [this] { run(); }).detach();
   }
 
   uint64_t add(Watched watched) {
@@ -148,7 +142,6 @@ class Watcher {
   }
 
   void run() {
-    pthread_setname_np(pthread_self(), "m2n-watcher");
     int64_t sleep_ns = 0;
     while (true) {
       const int64_t wake_at_ns = now_ns() + sleep_ns;
