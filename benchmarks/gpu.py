@@ -169,6 +169,8 @@ def time_it(run: Run, timeline: Path | None = None) -> list[dict[str, Any]]:
     output += "\n" + run.step("signal by stream memory operations", [timing, "--stream-signal"], 20, may_refuse=True)
     verbs = [sys.executable, str(ROOT / "benchmarks/gpu_verbs.py")]
     output += "\n" + run.step("verbs", verbs, 180, CUDA_MODULE_LOADING="EAGER")
+    waits = [sys.executable, "-m", "m2n.benchmarks.gpu_waits"]
+    output += "\n" + run.step("waits by kernels and by streams", waits, 60, CUDA_MODULE_LOADING="EAGER")
     figures = [sys.executable, "-m", "m2n.benchmarks.gpu_figures"]
     output += "\n" + run.step("figures 11 and 12", figures, 75, CUDA_MODULE_LOADING="EAGER")
     if importlib.util.find_spec("safetensors") is None:

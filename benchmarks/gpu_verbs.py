@@ -24,6 +24,7 @@ from m2n import testing
 from m2n.benchmarks.gpu_copies import CopyExchange, Streams
 
 NUM_RANKS = 8
+CONFIG = m2n.Config(arrays="torch", timeout_s=20.0)
 WARM_UP = 5
 
 
@@ -119,15 +120,16 @@ class Side:
 class Bench:
     """One attention rank, eight expert ranks, `microbatches` slots; T tokens of 7168 bfloat16, top-8 of 64 experts."""
 
-    def __init__(self, store: str, num_tokens: int, microbatches: int, hidden: int = 7168) -> None:
+    def __init__(
+        self, store: str, num_tokens: int, microbatches: int, hidden: int = 7168, config: m2n.Config = CONFIG
+    ) -> None:
         self.shape = m2n.Shape(
             hidden=hidden, num_experts=64, top_k=8, max_tokens=num_tokens, microbatches=microbatches,
             dispatch_dtype="bfloat16", combine_dtype="bfloat16",
         )  # fmt: skip
         self.placement = m2n.Placement.block(64, NUM_RANKS)
-        config = m2n.Config(arrays="torch", timeout_s=20.0)
         options = {"shape": self.shape, "placement": self.placement, "store": store, "device": "cuda:0",
-                   "name": f"{num_tokens}-{microbatches}", "config": config}  # fmt: skip
+                   "name": f"{num_tokens}-{microbatches}-{config.stream_waits}", "config": config}  # fmt: skip
         comms = [m2n.ExpertComm(rank, max_peers=1, **options) for rank in range(NUM_RANKS)]
         self.attention = m2n.AttentionComm(0, max_peers=NUM_RANKS, **options)
         assert all(comm.wait_peer(0) for comm in comms)
@@ -158,7 +160,7 @@ class Bench:
 
     def receive(self) -> None:
         self.batches = [
-            (side, side.comm.dispatch_recv(0, microbatch, linger_us=0, sync=False))
+            (side, side.comm.dispatch_recv(0, microbatch, linger_us=None, attention_ranks=[0], sync=False))
             for microbatch in range(self.shape.microbatches)
             for side in self.sides
         ]
@@ -173,12 +175,18 @@ class Bench:
 
     def round_trip(self, num_sms: int | None = None) -> None:
         """Of one microbatch, every expert rank on its own stream, from the start: they wait for their signals."""
+        self.round_trip_behind(None, num_sms)
+
+    def round_trip_behind(self, work: Callable[[], object] | None, num_sms: int | None = None) -> None:
+        """`work` comes when all expert ranks wait, before anything is sent."""
         here = torch.cuda.current_stream()
         for side in self.sides:
             side.stream.wait_stream(here)
             with torch.cuda.stream(side.stream):
-                batch = side.comm.dispatch_recv(0, 0, linger_us=0, sync=False)
+                batch = side.comm.dispatch_recv(0, 0, linger_us=None, attention_ranks=[0], sync=False)
                 side.comm.combine_send(batch, side.y, num_sms=num_sms)
+        if work is not None:
+            work()
         self.attention.route(self.ids, self.weights, out=self.routes[0])
         self.attention.dispatch_send(self.x, self.routes[0], 0, num_sms=num_sms)
         self.attention.combine_recv(0, out=self.results, num_sms=num_sms)

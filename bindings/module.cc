@@ -171,6 +171,8 @@ py::dict stats_dict(const Comm& comm) {
   dict["bytes_sent"] = stats.bytes_sent;
   dict["bytes_received"] = stats.bytes_received;
   dict["bytes_packed"] = stats.bytes_packed;
+  dict["stream_waits"] = stats.stream_waits;
+  dict["stream_waits_ended"] = stats.stream_waits_ended;
   dict["wait_us"] = static_cast<double>(stats.wait_ns) / 1e3;
   dict["signals_held"] = stats.signals_held;
   dict["held_us"] = static_cast<double>(stats.held_ns) / 1e3;

@@ -226,6 +226,9 @@ class Comm:
         """Counters since the comm was made: messages, rows and bytes in each direction, wait_us, rows_gathered,
         and bytes_packed: of rows that were copied once more before they were sent, for `route(pack=True)`.
 
+        With `Config.stream_waits` also stream_waits, before how many verbs a stream has waited by itself, and
+        stream_waits_ended, how many of the signals that one waited for the host had to end, since the peer was late or
+        gone; else both are 0.
         With `Config.faults` also signals_held, those that were held back and have come by now, and held_us, for how
         long in all; else both are 0.
         """

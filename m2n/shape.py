@@ -263,11 +263,12 @@ class Config:
             else cupy on a GPU and numpy on the CPU.
         num_sms: on a GPU, the most thread blocks of a verb that moves rows, of 512 or 1,024 threads each. More is
             faster up to about half of the device's multiprocessors, and takes more from what computes beside it.
-        stream_waits: combine_recv, and a dispatch_recv with sync=False and attention_ranks, let the stream itself wait for
-            signals (cuStreamWaitValue), outside graphs, before their kernel is launched: no multiprocessor is held
-            meanwhile. For the replies of all expert ranks, those included that got no rows. Needs transport "shm" or
-            "ucx"; nothing changes on CPUs. Other streams go on only with one hardware queue each: set
-            CUDA_DEVICE_MAX_CONNECTIONS=32. Default: M2N_STREAM_WAITS=1, or False: the kernel waits.
+        stream_waits: outside graphs the stream itself waits for signals (cuStreamWaitValue; paper section 5) ahead
+            of the kernels of combine_recv, and of a dispatch_recv with sync=False and attention_ranks: no
+            multiprocessor is held meanwhile. combine_recv then waits for all expert ranks, also for those that it has
+            sent no rows to. Needs transport "shm" or "ucx"; nothing changes for comms on CPUs. Set
+            CUDA_DEVICE_MAX_CONNECTIONS=32: a stream that waits may hold up others that share its hardware queue.
+            Default: M2N_STREAM_WAITS=1, or False: kernels wait.
         faults: a slow network to imitate; default: M2N_FAULTS, as "delay_us=500,jitter_us=100,seed=1", or none.
         ucx_library: the path of libucp.so.0 (UCX 1.13 or later); default: M2N_UCX_LIBRARY, or None: the system's, else
             that of the package libucx-cu12 or libucx-cu13. It is loaded by the first comm with transport="ucx".

@@ -19,12 +19,18 @@ import numpy as np
 import pytest
 import torch
 import virtual_ranks
-from test_faults import IDS, ONE, SHAPE, SOON_S, TWO, WEIGHTS, X, pytestmark  # noqa: F401  # over each transport
+from test_faults import IDS, ONE, SHAPE, SOON_S, TWO, WEIGHTS, X
 
 import m2n
 from m2n import arrays, testing
 from m2n.testing import expert_outputs
 
+pytestmark = [
+    pytest.mark.usefixtures("transport"),
+    pytest.mark.parametrize(
+        "transport", ("auto", "stream-waits", pytest.param("ucx", marks=pytest.mark.ucx)), indirect=True
+    ),
+]
 on_devices = pytest.mark.parametrize("device", ("emulated", pytest.param("cuda:0", marks=pytest.mark.cuda)))
 
 

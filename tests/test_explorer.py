@@ -118,7 +118,8 @@ def test_what_cxx_forbids_is_not_explored(name: str) -> None:
 
 CASES = {
     "link": (
-        "one_link", "wrap", "two_senders", "two_receivers", "skipped_number", "mortal_expert", "mortal_attention"
+        "one_link", "wrap", "two_senders", "two_receivers", "skipped_number", "ended_wait", "mortal_expert",
+        "mortal_attention"
     ),
     "wake": (
         "one_writer", "two_writers", "two_messages", "two_sleepers", "closed", "closed_or_signalled", "mortal_peer"
@@ -158,6 +159,14 @@ SEEN, READY = (
     "  const uint32_t seen = load_seq_cst(&wake->events);  // SYNC: wake-event\n",
     "  if (ready()) return true;                           // it loads signals seq_cst\n",
 )
+STORE_AHEAD = "store_seq_cst(word, with_ahead(peers, seq)); return true;"
+ENDING = """\
+    await([&] {
+      m2n::run_ahead(&area.signal, seq + 1);
+      return m2n::load_acquire(&shared.is_passed) != 0;
+    });
+"""
+ENDING_ONCE = "    m2n::run_ahead(&area.signal, seq + 1);\n"
 LEAVE = "if (m2n::leave(exec, &shared.gate))"
 DECIDE = "store_release_to_blocks(&gate->verdict, verdict);"
 WRONG = [
@@ -186,6 +195,27 @@ WRONG = [
         "violation",
     ),
     ("no-second-look-at-a-dead-peer", "link", "mortal_expert", [Edit("core/peer.h", LAST_LOOK, "")], "was lost"),
+    (
+        "the-owner-of-a-signal-stores-instead-of-replacing",
+        "link",
+        "ended_wait",
+        [Edit("core/peer.h", "return replace_seq_cst(word, seen, with_ahead(peers, seq));", STORE_AHEAD)],
+        HANG,
+    ),
+    (
+        "a-number-that-runs-ahead-is-taken-for-the-peers",
+        "link",
+        "ended_wait",
+        [Edit("core/peer.h", "return without_ahead(load_signal(word));", "return load_signal(word);")],
+        "violation",
+    ),
+    (
+        "a-wait-is-ended-only-once",
+        "link",
+        "ended_wait",
+        [Edit("link.cc", ENDING, ENDING_ONCE)],
+        HANG,
+    ),
     (
         "relaxed-state-of-a-peer",
         "link",

@@ -175,6 +175,16 @@ M2N_HD inline Signal poll_signal(const Signal* word) {
   return without_ahead(load_signal(word));  // SYNC: slot-signal
 }
 
+// By the owner of a word, for a stream that waits until its seq has come to this one: puts it there ahead of the peer,
+// which loses nothing by it. False: there was no need, or the peer's own came in between, and may have to be looked at
+// again.
+inline bool run_ahead(Signal* word, uint32_t seq) {
+  const Signal seen = load_signal(word);  // SYNC: slot-signal
+  const Signal peers = without_ahead(seen);
+  if (static_cast<int32_t>(signal_seq(seen) - seq) >= 0 || seq - signal_seq(peers) > kMostAhead) return false;
+  return replace_seq_cst(word, seen, with_ahead(peers, seq));  // SYNC: slot-signal
+}
+
 enum class Look : uint32_t {
   kPending,
   kArrived,

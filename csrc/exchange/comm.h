@@ -23,12 +23,14 @@ struct Stats {
   uint64_t messages_received = 0;
   uint64_t rows_sent = 0;
   uint64_t rows_received = 0;
-  uint64_t bytes_sent = 0;      // rows, ids, weights and headers written into peers' windows
-  uint64_t bytes_received = 0;  // likewise, that peers wrote here
-  uint64_t bytes_packed = 0;    // rows copied side by side before they were sent, where the route asked for it
-  uint64_t wait_ns = 0;         // spent inside waits of the verbs, after some microseconds of spinning
-  uint64_t signals_held = 0;    // that a relay has delivered
-  uint64_t held_ns = 0;         // from when they were sent until then
+  uint64_t bytes_sent = 0;          // rows, ids, weights and headers written into peers' windows
+  uint64_t bytes_received = 0;      // likewise, that peers wrote here
+  uint64_t bytes_packed = 0;        // rows copied side by side before they were sent, where the route asked for it
+  uint64_t stream_waits = 0;        // by streams themselves, ahead of a verb
+  uint64_t stream_waits_ended = 0;  // words of those that this host ended: a peer was late, gone or in trouble
+  uint64_t wait_ns = 0;             // spent inside waits of the verbs, after some microseconds of spinning
+  uint64_t signals_held = 0;        // that a relay has delivered
+  uint64_t held_ns = 0;             // from when they were sent until then
 };
 
 struct PeerInfo {

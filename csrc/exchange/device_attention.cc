@@ -195,6 +195,7 @@ void DeviceAttentionComm::raise_trouble() {
 void DeviceAttentionComm::raise_trouble(uint32_t peer_idx, const Status& status) {
   const uint32_t peer_rank = rank_of(peer_idx);
   Slot& slot = slots_.at(status.slot);
+  doubt_rounds(status.slot);
   const std::string verb =
       (status.verb == Verb::kDispatchSend ? "dispatch_send(microbatch=" : "combine_recv(microbatch=") +
       std::to_string(status.slot) + ")";

@@ -58,6 +58,11 @@ class DeviceComm : public Side {
     stats.messages_received = moved.messages_received;
     stats.rows_received = moved.rows_received;
     stats.bytes_received = this->bytes_received(moved.messages_received, moved.rows_received);
+    if (waits_ != nullptr) {
+      const StreamWaits::Counts counts = waits_->counts();
+      stats.stream_waits = counts.launched;
+      stats.stream_waits_ended = counts.ended;
+    }
     return stats;
   }
 
@@ -108,6 +113,11 @@ class DeviceComm : public Side {
   StreamWait wait_on_stream(uint32_t slot, int64_t timeout_ns, Stream stream) {
     if (waits_ == nullptr || memory_.machine().is_capturing(stream)) return {};
     return waits_->launch(slot, timeout_ns, stream);
+  }
+
+  // Trouble on a slot is told to the caller, and so no longer to the thread that ends waits.
+  void doubt_rounds(uint32_t slot) {
+    if (waits_ != nullptr) waits_->doubt(slot);
   }
 
   // To be called behind each launch on a slot.

@@ -238,6 +238,7 @@ void DeviceExpertComm::raise_trouble() {
     if (load_acquire(&is_unread_[slot]) == 0) continue;  // SYNC: receive-status
     const Received received = launched_[slot];
     store_release(&is_unread_[slot], uint64_t{0});  // SYNC: receive-status
+    doubt_rounds(slot);
     raise_if_broken(received);
     if (received.is_started) raise_timeout(received.missing_rank);
     throw Error(Failure::kTimeout, "dispatch_recv(microbatch=" + std::to_string(slot) +

@@ -36,6 +36,11 @@ void StreamWaits::begin_round(uint32_t slot, std::vector<uint32_t> peers) {
   state.first_alike = state.rounds;
 }
 
+void StreamWaits::doubt(uint32_t slot) {
+  const std::lock_guard lock(mutex_);
+  slots_[slot].first_alike = slots_[slot].rounds + 1;
+}
+
 std::vector<StreamWaits::Awaited> StreamWaits::guess(const Slot& state, uint32_t slot) const {
   std::vector<Awaited> awaited;
   for (const uint32_t peer_idx : state.peers) {
@@ -44,7 +49,7 @@ std::vector<StreamWaits::Awaited> StreamWaits::guess(const Slot& state, uint32_t
   }
   const uint32_t told = load_relaxed(&words_[slot].rounds);  // SYNC: wait-round
   const uint32_t num_more = state.rounds - told;
-  // Rounds with other peers are under way, or too many.
+  // Rounds with other peers, or in doubt, are under way, or too many.
   if (!is_reached(told + 1, state.first_alike) || num_more > kMostAhead / 2) return {};
   for (Awaited& each : awaited) each.seq += num_more;
   return awaited;
@@ -57,6 +62,7 @@ StreamWait StreamWaits::launch(uint32_t slot, int64_t timeout_ns, Stream stream)
   const std::vector<Awaited> awaited = guess(state, slot);
   if (awaited.empty()) return wait;
   pending_.push_back({slot, wait.ticket, timeout_ns, awaited});
+  ++counts_.launched;
   lock.unlock();
   is_changed_.notify_one();
   std::vector<Machine::WordWait> waits;
@@ -89,17 +95,9 @@ bool StreamWaits::look_after(Pending& pending) {
   if (is_over) store_release(&words.ended, pending.ticket);            // SYNC: wait-ended
   const bool ends_all = is_over || sight_.is_troubled(pending.slot);
   for (const Awaited& each : pending.awaited) {
-    if (ends_all || !sight_.is_live(each.peer_idx)) end(each);
+    if (ends_all || !sight_.is_live(each.peer_idx)) counts_.ended += run_ahead(each.word, each.seq);
   }
   return true;  // until the stream says so: the peer's signal may have come in between, with a seq before
-}
-
-void StreamWaits::end(const Awaited& awaited) {
-  const Signal seen = load_signal(awaited.word);  // SYNC: slot-signal
-  if (is_reached(signal_seq(seen), awaited.seq)) return;
-  const Signal peers = without_ahead(seen);
-  if (awaited.seq - signal_seq(peers) > kMostAhead) return;
-  replace_seq_cst(awaited.word, seen, with_ahead(peers, awaited.seq));  // SYNC: slot-signal
 }
 
 void StreamWaits::stop() {

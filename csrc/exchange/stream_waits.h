@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Waits of streams for signals, by operations that hold no multiprocessor (cuStreamWaitValue), the paper's mechanism
-// (section 5.2). A choice: without it the verb's kernel waits.
+// (section 5). A choice: without it the verb's kernel waits.
 //
 // Such a wait ends with the word that it waits for, and nothing else. So the host ends it where the peer is gone, the
 // time is over, or a verb has told of trouble: it puts the seq that the stream waits for into its own signal's word, in
@@ -43,6 +43,18 @@ class StreamWaits {
   // Lets the stream wait for the messages of the last round begun; for the verb that is launched next.
   StreamWait launch(uint32_t slot, int64_t timeout_ns, Stream stream);
 
+  // A round of the slot may have failed: no stream waits until the verbs have told of all that were launched.
+  void doubt(uint32_t slot);
+
+  struct Counts {
+    uint64_t launched;  // waits of streams
+    uint64_t ended;     // words that the host wrote in place of a peer
+  };
+  Counts counts() const {
+    const std::lock_guard lock(mutex_);
+    return counts_;
+  }
+
   // To be called when no stream waits any more, or after abort.
   void stop();
 
@@ -70,17 +82,17 @@ class StreamWaits {
   void run();
   // False: there is nothing to look after any more.
   bool look_after(Pending& pending);
-  void end(const Awaited& awaited);
 
   DeviceMemory& memory_;
   const uint32_t max_peers_;
   const Sight sight_;
   WaitWords* words_;  // [slot]
   uint32_t* seqs_;    // [slot][peer]
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
   std::condition_variable is_changed_;
   std::vector<Slot> slots_;
   std::vector<Pending> pending_;
+  Counts counts_{};
   bool is_stopped_ = false;
   std::thread thread_;
 };

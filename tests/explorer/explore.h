@@ -140,7 +140,7 @@ class Search {
   // What the next operation of a thread may do: messages of a word, or numbers.
   static std::vector<uint8_t> choices(const State& state, size_t index) {
     const Op& op = state.threads[index].next;
-    if (op.what <= Do::kAdd) return state.memory.choices(index, op.target, op.order, op.what == Do::kLoad);
+    if (op.what <= Do::kReplace) return state.memory.choices(index, op.target, op.order, op.what == Do::kLoad);
     std::vector<uint8_t> numbers(op.what == Do::kChoose ? op.value : 1);
     for (size_t i = 0; i < numbers.size(); ++i) numbers[i] = static_cast<uint8_t>(i);
     return numbers;
@@ -160,6 +160,14 @@ class Search {
         break;
       case Do::kAdd:
         seen.value = memory.add(index, op.target, op.order, choice, op.value, op.mask);
+        break;
+      case Do::kReplace:
+        seen.value = memory.load(index, op.target, op.order, choice);
+        if (seen.value != op.expected) {
+          seen = {seen.value, op.target, choice};
+        } else {
+          memory.store(index, op.target, op.order, choice, op.value, true);
+        }
         break;
       case Do::kSleep:  // as the kernel does it: compares with the newest value and goes to sleep, in one step
         if (memory.words[op.target].back().value != op.value) break;
@@ -291,6 +299,11 @@ class AtomicRef {
   T load(Order order) const { return static_cast<T>(search.perform(op(Do::kLoad, order, 0))); }
   void store(T value, Order order) const { search.perform(op(Do::kStore, order, value)); }
   T fetch_add(T value, Order order) const { return static_cast<T>(search.perform(op(Do::kAdd, order, value))); }
+  bool compare_exchange_strong(T& expected, T value, Order order) const {
+    Op replace = op(Do::kReplace, order, value);
+    replace.expected = expected;
+    return static_cast<T>(search.perform(replace)) == expected;
+  }
 
  private:
   Op op(Do what, Order order, T value) const {

@@ -36,6 +36,7 @@ struct Shared {
   Area reply[kMaxLinks][kSlots];
   m2n::PeerEntry peer;
   uint32_t num_peers;
+  uint32_t is_passed;
 } shared;
 
 uint32_t first_seq = 0;
@@ -156,6 +157,25 @@ void skipped_number(size_t thread) {
   });
 }
 
+// A stream waits for more than the peer ever sends, and its host lets it go on, while what the peer does send comes:
+// the verb behind the stream's wait finds it.
+void ended_wait(size_t thread) {
+  Area& area = shared.reply[0][0];
+  const uint32_t seq = first_seq + 1;
+  if (thread == 0) return send(area, seq, row_of(0, 0, seq, true));
+  if (thread == 1) {
+    await([&] {
+      m2n::run_ahead(&area.signal, seq + 1);
+      return m2n::load_acquire(&shared.is_passed) != 0;
+    });
+    return;
+  }
+  await([&] { return static_cast<int32_t>(m2n::signal_seq(m2n::load_signal(&area.signal)) - (seq + 1)) >= 0; });
+  m2n::store_release(&shared.is_passed, 1u);
+  await_message(area, first_seq);
+  check_rows(area, row_of(0, 0, seq, true));
+}
+
 // Thread 1 may die at any step; thread 2 watches it, as the owner's watcher does; thread 0 waits for it.
 void watch() {
   explorer::await_end_of(1);
@@ -235,6 +255,7 @@ constexpr Case kCases[] = {
     {"two_senders", 3, two_senders},
     {"two_receivers", 3, two_receivers},
     {"skipped_number", 2, skipped_number},
+    {"ended_wait", 3, ended_wait},
     {"mortal_expert", 3, mortal_expert},
     {"mortal_attention", 3, mortal_attention},
 };

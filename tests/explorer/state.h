@@ -16,6 +16,7 @@ enum class Do : uint8_t {
   kLoad,
   kStore,
   kAdd,
+  kReplace,
   kSleep,
   kWake,
   kChoose,
@@ -34,6 +35,7 @@ struct Op {
   uint8_t target = 0;  // a word, a byte, a thread, a note
   uint64_t value = 0;
   uint64_t mask = 0;
+  uint64_t expected = 0;  // of kReplace
 };
 
 struct Thread {
@@ -66,11 +68,11 @@ inline std::string hex(uint64_t value) {
 
 // The next operation of a thread, in words.
 inline std::string describe(const State& state, size_t index, uint8_t choice) {
-  static const char* const names[] = {"load", "store", "add", "sleep", "wake", "choose", "await end of", "barrier"};
+  static const char* const names[] = {"load", "store", "add", "replace", "sleep", "wake", "choose", "await end of", "barrier"};
   static const char* const orders[] = {"relaxed", "acquire", "release", "acq_rel", "seq_cst"};
   const Op& op = state.threads[index].next;
   std::string text = std::string(names[static_cast<size_t>(op.what)]) + " " + std::to_string(op.target);
-  if (op.what <= Do::kAdd) text += std::string(" ") + orders[op.order];
+  if (op.what <= Do::kReplace) text += std::string(" ") + orders[op.order];
   if (op.what == Do::kLoad) {
     const auto& list = state.memory.words[op.target];
     text += " sees " + hex(list[choice].value) + (choice + 1u == list.size() ? "" : ", which is not the newest");

@@ -91,6 +91,10 @@ class AtomicRef {
     const auto wide = static_cast<uint64_t>(static_cast<int64_t>(static_cast<int32_t>(value)));
     return static_cast<T>(word_.fetch_add(wide, order, $));
   }
+  bool compare_exchange_strong(T& expected, T value, Order order) const {
+    uint64_t seen = expected;
+    return word_.compare_exchange(rl::bool_t<false>(), seen, uint64_t{value}, order, $);
+  }
 
  private:
   rl::atomic<uint64_t>& word_;
