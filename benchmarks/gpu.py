@@ -62,13 +62,19 @@ def find_gpu() -> dict[str, str] | None:
 
 
 class Run:
-    """The steps of a run and what became of them."""
+    """The steps of a run and what became of them. only: words, one of which a step's name must hold; none: all."""
 
     def __init__(self) -> None:
+        self.only: list[str] = []
         self.steps: list[dict[str, Any]] = []
+
+    def is_wanted(self, name: str) -> bool:
+        return not self.only or any(word in name for word in self.only)
 
     def step(self, name: str, command: list[str], timeout_s: float, may_refuse: bool = False, **env: str) -> str:
         """Runs a command; its output. The outcome is "passed", "failed" or (a tool that refuses) "not run"."""
+        if not self.is_wanted(name):
+            return ""
         print(f"\n--- {name}", flush=True)
         began = time.monotonic()
         # Safe path: the tree itself holds an m2n without its module.
@@ -91,6 +97,8 @@ class Run:
         if code != 0:
             refusal = re.search(REFUSALS, output) if may_refuse else None
             outcome, words = ("not run", refusal[0].strip()) if refusal else ("failed", output[-2000:])
+        (BUILD / "logs").mkdir(parents=True, exist_ok=True)
+        (BUILD / "logs" / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.txt").write_text(output)
         took = round(time.monotonic() - began, 1)
         self.steps.append({"step": name, "outcome": outcome, "seconds": took, "words": words})
         print(output[-1500:].rstrip(), f"\n--- {name}: {outcome} in {took} s", sep="", flush=True)
@@ -98,6 +106,8 @@ class Run:
 
     def skip(self, name: str, reason: str) -> None:
         """Notes a step that cannot run here."""
+        if not self.is_wanted(name):
+            return
         self.steps.append({"step": name, "outcome": "not run", "seconds": 0, "words": reason})
         print(f"--- {name}: not run: {reason}", flush=True)
 
@@ -162,8 +172,9 @@ def check(run: Run) -> None:
         run.step(name, command, 120, may_refuse=True, PYTORCH_NO_CUDA_MEMORY_CACHING="1", **eager)
 
 
-def time_it(run: Run, timeline: Path | None = None) -> list[dict[str, Any]]:
-    """What one GPU allows, and what the verbs take; a drawing of the pipeline where one is wanted."""
+def time_it(run: Run, nccl: Path | None = None, timeline: Path | None = None) -> list[dict[str, Any]]:
+    """What one GPU allows, and what the verbs take; a drawing of the pipeline where one is wanted. nccl: a library in
+    place of torch's."""
     timing = str(BUILD / "m2n_gpu_timing")
     output = run.step("limits and puts", [timing], 120)
     output += "\n" + run.step("signal by stream memory operations", [timing, "--stream-signal"], 20, may_refuse=True)
@@ -182,8 +193,11 @@ def time_it(run: Run, timeline: Path | None = None) -> list[dict[str, Any]]:
         output += "\n" + run.step("ping-pong on streams", pingpong, 100, CUDA_MODULE_LOADING="EAGER")
     # Last: ranks that several processes have on one GPU are an experiment of NCCL's, and may hang.
     ranks_share_a_gpu = {"CUDA_MODULE_LOADING": "EAGER", "NCCL_MULTI_RANK_GPU_ENABLE": "1"}
+    if nccl is not None:  # torch finds its own by its RPATH, before any LD_LIBRARY_PATH
+        ranks_share_a_gpu["LD_PRELOAD"] = str(nccl.resolve())
     for peer, name in (("nccl", "processes, m2n and NCCL"), ("nccl-put", "processes, m2n and ncclPutSignal")):
         beside = [sys.executable, "-m", "m2n.benchmarks.gpu_nccl", "--peer", peer]
+        beside += ["--nccl", str(nccl.resolve())] if nccl is not None and peer == "nccl-put" else []
         output += "\n" + run.step(name, beside, 60, may_refuse=True, **ranks_share_a_gpu)
     rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     for row in rows:
@@ -195,6 +209,10 @@ def time_it(run: Run, timeline: Path | None = None) -> list[dict[str, Any]]:
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="steps whose names hold one of these, after building")
+    parser.add_argument(
+        "--nccl", type=Path, metavar="FILE", help="instead of torch's (ranks on one GPU: 2.30 or later)"
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results", help="folder of the result file")
     options = parser.parse_args()
     for module in ("pybind11", "numpy"):
@@ -204,6 +222,7 @@ def main() -> int:
         sys.exit("make gpu: no nvcc on PATH; install the CUDA toolkit (12 or later), or set CUDACXX")
     gpu, run = find_gpu(), Run()
     build(run, gpu)
+    run.only = options.only or []
     if gpu is None:
         print(f"\nmake gpu: {'compiling FAILED' if run.has_failed else 'compiled'}; there is no GPU here to run it on")
         return int(run.has_failed)
@@ -215,7 +234,7 @@ def main() -> int:
     rows = []
     if not run.has_failed:
         check(run)
-        rows = time_it(run, (options.output / f"timeline-{name}.png").resolve())
+        rows = time_it(run, options.nccl, (options.output / f"timeline-{name}.png").resolve())
     torch_version = words_of([sys.executable, "-c", "import torch; print(torch.__version__)"])
     result = {
         "machine": {
@@ -224,7 +243,7 @@ def main() -> int:
             "kernel": platform.release(),
         },
         "date": date,
-        "command": "make gpu",
+        "command": " ".join(["make gpu", *(["GPU_FLAGS='" + " ".join(sys.argv[1:]) + "'"] if sys.argv[1:] else [])]),
         "steps": run.steps,
         "rows": rows,
     }  # fmt: skip

@@ -39,9 +39,9 @@ def device_of(kind: str, process: int) -> str:
     return f"cuda:{min(process, torch.cuda.device_count() - 1, 1)}" if kind == "cuda" else kind
 
 
-def bounds_of(options: argparse.Namespace) -> list[int]:
+def bounds_of(tokens: int, expert_ranks: int) -> list[int]:
     """The first row of each expert rank, and the number of all."""
-    return [-(-options.tokens * rank // options.expert_ranks) for rank in range(options.expert_ranks + 1)]
+    return [-(-tokens * rank // expert_ranks) for rank in range(expert_ranks + 1)]
 
 
 class GroupPeer:
@@ -52,11 +52,15 @@ class GroupPeer:
             options.peer, init_method=f"file://{store}/group", rank=process, world_size=1 + options.expert_ranks,
             timeout=datetime.timedelta(seconds=TIMEOUT_S),
         )  # fmt: skip
-        bounds = bounds_of(options)
-        self.counts = [end - first for first, end in zip(bounds, bounds[1:])]
+        self.options, self.process, self.device = options, process, device
         self.processes = range(1, 1 + options.expert_ranks)
-        num_rows = options.tokens if process == 0 else self.counts[process - 1]
-        self.x = torch.empty(num_rows, options.hidden, dtype=torch.bfloat16, device=device)
+
+    def begin(self, tokens: int) -> None:
+        """Before round trips of so many rows."""
+        bounds = bounds_of(tokens, self.options.expert_ranks)
+        self.counts = [end - first for first, end in zip(bounds, bounds[1:])]
+        num_rows = tokens if self.process == 0 else self.counts[self.process - 1]
+        self.x = torch.empty(num_rows, self.options.hidden, dtype=torch.bfloat16, device=self.device)
         self.replies = torch.empty_like(self.x)
 
     def round_trip(self) -> None:
@@ -85,14 +89,18 @@ class PutPeer:
     def __init__(self, options: argparse.Namespace, store: str, process: int, device: str) -> None:
         shared = dist.FileStore(f"{store}/group", 1 + options.expert_ranks)
         shared.set_timeout(datetime.timedelta(seconds=TIMEOUT_S))
-        bounds = bounds_of(options)
-        self.process, row_bytes = process, 2 * options.hidden
-        self.half = options.tokens * row_bytes
-        self.places = [(row_bytes * first, row_bytes * (end - first)) for first, end in zip(bounds, bounds[1:])]
+        self.options, self.process, most = options, process, max(options.tokens)
+        self.row_bytes = 2 * options.hidden
+        self.half = most * self.row_bytes
         sizes = (1 + options.expert_ranks, 2 * self.half)
         self.window = Window(Library(options.nccl), shared, process, *sizes, device)
-        halves = self.window.memory.view(torch.bfloat16).view(2, options.tokens, options.hidden)
-        self.x, self.replies = halves
+        self.halves = self.window.memory.view(torch.bfloat16).view(2, most, options.hidden)
+
+    def begin(self, tokens: int) -> None:
+        """Before round trips of so many rows."""
+        bounds = bounds_of(tokens, self.options.expert_ranks)
+        self.places = [(self.row_bytes * at, self.row_bytes * (end - at)) for at, end in zip(bounds, bounds[1:])]
+        self.x, self.replies = self.halves[:, :tokens]
 
     def round_trip(self) -> None:
         self.window.put([(1 + k, size, first, self.half) for k, (first, size) in enumerate(self.places)])
@@ -123,10 +131,21 @@ def host_us(work: Callable[[], Any], device: str) -> float:
     return 1e6 * (time.perf_counter() - began)
 
 
-def attention(comm: m2n.AttentionComm, options: argparse.Namespace, store: str) -> dict[str, list[float]]:
-    """The one attention rank: times round trips, those of m2n and of the peer in turn."""
-    device, tokens = comm.device, options.tokens
-    peer = join(options, store, 0, device)
+def attention(comm: m2n.AttentionComm, options: argparse.Namespace, store: str) -> dict[int, dict[str, list[float]]]:
+    """The one attention rank; times by the number of tokens."""
+    peer = join(options, store, 0, comm.device)
+    samples = {tokens: time_trips(comm, peer, options, tokens) for tokens in options.tokens}
+    comm.check()
+    peer.close()
+    return samples
+
+
+def time_trips(
+    comm: m2n.AttentionComm, peer: GroupPeer | PutPeer, options: argparse.Namespace, tokens: int
+) -> dict[str, list[float]]:
+    """Round trips, those of m2n and of the peer in turn."""
+    device = comm.device
+    peer.begin(tokens)
     x = torch.randn(tokens, options.hidden, device=device).to(torch.bfloat16)
     y = torch.empty_like(x)
     peer.x.copy_(x)
@@ -143,36 +162,36 @@ def attention(comm: m2n.AttentionComm, options: argparse.Namespace, store: str) 
             us = host_us(work, device)
             if i >= WARM_UP:
                 samples[name].append(us)
-    comm.check()
     if not torch.equal(y, x) or not torch.equal(peer.replies, x):
         raise RuntimeError("the rows that came back are not those that were sent")
-    peer.close()
     return samples
 
 
 def expert(comm: m2n.ExpertComm, options: argparse.Namespace, store: str) -> None:
     """Sends what it gets back as it is."""
     peer = join(options, store, 1 + comm.rank, comm.device)
-    for _ in range(options.rounds + WARM_UP):
-        batch = comm.dispatch_recv(timeout=TIMEOUT_S)
-        if batch is None:
-            raise RuntimeError("no rows have come in time")
-        comm.combine_send(batch, batch.gather())
-        peer.answer()
+    for tokens in options.tokens:
+        peer.begin(tokens)
+        for _ in range(options.rounds + WARM_UP):
+            batch = comm.dispatch_recv(timeout=TIMEOUT_S)
+            if batch is None:
+                raise RuntimeError("no rows have come in time")
+            comm.combine_send(batch, batch.gather())
+            peer.answer()
     if comm.device != "cpu":
         torch.cuda.synchronize()
     peer.close()
 
 
-def rows_of(samples: dict[str, list[float]], options: argparse.Namespace) -> list[dict[str, Any]]:
+def rows_of(samples: dict[str, list[float]], options: argparse.Namespace, tokens: int) -> list[dict[str, Any]]:
     """Lines of the result: the peer's first, which is the limit of m2n's."""
     rows, limit_us = [], None
-    num_bytes = 2 * 2 * options.hidden * options.tokens
+    num_bytes = 2 * 2 * options.hidden * tokens
     for name in (options.peer, "m2n"):
         each = sorted(samples[name])
         p50, p99 = each[len(each) // 2], each[min(len(each) - 1, round(0.99 * len(each)))]
         row = {
-            "name": f"round trip between 1 + {options.expert_ranks} processes, {name}, {options.tokens} x "
+            "name": f"round trip between 1 + {options.expert_ranks} processes, {name}, {tokens} x "
             f"{options.hidden} bf16",
             "bytes": num_bytes, "samples": len(each), "p50_us": round(p50, 3), "p99_us": round(p99, 3),
         }  # fmt: skip
@@ -208,18 +227,17 @@ def main() -> int:
             print(require_nccl(options), flush=True)
         except NcclError as error:
             sys.exit(f"gpu_nccl: {error}")
+    shape = m2n.Shape(options.hidden, options.expert_ranks, 1, max(options.tokens))
+    devices = (device_of(options.device, 0), device_of(options.device, 1))
+    config = m2n.Config(arrays="torch", timeout_s=TIMEOUT_S)
+    with tempfile.TemporaryDirectory(prefix="m2n-") as store:
+        bodies = tuple(functools.partial(body, options=options, store=store) for body in (attention, expert))
+        samples = run_ranks(
+            bodies, 1, options.expert_ranks, shape=shape, processes=True, device=devices, config=config,
+            timeout=max(WHOLE_RUN_S + began - time.monotonic(), 1.0),
+        )["attention", 0]  # fmt: skip
     for tokens in options.tokens:
-        each = argparse.Namespace(**{**vars(options), "tokens": tokens})
-        shape = m2n.Shape(options.hidden, options.expert_ranks, 1, tokens)
-        devices = (device_of(options.device, 0), device_of(options.device, 1))
-        config = m2n.Config(arrays="torch", timeout_s=TIMEOUT_S)
-        with tempfile.TemporaryDirectory(prefix="m2n-") as store:
-            bodies = tuple(functools.partial(body, options=each, store=store) for body in (attention, expert))
-            samples = run_ranks(
-                bodies, 1, options.expert_ranks, shape=shape, processes=True, device=devices, config=config,
-                timeout=max(WHOLE_RUN_S + began - time.monotonic(), 1.0),
-            )["attention", 0]  # fmt: skip
-        for row in rows_of(samples, each):
+        for row in rows_of(samples[tokens], options, tokens):
             print(json.dumps(row), flush=True)
     return 0
 

@@ -285,6 +285,9 @@ def _own_stream(device: str) -> Iterator[None]:
     if device == "cpu":
         yield
         return
+    # cuDNN's attention compiles a plan for each new number of positions, some 10 to 100 ms each on an H100, and to load
+    # it waits for kernels that run.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
         yield
         torch.cuda.current_stream(device).synchronize()

@@ -42,8 +42,9 @@ DeviceAttentionComm::DeviceAttentionComm(const Shape& shape, uint32_t rank, uint
   no_rows_.num_ranks = num_ranks;
   no_rows_.row_offsets = memory_.on_device<uint32_t>(num_ranks + 1);
   no_rows_.pair_counts = memory_.on_device<uint32_t>(num_ranks);
-  // One in flight for each slot, and one that is being built: later it may have to wait for kernels that wait.
-  std::vector<DeviceRoute::Memory> routes(layout_.num_slots + 1);
+  // One in flight for each slot, one that the caller keeps for its graphs, and one that is being built: to allocate
+  // later may have to wait for kernels that wait.
+  std::vector<DeviceRoute::Memory> routes(2 * layout_.num_slots + 1);
   for (DeviceRoute::Memory& memory : routes) memory = make_route_memory();
   for (DeviceRoute::Memory& memory : routes) pool_->give(std::move(memory));
 }
