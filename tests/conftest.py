@@ -251,6 +251,12 @@ def _one_torch_thread() -> Iterator[None]:
     yield
 
 
+def over(*transports: str) -> list[pytest.MarkDecorator]:
+    """As a module's pytestmark: its tests run over each of these transports."""
+    params = [pytest.param(name, marks=[pytest.mark.ucx] * (name == "ucx")) for name in transports]
+    return [pytest.mark.usefixtures("transport"), pytest.mark.parametrize("transport", params, indirect=True)]
+
+
 @pytest.fixture
 def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The ranks of `bodies`, in this process and in those that a test starts, use the transport of this name."""

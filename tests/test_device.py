@@ -19,18 +19,14 @@ import numpy as np
 import pytest
 import torch
 import virtual_ranks
+from conftest import over
 from test_faults import IDS, ONE, SHAPE, SOON_S, TWO, WEIGHTS, X
 
 import m2n
 from m2n import arrays, testing
 from m2n.testing import expert_outputs
 
-pytestmark = [
-    pytest.mark.usefixtures("transport"),
-    pytest.mark.parametrize(
-        "transport", ("auto", "stream-waits", pytest.param("ucx", marks=pytest.mark.ucx)), indirect=True
-    ),
-]
+pytestmark = over("auto", "stream-waits", "ucx")
 on_devices = pytest.mark.parametrize("device", ("emulated", pytest.param("cuda:0", marks=pytest.mark.cuda)))
 
 

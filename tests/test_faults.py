@@ -23,17 +23,14 @@ import bodies
 import numpy as np
 import psutil
 import pytest
-from conftest import Leftovers
+from conftest import Leftovers, over
 
 import m2n
 from m2n import _C
 from m2n.ranks import run_ranks
 from m2n.testing import expert_outputs
 
-pytestmark = [
-    pytest.mark.usefixtures("transport"),
-    pytest.mark.parametrize("transport", ("auto", pytest.param("ucx", marks=pytest.mark.ucx)), indirect=True),
-]
+pytestmark = over("auto", "ucx")
 SHAPE = m2n.Shape(
     hidden=64, num_experts=4, top_k=2, max_tokens=8, microbatches=2, dispatch_dtype="float32", combine_dtype="float32"
 )

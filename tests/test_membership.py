@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import over
 from test_exchange import to_numpy
 from test_faults import IDS, ONE, SHAPE, SOON_S, TWO, WEIGHTS, X, attention, expert
 
@@ -20,10 +21,7 @@ import m2n
 from m2n import testing
 from m2n.testing import expert_outputs
 
-pytestmark = [
-    pytest.mark.usefixtures("transport"),
-    pytest.mark.parametrize("transport", ("auto", pytest.param("ucx", marks=pytest.mark.ucx)), indirect=True),
-]
+pytestmark = over("auto", "ucx")
 LATER = m2n.Placement([[1], [1], [0], [0]])
 # Expert 1 moves from rank 0 to rank 1: hosted by both, then by the new one alone.
 BOTH = m2n.Placement([[0], [0, 1], [1], [1]])

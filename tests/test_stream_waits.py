@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import over
 from test_device import Pair, config, is_nan, on_devices
 from test_faults import IDS, SHAPE, SOON_S, TWO, WEIGHTS, X
 from test_launches import outputs_at_capacity
@@ -22,10 +23,7 @@ import m2n
 from m2n import testing
 from m2n.ranks import run_ranks
 
-pytestmark = [
-    pytest.mark.usefixtures("transport"),
-    pytest.mark.parametrize("transport", ["stream-waits"], indirect=True),
-]
+pytestmark = over("stream-waits")
 
 
 def counts_of(comm: Any) -> tuple[int, int]:

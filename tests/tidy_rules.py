@@ -30,7 +30,7 @@ FLOORS = (
         "csrc/exchange/",
         (
             *("core/", "exchange/", "transport/transport.h", "transport/watcher.h"),
-            *("transport/host_exec.h", "transport/team_exec.h"),
+            *("transport/host_exec.h", "transport/own_thread.h", "transport/team_exec.h"),
             "transport/cuda_api.h",
         ),
         ("shm", "ucx", "ipc"),
@@ -38,7 +38,7 @@ FLOORS = (
     Floor("bindings/", ("exchange/", "core/error.h", "tensor.h", "bind.h"), ("shm", "ucx", "ipc")),
 )
 # Files that implement one transport each: none knows another.
-TRANSPORT_CONTRACT = ("transport", "host_exec", "team_exec", "watcher", "local")
+TRANSPORT_CONTRACT = ("transport", "host_exec", "own_thread", "team_exec", "watcher", "local")
 # Headers of the C++ library have no dot; `.h` means an operating system, which floor 0 does not know.
 CORE_SYSTEM_INCLUDE = re.compile(r"[a-z_]+|cuda/atomic")
 

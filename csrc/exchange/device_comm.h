@@ -39,15 +39,16 @@ class DeviceComm : public Side {
     close();
   }
   void close() override {
-    if (this->is_own_process() && !this->is_closed()) {
-      // What was launched has its deadlines, and ends by itself; only then what waits in a call is ended.
-      for (const auto& event : last_launch_) memory_.machine().synchronize(event.get());
-      memory_.abort();
-      if (was_captured_) memory_.machine().synchronize_all();
-      if (waits_ != nullptr) waits_->stop();
-      if (proxy_ != nullptr) proxy_->stop();
-    }
+    if (!this->is_own_process() || this->is_closed()) return Comm::close();
+    // What was launched has its deadlines, and ends by itself; only then what waits in a call is ended.
+    for (const auto& event : last_launch_) memory_.machine().synchronize(event.get());
+    memory_.abort();
+    if (waits_ != nullptr) waits_->stop();
+    if (proxy_ != nullptr) proxy_->stop();
     Comm::close();
+    // Graphs that still run use memory of this comm. Behind the goodbye: this may wait for kernels of other ranks of
+    // the process, and they for this one as long as it has not left.
+    if (was_captured_) memory_.machine().synchronize_all();
   }
   Stats stats() const override {
     const Counters moved = memory_.read_counters();

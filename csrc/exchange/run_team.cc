@@ -51,7 +51,7 @@ class TeamMachine final : public Machine {
                   Stream) override {
     store_release(begun, ticket);  // SYNC: wait-begun
     for (const WordWait& wait : waits) {
-      while (static_cast<int32_t>(load_acquire(wait.word) - wait.value) < 0) sched_yield();  // SYNC: slot-signal
+      while (static_cast<int32_t>(load_seq_cst(wait.word) - wait.value) < 0) sched_yield();  // SYNC: slot-signal
     }
     store_release(passed, ticket);  // SYNC: wait-passed
   }
