@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import virtual_ranks
+from bodies import is_nan
 from conftest import over
 from test_faults import IDS, ONE, SHAPE, SOON_S, TWO, WEIGHTS, X
 
@@ -81,20 +82,10 @@ class Pair:
         return testing.oracle_combine(workload, SHAPE, self.options["placement"])
 
 
-def is_nan(y: torch.Tensor) -> list[bool]:
-    """Row by row: all NaN, or none."""
-    assert (y.isnan().all(1) | ~y.isnan().any(1)).all()
-    return y.isnan().all(1).tolist()
-
-
 @on_devices
 def test_all_ranks_in_one_thread_equal_the_oracle(device: str) -> None:
-    assert (
-        virtual_ranks.run(
-            device, dataclasses.replace(SHAPE, hidden=72, microbatches=3), m2n.Placement.block(4, 2), 3, 12, config()
-        )
-        == 36
-    )
+    shape = dataclasses.replace(SHAPE, hidden=72, microbatches=3)
+    assert virtual_ranks.run(device, shape, m2n.Placement.block(4, 2), 3, 12, config()) == 36
 
 
 @on_devices

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import virtual_ranks
-from test_device import Pair, is_nan, on_devices
+from bodies import is_nan
+from test_device import Pair, on_devices
 from test_faults import IDS, SHAPE, SOON_S, TWO, WEIGHTS, X
 
 import m2n

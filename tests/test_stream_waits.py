@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from bodies import is_nan
 from conftest import over
-from test_device import Pair, config, is_nan, on_devices
+from test_device import Pair, config, on_devices
 from test_faults import IDS, SHAPE, SOON_S, TWO, WEIGHTS, X
 from test_launches import outputs_at_capacity
 
