@@ -119,7 +119,7 @@ void bind_launches(py::class_<DeviceComm, Options...>& type) {
       py::arg("stream"));
 }
 
-void bind_attention(py::module_& module) {
+void bind_device_attention(py::module_& module) {
   py::class_<DeviceRoute, std::shared_ptr<DeviceRoute>>(module, "DeviceRoute")
       .def_property_readonly("num_tokens", [](const DeviceRoute& route) { return route.view.num_tokens; })
       .def_property_readonly("num_rows",
@@ -163,7 +163,7 @@ void bind_attention(py::module_& module) {
   bind_launches(type);
 }
 
-void bind_expert(py::module_& module) {
+void bind_device_expert(py::module_& module) {
   using BatchPtr = std::shared_ptr<DeviceBatch>;
   py::class_<DeviceBatch, BatchPtr>(module, "DeviceBatch")
       .def_readonly("layer", &DeviceBatch::layer)
@@ -228,8 +228,8 @@ void bind_expert(py::module_& module) {
 }  // namespace
 
 void bind_device(py::module_& module) {
-  bind_attention(module);
-  bind_expert(module);
+  bind_device_attention(module);
+  bind_device_expert(module);
 }
 
 }  // namespace m2n::bindings

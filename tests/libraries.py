@@ -9,6 +9,8 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# The sources of a library as one: headers are half of what they take to compile. The installation compiles each alone.
+TOGETHER = ("-DCMAKE_UNITY_BUILD=ON", "-DCMAKE_UNITY_BUILD_BATCH_SIZE=0")
 
 
 def build_libraries() -> Path:
@@ -17,7 +19,7 @@ def build_libraries() -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     # Unoptimised: compiles in half the time.
-    options = ["-DM2N_PYTHON=OFF", "-DM2N_CUDA=OFF", "-DCMAKE_BUILD_TYPE=Debug"]
+    options = ["-DM2N_PYTHON=OFF", "-DM2N_CUDA=OFF", "-DCMAKE_BUILD_TYPE=Debug", *TOGETHER]
     configure = ["cmake", "-S", str(ROOT), "-B", str(directory), *generator, *options]
     with (directory / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from libraries import TOGETHER
 
 pytestmark = [pytest.mark.slow, pytest.mark.under_sanitizer, pytest.mark.timeout(900)]
 
@@ -110,7 +111,8 @@ def build(sanitizer: Sanitizer) -> Path:
         [
             "cmake", "-S", ROOT, "-B", directory, *generator, f"-DM2N_SANITIZE={sanitizer.name}", "-DM2N_CUDA=OFF",
             # Not Release: pybind11 would strip the names that a report needs.
-            "-DCMAKE_BUILD_TYPE=RelWithDebInfo", f"-Dpybind11_DIR={pybind11}", f"-DPython_EXECUTABLE={sys.executable}",
+            "-DCMAKE_BUILD_TYPE=RelWithDebInfo", *TOGETHER,
+            f"-Dpybind11_DIR={pybind11}", f"-DPython_EXECUTABLE={sys.executable}",
         ]
     )  # fmt: skip
     must(["cmake", "--build", directory, "--parallel", "2", "--target", "_C"])

@@ -13,7 +13,7 @@ namespace {
 
 // "ucx;way=auto;library=/a/libucp.so.0;TLS=tcp,self": names of UCX's own variables have capitals. With "auto" in the
 // place of "ucx" peers of this host share memory, and UCX is loaded for the first one that does not.
-ucx::Settings parse(const std::string& name) {
+ucx::Settings parse_settings(const std::string& name) {
   const auto refuse = [&](const std::string& part) {
     throw Error(Failure::kSetup,
                 "transport: expected 'ucx' or 'auto' and ';key=value' for way (auto, message, put), library, "
@@ -107,7 +107,7 @@ class UcxNetwork final : public Network {
 class UcxTransport final : public Transport {
  public:
   explicit UcxTransport(const std::string& name)
-      : settings_(parse(name)),
+      : settings_(parse_settings(name)),
         host_(settings_.device.empty() ? make_host_transport() : make_transport("pinned:" + settings_.device)) {
     if (!settings_.shares_memory) ucx::load(settings_.library, settings_.beside);
   }
@@ -134,7 +134,7 @@ class UcxTransport final : public Transport {
 std::unique_ptr<Transport> make_ucx_transport(const std::string& name) { return std::make_unique<UcxTransport>(name); }
 
 std::string describe_ucx(const std::string& name) {
-  const ucx::Settings settings = parse(name);
+  const ucx::Settings settings = parse_settings(name);
   return ucx::load(settings.library, settings.beside).where;
 }
 

@@ -16,8 +16,6 @@ namespace {
 
 constexpr const char* kLibrary = "libucp.so.0";
 
-[[noreturn]] void fail(const std::string& text) { throw Error(Failure::kSetup, "ucx: " + text); }
-
 template <class Function>
 void find(void* library, const char* name, Function*& function) {
   function = reinterpret_cast<Function*>(dlsym(library, name));
@@ -89,6 +87,8 @@ std::unique_ptr<Api> try_library(const std::string& path, int flags, std::string
 }
 
 }  // namespace
+
+void fail(const std::string& text) { throw Error(Failure::kSetup, "ucx: " + text); }
 
 const Api& load(const std::string& library, const std::string& beside) {
   static std::mutex mutex;

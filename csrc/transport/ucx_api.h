@@ -179,4 +179,7 @@ inline constexpr unsigned kMajor = 1, kMinor = 13;  // the oldest version that w
 // last `beside`, a path that may be "". Once per process and path; never unloaded. Throws Error(kSetup) in words.
 const Api& load(const std::string& library, const std::string& beside);
 
+// Throws Error(kSetup), of UCX.
+[[noreturn]] void fail(const std::string& text);
+
 }  // namespace m2n::ucx

@@ -33,8 +33,6 @@ constexpr const char* kVariables[][2] = {
 // takes each load for one of the bytes just stored, whose addresses end alike.
 constexpr uint64_t kAreasAt = 256;
 
-[[noreturn]] void fail(const std::string& text) { throw Error(Failure::kSetup, "ucx: " + text); }
-
 uint64_t random_number() {
   uint64_t number = 0;
   while (getrandom(&number, sizeof number, 0) != sizeof number) {
