@@ -40,7 +40,7 @@ NUMPY = config_of(os.environ.get(TRANSPORT_VARIABLE, "auto"))
 def is_nan(y: Any) -> list[bool]:
     """Row by row of a tensor: all NaN, or none."""
     assert (y.isnan().all(1) | ~y.isnan().any(1)).all()
-    return y.isnan().all(1).tolist()  # type: ignore[no-any-return]
+    return y.isnan().all(1).tolist()
 
 
 def exchange(comm: m2n.AttentionComm, workloads: list[list[Any]]) -> list[Any]:
