@@ -7,6 +7,7 @@ Usage: python sanitize_body.py SECONDS [SEED]. Every result is compared, so a ru
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 import tempfile
 import threading
@@ -113,7 +114,7 @@ def answer(comm: m2n.ExpertComm, num_attention: int) -> int:
 def exchange(seed: int, reduce_at: str, hidden: int, dispatch_dtype: str, device: str) -> None:
     """Three attention ranks and three expert ranks, everything in flight, all watched.
 
-    On "emulated" each verb is run by a team of threads, as a GPU runs it.
+    On "emulated" each verb is run by a team of threads, as a GPU runs it, and streams wait by themselves.
     """
 
     def attention(comm: m2n.AttentionComm) -> None:
@@ -125,7 +126,8 @@ def exchange(seed: int, reduce_at: str, hidden: int, dispatch_dtype: str, device
             answer(comm, 3)
 
     shape = make_shape(reduce_at, hidden, dispatch_dtype)
-    run_ranks((attention, expert), 3, 3, shape=shape, config=CONFIG, max_peers=8, device=device)
+    config = CONFIG if device == "cpu" else dataclasses.replace(CONFIG, transport="shm", stream_waits=True)
+    run_ranks((attention, expert), 3, 3, shape=shape, config=config, max_peers=8, device=device)
 
 
 def come_and_go(seed: int) -> None:
