@@ -100,6 +100,11 @@ class Comm:
             transport = "cuda" if is_on_gpu else "auto" if is_plain else "shm"
         if transport == "cuda" and not is_on_gpu:
             raise ValueError(f"config.transport: device {self.device!r} needs 'auto' or 'shm', got 'cuda'")
+        if self.config.gpu_direct and (transport != "ucx" or self.device == "cpu"):
+            raise ValueError(
+                "config.gpu_direct: rows in the memory of a GPU that NICs reach need transport='ucx' and a device, not "
+                f"{transport!r} and {self.device!r}"
+            )
         if transport == "cuda" and self.config.stream_waits:
             raise ValueError(
                 "config.stream_waits: the host must be able to end a stream's wait, which it cannot in the memory of a "

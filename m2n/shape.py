@@ -276,6 +276,9 @@ class Config:
             where the network has real ones (RDMA). Peers may differ.
         ucx_variables: settings of UCX for this comm, as {"TLS": "tcp,self"}. UCX also reads its own environment
             (UCX_TLS, UCX_NET_DEVICES, ...), which these overrule. Peers need a transport in common.
+        gpu_direct: with transport "ucx" on a GPU, rows lie in its memory, both ways, and NICs read and write them there
+            (GPUDirect RDMA); ids, weights and signals stay in that of the host. Needs puts, a UCX with CUDA, and a GPU
+            that a NIC's writes reach in order, as Hopper's. The peer need not have it. Not run on such a NIC yet.
     """
 
     job: str = dataclasses.field(default_factory=lambda: os.environ.get("M2N_JOB", "default"))
@@ -294,6 +297,7 @@ class Config:
     ucx_library: str | None = dataclasses.field(default_factory=lambda: os.environ.get("M2N_UCX_LIBRARY") or None)
     ucx_way: Literal["auto", "message", "put"] = "auto"
     ucx_variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    gpu_direct: bool = False
 
     def __post_init__(self) -> None:
         for field in ("timeout_s", "connect_timeout_s", "store_timeout_s"):
@@ -330,6 +334,8 @@ class Config:
         """The native name of the transport `ucx` or `auto` with these settings; `device` uses its windows too."""
         options = {"way": self.ucx_way, "library": self.ucx_library, "beside": _ucx_of_package()}
         options |= {"device": device} if device.startswith("cuda") else {}
+        if self.gpu_direct:  # on "emulated" rows lie in memory of the host too, apart from the rest
+            options["rows"] = f"gpudirect:{device}" if device.startswith("cuda") else "shm"
         options |= {key.removeprefix("UCX_"): value for key, value in self.ucx_variables.items()}
         return ";".join([transport, *(f"{key}={value}" for key, value in options.items() if value)])
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import multiprocessing
@@ -20,11 +21,14 @@ from m2n.testing import apply_expert, expert_outputs, start_seq_at
 
 
 def config_of(transport: str) -> m2n.Config:
-    """Of the ranks of a test: a transport's name, with "ucx-put" for UCX by puts, in shared memory, and
-    "stream-waits" for shared memory and streams that wait for signals by themselves."""
+    """Of the ranks of a test: a transport's name, with "ucx-put" for UCX by puts, in shared memory,
+    "gpu-direct" for rows that lie elsewhere, as in a GPU's memory, and "stream-waits" for streams that wait for signals
+    by themselves."""
     common: dict[str, Any] = {"arrays": "numpy", "timeout_s": 20.0, "connect_timeout_s": 20.0}
     if transport == "ucx-put":
         return m2n.Config(transport="ucx", ucx_way="put", ucx_variables={"TLS": "posix,cma,self"}, **common)
+    if transport == "gpu-direct":
+        return dataclasses.replace(config_of("ucx-put"), gpu_direct=True)
     if transport == "ucx":
         return m2n.Config(transport="ucx", ucx_variables={"TLS": "tcp,self"}, **common)
     if transport == "stream-waits":

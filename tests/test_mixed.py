@@ -146,6 +146,21 @@ def test_gpu_ranks_over_a_network_equal_the_oracle(devices: tuple[str, str]) -> 
 
 
 @pytest.mark.cuda
+@pytest.mark.ucx
+def test_rows_in_the_memory_of_a_gpu_equal_the_oracle() -> None:
+    """By puts that UCX makes inside this host: a NIC of its own would be needed for more."""
+    config = dataclasses.replace(
+        bodies.config_of("gpu-direct"), ucx_variables={"TLS": "cuda_ipc,cuda_copy,posix,cma,self"}
+    )
+    try:
+        check(SHAPE, ("cuda:0", "cuda:0"), config, processes=True)
+    except m2n.SetupError as error:
+        if "ucp_mem_map" in str(error) or "no NIC" in str(error):
+            pytest.skip(f"{m2n.features()['ucx_words']}: {error}")
+        raise
+
+
+@pytest.mark.cuda
 def test_processes_that_share_a_gpu_equal_the_oracle() -> None:
     check(SHAPE, ("cuda:0", "cuda:0"), dataclasses.replace(bodies.NUMPY, transport="auto"), processes=True)
 

@@ -28,10 +28,10 @@ void require(bool is_so, const char* what) {
 
 // A rank with one link: its two objects, with bytes between and around them that nobody may touch.
 struct Rank : LinkListener {
-  explicit Rank(const Settings& settings) : links(settings), memory(5 * kBytes, kGuard) {
+  Rank(const Settings& settings, std::shared_ptr<Window> rows_areas) : links(settings), memory(5 * kBytes, kGuard) {
     std::memset(rows(), 0, kBytes);
     std::memset(small(), 0, kBytes);
-    links.open({1, kBytes, kBytes}, [] {}, [] {});
+    links.open({1, kBytes, kBytes}, std::move(rows_areas), [] {}, [] {});
     door = links.make_door(0, {rows(), kBytes, small(), kBytes});
   }
   void link_broke(uint32_t, const std::string& violation) override {
@@ -58,10 +58,12 @@ struct Rank : LinkListener {
 
 // Two ranks, and an endpoint of ours to the second, by which anything can be sent to it.
 struct Pair {
-  explicit Pair(const Settings& settings) : api(load(settings.library, "")), sender(settings), receiver(settings) {
+  // `rows_areas`: of a receiver whose rows no message may touch; it would not connect to such a sender.
+  explicit Pair(const Settings& settings, std::shared_ptr<Window> rows_areas = nullptr)
+      : api(load(settings.library, "")), sender(settings, nullptr), receiver(settings, rows_areas) {
     bool wakes = false;
     sender.links.connect(0, receiver.door, &wakes);
-    receiver.links.connect(0, sender.door, &wakes);
+    if (rows_areas == nullptr) receiver.links.connect(0, sender.door, &wakes);
     require(read_door(receiver.door, &door), "the door reads");
     Config* config = nullptr;
     require(api.config_read(nullptr, nullptr, &config) == Status::kOk, "config");
@@ -165,6 +167,15 @@ void check_strangers(const Settings& settings) {
   require(pair.receiver.is_guarded(), "and nothing else");
 }
 
+void check_rows_elsewhere(const Settings& settings) {
+  Pair pair(settings, make_host_transport()->make_window(kBytes, kBytes, 1));
+  const MessagePart part{0, 0, 0, 16};
+  pair.send(pair.header({pair.door.key, pair.door.link, 1, 0, 0, make_signal(1, 1)}, {part}), 16);
+  pair.await([&] { return pair.receiver.is_broken; });
+  require(pair.receiver.text == "it sent a message where all must be put", "a message where all must be put");
+  require(pair.receiver.rows()[0] == 0 && pair.receiver.word() == 0, "it changes nothing");
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -173,5 +184,6 @@ int main(int, char** arguments) {
   settings.variables = {{"TLS", "tcp,self"}};
   check_violations(settings);
   check_strangers(settings);
-  std::printf("nine bad messages, four of strangers, one good\n");
+  check_rows_elsewhere(settings);
+  std::printf("ten bad messages, four of strangers, one good\n");
 }

@@ -68,7 +68,7 @@ Comm::Comm(Role role, const Shape& shape, uint32_t rank, uint32_t max_peers, con
       relay_(transport_->make_relay(uint64_t{role == Role::kExpert} << 32 | rank)),
       exec_(nullptr) {
   links_.resize(max_peers);
-  rows_window_ = transport_->make_window(rows().object_bytes, rows().stride_bytes, max_peers);
+  rows_window_ = transport_->make_rows_window(rows().object_bytes, rows().stride_bytes, max_peers);
   small_window_ = transport_->make_window(small().object_bytes, small().object_bytes, max_peers);
   wake_window_ = host_transport_->make_window(kPageBytes, kPageBytes, 1);
   wake_handle_ = wake_window_->add_object(0);
@@ -137,7 +137,7 @@ void Comm::attach(uint32_t peer_idx, std::vector<Handle> handles, const Origin& 
   if (link.is_over_network) {
     const Areas send = network_owner_->connect(peer_idx, door, &wakes);
     if (!wakes) exec_.look_often();
-    link.exposed = transport_->expose(send.rows, send.rows_bytes + send.small_bytes);
+    link.exposed = transport_->expose(send);
     peers_.entries[peer_idx].view = {send.rows, send.small, nullptr, doorbell()};
     return;
   }

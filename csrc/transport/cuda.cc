@@ -13,8 +13,10 @@ namespace {
 
 class CudaWindow final : public Window, public std::enable_shared_from_this<CudaWindow> {
  public:
-  CudaWindow(int ordinal, uint64_t piece_bytes, uint64_t object_bytes, uint64_t stride_bytes, uint32_t max_peers)
+  CudaWindow(int ordinal, bool is_for_nics, uint64_t piece_bytes, uint64_t object_bytes, uint64_t stride_bytes,
+             uint32_t max_peers)
       : ordinal_(ordinal),
+        is_for_nics_(is_for_nics),
         piece_bytes_(piece_bytes),
         object_bytes_(object_bytes),
         stride_bytes_(stride_bytes),
@@ -60,7 +62,7 @@ class CudaWindow final : public Window, public std::enable_shared_from_this<Cuda
 
  private:
   Allocation make(uint64_t num_bytes) {
-    const Allocation allocation = make_allocation(ordinal_, num_bytes);
+    const Allocation allocation = make_allocation(ordinal_, num_bytes, is_for_nics_);
     allocations_.push_back(allocation);
     return allocation;
   }
@@ -83,6 +85,7 @@ class CudaWindow final : public Window, public std::enable_shared_from_this<Cuda
 
   const uint32_t fork_count_ = fork_count();
   int ordinal_;
+  bool is_for_nics_;
   uint64_t piece_bytes_;
   uint64_t object_bytes_;
   uint64_t stride_bytes_;
@@ -133,14 +136,20 @@ class CudaMapping final : public Mapping {
 
 class CudaTransport final : public Transport {
  public:
-  explicit CudaTransport(const std::string& device)
-      : ordinal_(cuda_ordinal(device)), page_bytes_(map_granularity(ordinal_)), uuid_(device_uuid(ordinal_)) {}
+  // `is_for_nics`: they write and read the windows (GPUDirect).
+  CudaTransport(const std::string& device, bool is_for_nics)
+      : ordinal_(cuda_ordinal(device)),
+        is_for_nics_(is_for_nics),
+        page_bytes_(map_granularity(ordinal_)),
+        uuid_(device_uuid(ordinal_)) {
+    if (is_for_nics) require_gpu_direct(ordinal_);
+  }
 
   uint64_t page_bytes() const override { return page_bytes_; }
   std::shared_ptr<void> make_words(uint64_t bytes) override { return make_pinned(ordinal_, bytes); }
 
   std::shared_ptr<Window> make_window(uint64_t object_bytes, uint64_t stride_bytes, uint32_t max_peers) override {
-    return std::make_shared<CudaWindow>(ordinal_, page_bytes_, object_bytes, stride_bytes, max_peers);
+    return std::make_shared<CudaWindow>(ordinal_, is_for_nics_, page_bytes_, object_bytes, stride_bytes, max_peers);
   }
 
   Origin origin() const override { return {process_nonce(), uuid_}; }
@@ -161,6 +170,7 @@ class CudaTransport final : public Transport {
 
  private:
   int ordinal_;
+  bool is_for_nics_;
   uint64_t page_bytes_;
   std::string uuid_;
 };
@@ -168,12 +178,15 @@ class CudaTransport final : public Transport {
 }  // namespace
 
 std::unique_ptr<Transport> make_cuda_transport(const std::string& device) {
-  return std::make_unique<CudaTransport>(device);
+  return std::make_unique<CudaTransport>(device, /*is_for_nics=*/false);
+}
+std::unique_ptr<Transport> make_gpu_direct_transport(const std::string& device) {
+  return std::make_unique<CudaTransport>(device, /*is_for_nics=*/true);
 }
 
 std::string why_no_cuda() {
   try {
-    CudaTransport transport("cuda");
+    CudaTransport transport("cuda", /*is_for_nics=*/false);
     return "";
   } catch (const Error& error) {
     return error.what();

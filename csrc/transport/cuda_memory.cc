@@ -11,11 +11,14 @@ namespace {
 
 [[noreturn]] void refuse(const std::string& text) { throw Error(Failure::kSetup, "cuda: " + text); }
 
+int attribute_of(int ordinal, CUdevice_attribute attribute) {
+  int value = 0;
+  check_driver(cuda_driver().device_attribute(&value, attribute, ordinal), "cuDeviceGetAttribute");
+  return value;
+}
+
 bool can_export(int ordinal) {
-  int is_supported = 0;
-  const auto attribute = CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED;
-  check_driver(cuda_driver().device_attribute(&is_supported, attribute, ordinal), "cuDeviceGetAttribute");
-  return is_supported != 0;
+  return attribute_of(ordinal, CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED) != 0;
 }
 
 CUmemAllocationProp properties(int ordinal) {
@@ -46,8 +49,23 @@ uint64_t map_granularity(int ordinal) {
   return bytes;
 }
 
-Allocation make_allocation(int ordinal, uint64_t bytes) {
-  const CUmemAllocationProp wanted = properties(ordinal);
+void require_gpu_direct(int ordinal) {
+  const bool is_supported = attribute_of(ordinal, CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_SUPPORTED) != 0 &&
+                            attribute_of(ordinal, CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED) != 0;
+  if (!is_supported) refuse(name_of(ordinal) + " or its driver lets no NIC into its memory; leave out gpu_direct");
+  // Else a NIC's rows could become visible after the signal behind them, without a flush by the host in between.
+  const int ordering = attribute_of(ordinal, CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING);
+  if (ordering < CU_GPU_DIRECT_RDMA_WRITES_ORDERING_OWNER) {
+    refuse(
+        "a NIC's writes into the memory of " + name_of(ordinal) +
+        " need a flush before its kernels may read them, which m2n does not do; leave out gpu_direct (Hopper and newer "
+        "GPUs need none)");
+  }
+}
+
+Allocation make_allocation(int ordinal, uint64_t bytes, bool is_for_nics) {
+  CUmemAllocationProp wanted = properties(ordinal);
+  wanted.allocFlags.gpuDirectRDMACapable = is_for_nics ? 1 : 0;
   Allocation allocation{};
   check_driver(cuda_driver().create(&allocation, bytes, &wanted, 0),
                "cannot allocate " + std::to_string(bytes) + " bytes of " + name_of(ordinal));

@@ -18,9 +18,12 @@ void check_driver(CUresult result, const std::string& what);
 // The size that maps are made of: 2 MiB on all devices so far.
 uint64_t map_granularity(int ordinal);
 
+// Throws Error(kSetup) where NICs cannot write memory of the GPU so that its kernels see rows before their signal.
+void require_gpu_direct(int ordinal);
+
 // `bytes`: a multiple of the granularity. Whoever makes or imports one releases it; its memory stays as long as it is
 // mapped somewhere, whatever becomes of the process that made it.
-Allocation make_allocation(int ordinal, uint64_t bytes);
+Allocation make_allocation(int ordinal, uint64_t bytes, bool is_for_nics = false);
 // A descriptor by which another process of this machine maps it; none where the system does not allow that.
 Fd export_allocation(int ordinal, Allocation allocation);
 Allocation import_allocation(int fd);

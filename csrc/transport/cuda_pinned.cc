@@ -98,10 +98,12 @@ class PinnedTransport final : public Transport {
     const uint64_t bytes = handle.bytes;
     return std::make_shared<PinnedMapping>(ordinal_, shm_->attach(std::move(handle), origin), bytes);
   }
-  std::shared_ptr<void> expose(void* memory, uint64_t bytes) override {
+  // Both areas lie behind each other, or (no rows) one alone.
+  std::shared_ptr<void> expose(const Areas& send) override {
+    unsigned char* memory = send.rows_bytes != 0 ? send.rows : send.small;
     const uint64_t behind = reinterpret_cast<uintptr_t>(memory) % kPageBytes;  // whole pages are registered
-    return register_memory(ordinal_, static_cast<unsigned char*>(memory) - behind,
-                           round_up(behind + bytes, kPageBytes));
+    return register_memory(ordinal_, memory - behind,
+                           round_up(behind + send.rows_bytes + send.small_bytes, kPageBytes));
   }
 
  private:

@@ -24,6 +24,7 @@ std::unique_ptr<Transport> make_ucx_transport(const std::string& name);
 std::string describe_ucx(const std::string& name);
 #if M2N_HAS_CUDA
 std::unique_ptr<Transport> make_cuda_transport(const std::string& device);
+std::unique_ptr<Transport> make_gpu_direct_transport(const std::string& device);
 std::unique_ptr<Transport> make_pinned_transport(const std::string& device);
 #else
 std::string why_no_cuda() { return "not compiled in: no CUDA compiler was found at build time, or M2N_CUDA=OFF"; }
@@ -36,12 +37,15 @@ std::unique_ptr<Transport> make_transport(const std::string& name) {
 #if M2N_HAS_CUDA
   if (name.rfind("cuda", 0) == 0) return make_cuda_transport(name);
   if (name.rfind("pinned:", 0) == 0) return make_pinned_transport(name.substr(7));
-  throw Error(Failure::kSetup,
-              "transport: '" + name + "' is not known to this build; known: shm, auto, faulty, ucx, cuda, pinned");
+  if (name.rfind("gpudirect:", 0) == 0) return make_gpu_direct_transport(name.substr(10));
+  throw Error(
+      Failure::kSetup,
+      "transport: '" + name + "' is not known to this build; known: shm, auto, faulty, ucx, cuda, pinned, gpudirect");
 #else
-  throw Error(Failure::kSetup, "transport: '" + name +
-                                   "' is not known to this build; known: shm, auto, faulty, ucx; cuda and pinned are " +
-                                   why_no_cuda());
+  throw Error(Failure::kSetup,
+              "transport: '" + name +
+                  "' is not known to this build; known: shm, auto, faulty, ucx; cuda, pinned and gpudirect are " +
+                  why_no_cuda());
 #endif
 }
 

@@ -150,11 +150,15 @@ class Transport {
   virtual std::shared_ptr<void> make_words(uint64_t bytes) = 0;
   // `object_bytes` and `stride_bytes` are rounded up to whole pages by the caller.
   virtual std::shared_ptr<Window> make_window(uint64_t object_bytes, uint64_t stride_bytes, uint32_t max_peers) = 0;
+  // Likewise, of rows, which may lie in other memory than signals.
+  virtual std::shared_ptr<Window> make_rows_window(uint64_t object_bytes, uint64_t stride_bytes, uint32_t max_peers) {
+    return make_window(object_bytes, stride_bytes, max_peers);
+  }
   virtual Origin origin() const { return {process_nonce()}; }
   virtual std::shared_ptr<Mapping> attach(Handle handle, const Origin& origin) = 0;
-  // Lets bodies use memory of this process, on pages that hold nothing else, wherever they work on these windows, while
-  // what it returns lives.
-  virtual std::shared_ptr<void> expose(void* /*memory*/, uint64_t /*bytes*/) { return nullptr; }
+  // Lets bodies use the send areas for a peer, on pages that hold nothing else, wherever they work on these windows,
+  // while what it returns lives.
+  virtual std::shared_ptr<void> expose(const Areas& /*send*/) { return nullptr; }
   // What a rank's signals go through; nullptr: the rank stores them itself. Random choices are those of `stream`.
   virtual std::unique_ptr<SignalRelay> make_relay(uint64_t /*stream*/) { return nullptr; }
   // Can peers attach to what add_object() gives out? Those that cannot, or all, are reached over a network.

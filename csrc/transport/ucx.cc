@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Across hosts: windows in this host's memory, which peers reach through UCX, loaded when it is asked for. A GPU may
-// use that memory too.
+// use that memory too, and have rows in its own, where NICs reach it (GPUDirect).
+#include <algorithm>
+
 #include "core/error.h"
 #include "transport/host_exec.h"
 #include "transport/own_thread.h"
@@ -17,7 +19,7 @@ ucx::Settings parse_settings(const std::string& name) {
   const auto refuse = [&](const std::string& part) {
     throw Error(Failure::kSetup,
                 "transport: expected 'ucx' or 'auto' and ';key=value' for way (auto, message, put), library, "
-                "beside, device or a variable of UCX, got '" +
+                "beside, device, rows or a variable of UCX, got '" +
                     part + "' in '" + name + "'");
   };
   ucx::Settings settings;
@@ -33,6 +35,8 @@ ucx::Settings parse_settings(const std::string& name) {
       settings.beside = value;
     } else if (key == "device") {
       settings.device = value;
+    } else if (key == "rows") {
+      settings.rows = value;
     } else if (key == "way" && (value == "auto" || value == "message" || value == "put")) {
       settings.way = value == "auto" ? ucx::Way::kAuto : value == "put" ? ucx::Way::kPut : ucx::Way::kMessage;
     } else if (!key.empty() && key[0] >= 'A' && key[0] <= 'Z' && equals != std::string::npos) {
@@ -50,7 +54,9 @@ ucx::Settings parse_settings(const std::string& name) {
 
 class UcxNetwork final : public Network {
  public:
-  explicit UcxNetwork(const ucx::Settings& settings) : shared_(std::make_shared<Shared>(settings)) {}
+  // `rows`: what makes send areas for rows that do not lie in memory of the host; nullptr: they do.
+  UcxNetwork(const ucx::Settings& settings, std::shared_ptr<Transport> rows)
+      : rows_(std::move(rows)), shared_(std::make_shared<Shared>(settings)) {}
   // In a forked child nothing of it may be touched; there the thread's share, which never ends, keeps it.
   ~UcxNetwork() override {
     if (fork_count_ == fork_count()) close();
@@ -58,7 +64,10 @@ class UcxNetwork final : public Network {
 
   void open(LinkListener* listener, WakeWord* own_wake, const Peers& peers) override {
     own_wake_ = own_wake;
-    shared_->links.open(peers, [this] { wake_sleepers(own_wake_, this); }, [this] { shared_->proxy.kick(false); });
+    const auto areas =
+        rows_ == nullptr ? nullptr : rows_->make_window(peers.rows_bytes, peers.rows_bytes, peers.max_peers);
+    shared_->links.open(
+        peers, areas, [this] { wake_sleepers(own_wake_, this); }, [this] { shared_->proxy.kick(false); });
     start_own_thread("m2n-ucx", [shared = shared_, listener] { shared->proxy.run(*listener); }).detach();
     is_running_ = true;
   }
@@ -99,6 +108,7 @@ class UcxNetwork final : public Network {
   };
 
   const uint32_t fork_count_ = fork_count();
+  const std::shared_ptr<Transport> rows_;
   const std::shared_ptr<Shared> shared_;
   WakeWord* own_wake_ = nullptr;
   bool is_running_ = false;
@@ -108,25 +118,34 @@ class UcxTransport final : public Transport {
  public:
   explicit UcxTransport(const std::string& name)
       : settings_(parse_settings(name)),
-        host_(settings_.device.empty() ? make_host_transport() : make_transport("pinned:" + settings_.device)) {
+        host_(settings_.device.empty() ? make_host_transport() : make_transport("pinned:" + settings_.device)),
+        rows_(settings_.rows.empty() ? nullptr : make_transport(settings_.rows)) {
     if (!settings_.shares_memory) ucx::load(settings_.library, settings_.beside);
   }
   bool shares_memory() const override { return settings_.shares_memory; }
-  uint64_t page_bytes() const override { return host_->page_bytes(); }
+  uint64_t page_bytes() const override {
+    return rows_ == nullptr ? host_->page_bytes() : std::max(host_->page_bytes(), rows_->page_bytes());
+  }
   std::shared_ptr<void> make_words(uint64_t bytes) override { return host_->make_words(bytes); }
   std::shared_ptr<Window> make_window(uint64_t object_bytes, uint64_t stride_bytes, uint32_t max_peers) override {
     return host_->make_window(object_bytes, stride_bytes, max_peers);
+  }
+  std::shared_ptr<Window> make_rows_window(uint64_t object_bytes, uint64_t stride_bytes, uint32_t max_peers) override {
+    return (rows_ == nullptr ? *host_ : *rows_).make_window(object_bytes, stride_bytes, max_peers);
   }
   std::shared_ptr<Mapping> attach(Handle handle, const Origin& origin) override {
     if (!settings_.shares_memory) throw Error(Failure::kSetup, "ucx: the memory of a peer cannot be mapped");
     return host_->attach(std::move(handle), origin);
   }
-  std::shared_ptr<void> expose(void* memory, uint64_t bytes) override { return host_->expose(memory, bytes); }
-  std::unique_ptr<Network> make_network() override { return std::make_unique<UcxNetwork>(settings_); }
+  std::shared_ptr<void> expose(const Areas& send) override {
+    return host_->expose(rows_ == nullptr ? send : Areas{nullptr, 0, send.small, send.small_bytes});
+  }
+  std::unique_ptr<Network> make_network() override { return std::make_unique<UcxNetwork>(settings_, rows_); }
 
  private:
   const ucx::Settings settings_;
   const std::unique_ptr<Transport> host_;
+  const std::shared_ptr<Transport> rows_;  // nullptr: rows lie in memory of the host too
 };
 
 }  // namespace

@@ -124,9 +124,11 @@ void Links::make_worker(const Settings& settings) {
   api_.worker_release_address(worker_, address);
 }
 
-void Links::open(const Network::Peers& peers, std::function<void()> on_signal, std::function<void()> on_report) {
+void Links::open(const Network::Peers& peers, std::shared_ptr<Window> rows_areas, std::function<void()> on_signal,
+                 std::function<void()> on_report) {
   std::lock_guard lock(mutex_);
   peers_ = peers;
+  rows_areas_ = std::move(rows_areas);
   send_areas_ = reserve(peers.max_peers * area_bytes());
   on_signal_ = std::move(on_signal);
   on_report_ = std::move(on_report);
@@ -186,14 +188,24 @@ Areas Links::connect(uint32_t peer_idx, const std::string& bytes, bool* wakes) {
   link.peer_link = door.link;
   link.is_put = puts(link, way_);
   *wakes = !puts(link, static_cast<Way>(door.way));
+  if (rows_areas_ != nullptr && (!link.is_put || *wakes)) {
+    fail(
+        "gpu_direct needs puts in both directions, and this link would carry messages (ucx_way, or a network without "
+        "remote memory access); leave it out, or use ucx_way='put' on both sides");
+  }
   for (uint32_t i = 0; i < kNumAreas; ++i) {
     link.remote[i] = door.objects[i].address;
     if (!link.is_put) continue;
     require(api_, api_.ep_rkey_unpack(link.endpoint, door.objects[i].key.data(), &link.remote_keys[i]),
             "ucp_ep_rkey_unpack: the peer's memory cannot be reached by puts");
   }
-  unsigned char* rows = send_areas_.get() + peer_idx * area_bytes();
-  return {rows, peers_.rows_bytes, rows + peers_.rows_bytes, peers_.small_bytes};
+  unsigned char* area = send_areas_.get() + peer_idx * area_bytes();
+  unsigned char* rows = area;
+  if (rows_areas_ != nullptr) {
+    (void)rows_areas_->add_object(peer_idx);
+    rows = rows_areas_->data() + peer_idx * peers_.rows_bytes;
+  }
+  return {rows, peers_.rows_bytes, area + rows_bytes_on_host(), peers_.small_bytes};
 }
 
 void Links::make_endpoint(Link& link, const std::string& address) {

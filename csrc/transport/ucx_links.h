@@ -22,6 +22,7 @@ enum class Way : uint32_t { kAuto, kMessage, kPut };
 struct Settings {
   std::string library, beside;  // see load()
   std::string device;           // a GPU that uses the windows too; "": none
+  std::string rows;             // the transport in whose memory rows lie; "": in that of the host
   bool shares_memory = false;   // with peers of this host
   Way way = Way::kAuto;
   std::vector<std::pair<std::string, std::string>> variables;  // of UCX, without their UCX_
@@ -34,8 +35,11 @@ class Links {
   Links(const Links&) = delete;
   Links& operator=(const Links&) = delete;
 
+  // `rows_areas`: send areas for rows, a peer's object each, where they do not lie in memory of the host. Nothing here
+  // touches their bytes, so rows can only be put, in both directions.
   // The calls are made where a signal was stored, and where somebody must come and report(); with the lock held.
-  void open(const Network::Peers& peers, std::function<void()> on_signal, std::function<void()> on_report);
+  void open(const Network::Peers& peers, std::shared_ptr<Window> rows_areas, std::function<void()> on_signal,
+            std::function<void()> on_report);
   std::string make_door(uint32_t peer_idx, const Areas& own);
   Areas connect(uint32_t peer_idx, const std::string& bytes, bool* wakes);
   void end(uint32_t peer_idx);
@@ -45,7 +49,8 @@ class Links {
 
   bool covers(const void* at) const {
     const auto* byte = static_cast<const unsigned char*>(at);
-    return byte >= send_areas_.get() && byte < send_areas_.get() + peers_.max_peers * area_bytes();
+    const bool is_on_host = byte >= send_areas_.get() && byte < send_areas_.get() + peers_.max_peers * area_bytes();
+    return is_on_host || is_in_rows_areas(byte);
   }
   void send(const std::vector<Piece>& pieces, const Signal* word, Signal value, bool is_free_after);
   void finish(const Signal* word);
@@ -101,7 +106,11 @@ class Links {
 
   void make_worker(const Settings& settings);
   // From one peer's send area to the next, on pages of their own.
-  uint64_t area_bytes() const { return peers_.rows_bytes + peers_.small_bytes + kPageBytes; }
+  uint64_t area_bytes() const { return rows_bytes_on_host() + peers_.small_bytes + kPageBytes; }
+  uint64_t rows_bytes_on_host() const { return rows_areas_ == nullptr ? peers_.rows_bytes : 0; }
+  bool is_in_rows_areas(const unsigned char* at) const {
+    return rows_areas_ != nullptr && at >= rows_areas_->data() && at < rows_areas_->data() + rows_areas_->bytes();
+  }
   Link* find(uint32_t peer_idx) { return peer_idx < links_.size() ? links_[peer_idx].get() : nullptr; }
   void make_endpoint(Link& link, const std::string& address);
   std::vector<std::string> transports_of(const Link& link) const;
@@ -147,6 +156,7 @@ class Links {
   bool is_closed_ = false;
   Network::Peers peers_{};
   std::shared_ptr<unsigned char> send_areas_;  // by peer index: rows, then small
+  std::shared_ptr<Window> rows_areas_;         // where given, rows, and none of them above
   std::vector<std::unique_ptr<Link>> links_;   // by peer index
   std::vector<std::unique_ptr<Sending>> sending_, idle_;
   uint32_t num_sending_ = 0;

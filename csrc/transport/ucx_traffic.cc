@@ -38,10 +38,15 @@ unsigned char* data_of(const Areas& areas, uint32_t area) { return area == 0 ? a
 }  // namespace
 
 Links::Place Links::place_of(const void* at) const {
-  const auto offset = static_cast<uint64_t>(static_cast<const unsigned char*>(at) - send_areas_.get());
-  const uint64_t in_link = offset % area_bytes();
-  const bool is_small = in_link >= peers_.rows_bytes;
-  return {static_cast<uint32_t>(offset / area_bytes()), is_small, in_link - (is_small ? peers_.rows_bytes : 0)};
+  const auto* byte = static_cast<const unsigned char*>(at);
+  if (is_in_rows_areas(byte)) {
+    const auto offset = static_cast<uint64_t>(byte - rows_areas_->data());
+    return {static_cast<uint32_t>(offset / peers_.rows_bytes), 0, offset % peers_.rows_bytes};
+  }
+  const auto offset = static_cast<uint64_t>(byte - send_areas_.get());
+  const uint64_t in_link = offset % area_bytes(), rows_bytes = rows_bytes_on_host();
+  const bool is_small = in_link >= rows_bytes;
+  return {static_cast<uint32_t>(offset / area_bytes()), is_small, in_link - (is_small ? rows_bytes : 0)};
 }
 
 void Links::send(const std::vector<Piece>& pieces, const Signal* word, Signal value, bool is_free_after) {
@@ -230,6 +235,10 @@ Status Links::receive(const void* header, size_t header_bytes, void* data, size_
       read_message(header, header_bytes, num_bytes, {link->own.rows_bytes, link->own.small_bytes}, &message);
   if (!wrong.empty()) {
     break_link(*link, "it sent a message with " + wrong);
+    return Status::kOk;
+  }
+  if (rows_areas_ != nullptr) {  // rows here are no memory of the host either
+    break_link(*link, "it sent a message where all must be put");
     return Status::kOk;
   }
   std::vector<Iov> places;  // of the data
