@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from libraries import precompile
 
 pytestmark = [pytest.mark.slow, pytest.mark.explorer]
 
@@ -67,20 +68,6 @@ def run(command: list[str | Path], **options: object) -> subprocess.CompletedPro
 
 
 @functools.cache
-def precompile(flags: tuple[str, ...]) -> list[str]:
-    """Options by which the header of the explorer, half of what a program takes to compile, is compiled once."""
-    (name,) = re.findall(r"-DM2N_EXPLORER=<(.*)>", " ".join(flags)) or [""]
-    if not name:
-        return []
-    directory = BUILD / f"header-{zlib.crc32(repr(flags).encode()):08x}"
-    directory.mkdir(parents=True, exist_ok=True)
-    source = ["-x", "c++-header", PROGRAMS / name]
-    done = run([CXX, *flags, f"-I{PROGRAMS}", "-c", *source, "-o", directory / f"{name}.gch"])
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [f"-I{directory}"]
-
-
-@functools.cache
 def build(program: str, flags: tuple[str, ...], edits: tuple[Edit, ...] = ()) -> Path:
     """Compiles a program, against copies of the files that have edits."""
     directory = BUILD / f"{program}-{zlib.crc32(repr((flags, edits)).encode()):08x}"
@@ -94,7 +81,9 @@ def build(program: str, flags: tuple[str, ...], edits: tuple[Edit, ...] = ()) ->
     for name, text in copies.items():
         (directory / name).write_text(text)
     source = directory / f"{program}.cc" if f"{program}.cc" in copies else PROGRAMS / f"{program}.cc"
-    includes = [f"-I{directory}", *precompile(flags), f"-I{ROOT / 'csrc'}", f"-I{PROGRAMS}"]
+    headers = re.findall(r"-DM2N_EXPLORER=<(.*)>", " ".join(flags))
+    compiled = [precompile(PROGRAMS / name, flags) for name in headers]
+    includes = [f"-I{directory}", *compiled, f"-I{ROOT / 'csrc'}", f"-I{PROGRAMS}"]
     done = run([CXX, *flags, *includes, source, "-o", directory / program])
     assert done.returncode == 0, done.stderr[-4000:]
     return directory / program
