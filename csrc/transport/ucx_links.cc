@@ -69,6 +69,9 @@ void require_same_process() {
   }
 }
 
+// Settings that another try does not mend.
+[[noreturn]] void refuse(const std::string& text) { throw Error(Failure::kArgument, "ucx: " + text); }
+
 void require(const Api& api, Status status, const std::string& call) {
   if (status != Status::kOk) fail(call + ": " + api.status_string(status));
 }
@@ -189,7 +192,7 @@ Areas Links::connect(uint32_t peer_idx, const std::string& bytes, bool* wakes) {
   link.is_put = puts(link, way_);
   *wakes = !puts(link, static_cast<Way>(door.way));
   if (rows_areas_ != nullptr && (!link.is_put || *wakes)) {
-    fail(
+    refuse(
         "gpu_direct needs puts in both directions, and this link would carry messages (ucx_way, or a network without "
         "remote memory access); leave it out, or use ucx_way='put' on both sides");
   }
@@ -248,8 +251,8 @@ bool Links::puts(const Link& link, Way way) const {
     });
   };
   if (way == Way::kPut && !names.empty() && !has_one_of(std::size(kReal))) {
-    fail("ucx_way='put' needs real remote memory access, which " + names[0] +
-         " only emulates: it would wait for the peer to make progress; use 'auto'");
+    refuse("ucx_way='put' needs real remote memory access, which " + names[0] +
+           " only emulates: it would wait for the peer to make progress; use 'auto'");
   }
   return way == Way::kPut || (way == Way::kAuto && has_one_of(2));
 }

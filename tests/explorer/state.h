@@ -68,7 +68,8 @@ inline std::string hex(uint64_t value) {
 
 // The next operation of a thread, in words.
 inline std::string describe(const State& state, size_t index, uint8_t choice) {
-  static const char* const names[] = {"load", "store", "add", "replace", "sleep", "wake", "choose", "await end of", "barrier"};
+  static const char* const names[] = {"load", "store",  "add",          "replace", "sleep",
+                                      "wake", "choose", "await end of", "barrier"};
   static const char* const orders[] = {"relaxed", "acquire", "release", "acq_rel", "seq_cst"};
   const Op& op = state.threads[index].next;
   std::string text = std::string(names[static_cast<size_t>(op.what)]) + " " + std::to_string(op.target);
