@@ -160,7 +160,7 @@ def check(run: Run) -> None:
         run.skip("reference model", "transformers, which its tokens are compared with, is not installed")
     else:
         files = [str(ROOT / "tests" / name) for name in ("test_disaggregated.py", "test_rounds.py")]
-        run.step("reference model", [*suite, *files], 120, **eager)
+        run.step("reference model", [*suite, *files], 150, **eager)
     tool = find_tool("compute-sanitizer")
     for check_name in ("memcheck", "synccheck"):
         name = f"compute-sanitizer {check_name}"

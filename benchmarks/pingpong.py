@@ -7,11 +7,12 @@ benchmarks/README.md explains every number. The paper's figure 14 has its counte
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -261,14 +262,20 @@ def one_round(bench: Bench, number: int, progress: Callable[[str], None]) -> dic
     return {**times, "runs": runs, "simulated": steps, "deployments": deployments}
 
 
+@contextlib.contextmanager
+def chosen_model(options: Options, progress: Callable[[str], None]) -> Iterator[tuple[Path, Options, ModelShape, Path]]:
+    """(a folder for a while, options as used, the model, its checkpoint in there)."""
+    with tempfile.TemporaryDirectory(prefix="m2n-pingpong-") as name:
+        with Pool(2) as pool:
+            progress("choosing the model")
+            chosen = choose_model(options, pool, Path(name))
+        yield (Path(name), *chosen)
+
+
 def run_rounds(options: Options, progress: Callable[[str], None]) -> tuple[Options, ModelShape, list[dict[str, Any]]]:
     """Choose the model, then measure in fresh processes for each round; (options as used, model, rounds)."""
     rounds = []
-    with tempfile.TemporaryDirectory(prefix="m2n-pingpong-") as name:
-        folder = Path(name)
-        with Pool(2) as pool:
-            progress("choosing the model")
-            options, shape, checkpoint = choose_model(options, pool, folder)
+    with chosen_model(options, progress) as (folder, options, shape, checkpoint):
         for number in range(options.rounds):
             with Pool(4) as pool:
                 rounds.append(one_round(Bench(options, pool, folder, checkpoint), number, progress))

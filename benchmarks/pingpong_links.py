@@ -6,7 +6,6 @@ Each side runs in a network namespace; transport ucx over TCP. benchmarks/README
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from m2n.reference_model.simulate import Pipeline, simulate
 from . import link_probe
 from .hosts import Hosts, why_no_links
 from .links import Link
-from .pingpong import MICROBATCHES, Bench, Measured, Options, Times, choose_model, per_s, simulated
+from .pingpong import MICROBATCHES, Bench, Measured, Options, Times, chosen_model, per_s, simulated
 from .pool import Job, Pool
 from .synthetic import ModelShape
 
@@ -105,11 +104,7 @@ def run_rounds(
 ) -> tuple[Options, ModelShape, list[dict[Link, OneLink]]]:
     """Choose the model, then measure every link once a round; (options as used, model, rounds)."""
     rounds = []
-    with tempfile.TemporaryDirectory(prefix="m2n-pingpong-") as name:
-        folder = Path(name)
-        with Pool(2) as pool:
-            progress("choosing the model")
-            options, shape, checkpoint = choose_model(options, pool, folder)
+    with chosen_model(options, progress) as (folder, options, shape, checkpoint):
         for number in range(options.rounds):
             by_link = {}
             for link in links:

@@ -20,10 +20,12 @@ StreamWaits::StreamWaits(DeviceMemory& memory, uint32_t num_slots, uint32_t max_
     : memory_(memory),
       max_peers_(max_peers),
       sight_(std::move(sight)),
-      words_(memory.on_host<WaitWords>(num_slots)),
+      words_(memory.on_host<WaitWords>(num_slots + 1)),
       seqs_(memory.on_host<uint32_t>(uint64_t{num_slots} * max_peers)),
       slots_(num_slots) {
   for (uint32_t i = 0; i < num_slots * max_peers; ++i) seqs_[i] = first_seq;
+  // Throws where streams cannot wait by themselves; the words behind those of the slots are nobody's.
+  memory.machine().wait_words({}, &words_[num_slots].begun, &words_[num_slots].passed, 1, nullptr);
   thread_ = start_own_thread("m2n-waits", [this] { run(); });
 }
 

@@ -15,6 +15,7 @@
 #include M2N_EXPLORER  // explore.h or with_relacy.h
 
 #include "core/peer.h"
+#include "one_thread.h"
 
 namespace {
 
@@ -41,12 +42,7 @@ struct Shared {
 
 uint32_t first_seq = 0;
 
-struct Exec {
-  uint32_t thread() const { return 0; }
-  uint32_t num_threads() const { return 1; }
-  uint32_t block() const { return 0; }
-  uint32_t num_blocks() const { return 1; }
-  void sync() {}
+struct Exec : OneThread {
   void wake(m2n::WakeWord*) {}  // these waits do not sleep; wake.cc has those that do
 };
 

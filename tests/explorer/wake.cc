@@ -6,6 +6,7 @@
 #include M2N_EXPLORER  // explore.h or with_relacy.h
 
 #include "core/peer.h"
+#include "one_thread.h"
 
 namespace {
 
@@ -24,12 +25,7 @@ struct Shared {
 
 void wake_rank() { m2n::wake_waiters(&shared.wake, explorer::futex_wake); }
 
-struct Exec {
-  uint32_t thread() const { return 0; }
-  uint32_t num_threads() const { return 1; }
-  uint32_t block() const { return 0; }
-  uint32_t num_blocks() const { return 1; }
-  void sync() {}
+struct Exec : OneThread {
   void wake(m2n::WakeWord* wake) { m2n::wake_waiters(wake, explorer::futex_wake); }
 };
 
