@@ -32,7 +32,8 @@ TRANSPORTS = ("shm", "ucx")
 _ROW_BYTES = 1024
 _LARGE_ROWS = 1024  # 1 MB
 _ROUNDS, _LARGE_ROUNDS = 200, 20
-_END_KEY = "m2n/diagnose/end"
+_BEGIN_KEY, _END_KEY = "m2n/diagnose/begin", "m2n/diagnose/end"
+_BEGIN_S = 30.0  # for the other side to be started
 _JOIN_S = 10.0
 _WHOLE_S = 60.0
 
@@ -64,6 +65,7 @@ def be_expert(store: Any) -> list[str]:
     threads = [threading.Thread(target=answer, args=(transport,), daemon=True) for transport in TRANSPORTS]
     for thread in threads:
         thread.start()
+    open_store(store, Config().store_timeout_s).set(_BEGIN_KEY, "1")
     if look_up(open_store(store, Config().store_timeout_s), _END_KEY, _WHOLE_S) is None:
         problems.append(f"the attention side did not come to its end within {_WHOLE_S:.0f} s")
     has_ended.set()
@@ -95,6 +97,8 @@ def measure(store: Any, transport: str) -> tuple[float, float]:
 def be_attention(store: Any) -> int:
     """Measures every transport, prints what it finds; how many work."""
     num_working = 0
+    if look_up(open_store(store, Config().store_timeout_s), _BEGIN_KEY, _BEGIN_S) is None:
+        print(f"the expert side was not started within {_BEGIN_S:.0f} s, or has another store")
     for transport in TRANSPORTS:
         try:
             us, bytes_per_s = measure(store, transport)

@@ -92,7 +92,7 @@ class World {
     std::memcpy(peer.fake->small() + layout_.combine_small.header(slot), &header, sizeof header);
     if (raw & 64) return;
     peer.fake->ring(layout_.combine_small.signal(slot), make_signal(num_rows, seq));
-    lane.is_answered |= seq == lane.sent;
+    lane.is_answered |= signal_seq(peer.fake->signal_at(layout_.combine_small.signal(slot))) == lane.sent;
   }
 
   Reply reply_of(const Peer& peer, uint32_t slot) const {

@@ -98,7 +98,8 @@ class FakePeer {
   const unsigned char* desk_rows() const { return desk_.rows->data(); }
   const unsigned char* desk_small() const { return desk_.small->data(); }
 
-  m2n::Signal signal_at(uint64_t offset) const { return m2n::load_signal(word(small() + offset)); }
+  // As its owner reads it: a peer that writes what only the owner may has sent nothing, or something else.
+  m2n::Signal signal_at(uint64_t offset) const { return m2n::poll_signal(word(small() + offset)); }
   m2n::Signal answer_at(uint64_t offset) const { return m2n::load_signal(word(desk_.small->data() + offset)); }
   m2n::Header answer_header(uint64_t offset) const {
     m2n::Header header;
