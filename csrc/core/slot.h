@@ -39,6 +39,8 @@ M2N_HD constexpr Signal without_ahead(Signal signal) {
   const uint32_t rows = signal_rows(signal) & kPlainRows;
   return make_signal(rows == kPlainRows ? kRefusedRows : rows, signal_seq(signal) - num_ahead);
 }
+static_assert(without_ahead(with_ahead(make_signal(kRefusedRows, 0xFFFFFFFFu), 1)) ==
+              make_signal(kRefusedRows, 0xFFFFFFFFu));
 
 enum class Arrival : uint32_t {
   kNone,       // nothing new
