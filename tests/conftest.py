@@ -25,6 +25,11 @@ SESSION_VARIABLE = "M2N_TEST_SESSION"
 SESSION = secrets.token_hex(8)
 SHARED_MEMORY = Path("/dev/shm")
 GRACE_S = 5.0
+# Files that take longest.
+LONGEST_FIRST = (
+    "test_sanitizers", "test_two_hosts", "test_explorer", "test_fuzz", "test_generate", "test_exchange",
+    "test_disaggregated", "test_kernels", "test_nccl_put", "test_cmake_package", "test_torch_ops", "test_bench_cli",
+)  # fmt: skip
 
 # Two cores are shared by all ranks of a test: more threads per rank only make it slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -234,8 +239,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first: what breaks often is told early. Tests that cannot run here are skipped with the reason."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    """Fast tests first: what breaks often is told early. Of two workers none is left with a long file in the end. Tests
+    that cannot run here are skipped with the reason."""
+    place = {name: i for i, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None, place.get(item.path.stem, len(place))))
     for _, marker, why in TIERS:
         reason = why() if marker else None
         for item in items if reason else []:
