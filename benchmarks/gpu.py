@@ -81,7 +81,7 @@ class Run:
         path = f"{STAGE}{os.pathsep}{ROOT / 'tests'}"
         # Ranks as streams: with fewer connections than streams one that waits holds up another behind it.
         streams = {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}
-        environment = {**os.environ, **streams, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", **env}
+        environment = {**os.environ, **streams, "M2N_TEST_TELL": "1", "PYTHONPATH": path, "PYTHONSAFEPATH": "1", **env}
         try:
             done = subprocess.run(
                 command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

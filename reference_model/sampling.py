@@ -60,6 +60,10 @@ class Sampler:
 
 def draw(samplers: Sequence[Sampler], logits_BV: torch.Tensor) -> list[int]:
     """A token for each row, by its sampler; all samplers have one config. A device is read once for all of them."""
+    if logits_BV.is_cuda:
+        # Ranks may be threads of one process. A copy to pageable memory that has to wait for its stream may keep the
+        # copies of other threads waiting, and this stream may be waiting for those: so first wait, then copy.
+        torch.cuda.current_stream(logits_BV.device).synchronize()
     if samplers[0].config.is_greedy:
         return [int(token_id) for token_id in logits_BV.argmax(dim=-1).tolist()]
     return [sampler.next_token(logits_V) for sampler, logits_V in zip(samplers, logits_BV.cpu())]

@@ -25,6 +25,8 @@ SESSION_VARIABLE = "M2N_TEST_SESSION"
 SESSION = secrets.token_hex(8)
 SHARED_MEMORY = Path("/dev/shm")
 GRACE_S = 5.0
+# Set: each failure is told at once.
+TELL_VARIABLE = "M2N_TEST_TELL"
 # Files that take longest.
 LONGEST_FIRST = (
     "test_sanitizers", "test_two_hosts", "test_explorer", "test_fuzz", "test_generate", "test_exchange",
@@ -229,9 +231,23 @@ tier_report = TierReport()
 leftovers: Leftovers | None = None
 
 
+class Teller:
+    """Tells each failure at once: a run that is cut off has no summary."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            terminal = self.config.pluginmanager.get_plugin("terminalreporter")
+            terminal.write(f"\n{report.nodeid}\n{report.longreprtext[-4000:]}\n", flush=True)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     global leftovers
     config.pluginmanager.register(tier_report, "m2n-tiers")
+    if TELL_VARIABLE in os.environ:
+        config.pluginmanager.register(Teller(config))
     os.environ[SESSION_VARIABLE] = SESSION
     if psutil is not None:
         leftovers = Leftovers()
