@@ -25,7 +25,8 @@ uint32_t checked_max_peers(const Shape& shape, uint32_t max_peers, const Rows& r
            " rows cannot be indexed by int32; lower max_peers, max_tokens or microbatches");
   }
   if (uint64_t{shape.max_tokens} * shape.top_k >= kPlainRows) {
-    refuse("max_tokens: max_tokens x top_k must be below " + std::to_string(kPlainRows) + "; send larger ones in chunks");
+    refuse("max_tokens: max_tokens x top_k must be below " + std::to_string(kPlainRows) +
+           "; send larger ones in chunks");
   }
   return max_peers;
 }
