@@ -37,8 +37,10 @@ def precompile(header: Path, flags: tuple[str, ...]) -> str:
     """An option by which `#include <header>` finds it compiled already: half of what a small program takes."""
     directory = ROOT / "build/headers" / f"{header.stem}-{zlib.crc32(repr(flags).encode()):08x}"
     directory.mkdir(parents=True, exist_ok=True)
-    source = ["-x", "c++-header", str(header), "-o", str(directory / f"{header.name}.gch")]
+    made = directory / f"{os.getpid()}.made"  # not in its place before it is whole: another worker may be reading there
+    source = ["-x", "c++-header", str(header), "-o", str(made)]
     command = [os.environ.get("CXX", "g++"), *flags, f"-I{header.parent}", "-c", *source]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, f"{command}\n{done.stderr[-4000:]}"
+    made.replace(directory / f"{header.name}.gch")
     return f"-I{directory}"
