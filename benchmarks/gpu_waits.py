@@ -5,21 +5,20 @@ host, and what a matrix product loses beside streams that wait. Part of `make gp
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import tempfile
 from functools import partial
 
 import torch
 
-import m2n
-from m2n.benchmarks.gpu_verbs import NUM_RANKS, Bench, emit, host_us, times_of
+from m2n.benchmarks.gpu_verbs import CONFIG, NUM_RANKS, Bench, emit, host_us, times_of
 
 FORMS = {"by kernels": False, "by streams": True}
-TIMEOUT_S = 20.0
 
 
 def bench_of(store: str, num_tokens: int, by_stream: bool) -> Bench:
-    config = m2n.Config(arrays="torch", timeout_s=TIMEOUT_S, transport="shm", stream_waits=by_stream)
+    config = dataclasses.replace(CONFIG, transport="shm", stream_waits=by_stream)
     return Bench(store, num_tokens, microbatches=1, config=config)
 
 

@@ -10,18 +10,14 @@
 #include <vector>
 
 #include "core/peer.h"
+#include "explorer/one_thread.h"
 
 namespace {
 
 constexpr uint32_t kRounds = 2000;
 constexpr uint64_t kRowBytes = 512;
 
-struct ThreadExec {
-  uint32_t thread() const { return 0; }
-  uint32_t num_threads() const { return 1; }
-  uint32_t block() const { return 0; }
-  uint32_t num_blocks() const { return 1; }
-  void sync() {}
+struct ThreadExec : OneThread {
   void wake(m2n::WakeWord*) {}
 };
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How bodies run in the cases: one thread each.
+// How bodies run in the cases, and in the sanitizers' control: one thread each.
 #pragma once
 
 #include <cstdint>
