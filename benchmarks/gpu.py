@@ -127,7 +127,7 @@ def build(run: Run, gpu: dict[str, str] | None) -> None:
         *(["-G", "Ninja"] if shutil.which("ninja") else []),
     ]  # fmt: skip
     run.step("configure", configure, 120)
-    targets = ["cmake", "--build", str(BUILD), "--parallel", "--target", "_C", "m2n_gpu_timing"]
+    targets = ["cmake", "--build", str(BUILD), "--parallel", "--target", "_C", "m2n_gpu_timing", "m2n_gate_dispatch"]
     run.step(f"build for {arch}", targets, 300)
     lay_out()
     # Says whether the driver is found, by itself: the module loads without one.
@@ -150,6 +150,7 @@ def check(run: Run) -> None:
     # Kernels of torch that are loaded behind a kernel that waits would wait for it.
     eager = {"CUDA_MODULE_LOADING": "EAGER"}
     run.step("oracle on virtual ranks", [*ranks, "2"], 90, **eager)
+    run.step("example: a kernel that dispatches", [str(BUILD / "m2n_gate_dispatch")], 30)
     files = [
         str(ROOT / "tests" / name)
         for name in ("test_exchange.py", "test_device.py", "test_launches.py", "test_graphs.py", "test_mixed.py")
@@ -168,8 +169,10 @@ def check(run: Run) -> None:
             run.skip(name, "compute-sanitizer is not on PATH")
             continue
         command = [tool, "--tool", check_name, "--error-exitcode", "99", "--target-processes", "all", *ranks]
-        # Each tensor its own allocation, so that its end is watched too.
-        run.step(name, command, 120, may_refuse=True, PYTORCH_NO_CUDA_MEMORY_CACHING="1", **eager)
+        # Each tensor its own allocation, so that its end is watched too. Kernels are loaded at their first launch, behind
+        # which nothing waits here: the tool would take minutes for all of torch's.
+        watched = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUDA_MODULE_LOADING": "LAZY"}
+        run.step(name, command, 120, may_refuse=True, **watched)
 
 
 def time_it(run: Run, nccl: Path | None = None, timeline: Path | None = None) -> list[dict[str, Any]]:
@@ -195,9 +198,13 @@ def time_it(run: Run, nccl: Path | None = None, timeline: Path | None = None) ->
     ranks_share_a_gpu = {"CUDA_MODULE_LOADING": "EAGER", "NCCL_MULTI_RANK_GPU_ENABLE": "1"}
     if nccl is not None:  # torch finds its own by its RPATH, before any LD_LIBRARY_PATH
         ranks_share_a_gpu["LD_PRELOAD"] = str(nccl.resolve())
-    for peer, name in (("nccl", "processes, m2n and NCCL"), ("nccl-put", "processes, m2n and ncclPutSignal")):
-        beside = [sys.executable, "-m", "m2n.benchmarks.gpu_nccl", "--peer", peer]
-        beside += ["--nccl", str(nccl.resolve())] if nccl is not None and peer == "nccl-put" else []
+    put = ["nccl-put", *(["--nccl", str(nccl.resolve())] if nccl is not None else [])]
+    for name, options in (
+        ("processes, m2n and NCCL", ["nccl"]),
+        ("processes, m2n and ncclPutSignal", put),
+        ("processes, m2n whose streams wait and ncclPutSignal", [*put, "--stream-waits"]),
+    ):
+        beside = [sys.executable, "-m", "m2n.benchmarks.gpu_nccl", "--peer", *options]
         output += "\n" + run.step(name, beside, 60, may_refuse=True, **ranks_share_a_gpu)
     rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     for row in rows:

@@ -4,8 +4,11 @@
 
 One attention rank and N expert ranks, a process each; with several GPUs the attention rank has the first, the experts
 the second. A round trip brings T rows to their expert ranks, T / N each, and as many back. The two take turns in one
-run; the host's clock times them, the end on the device included. Peers are favoured: they know all counts, and rows to
-be put lie in a registered window already. Several ranks on one GPU need NCCL 2.30 or later and
+run; the host's clock times them, the end on the device included. Expert ranks launch all of it ahead. Peers are
+favoured: they know all counts, and rows to be put lie in a registered window already.
+
+`--stream-waits`: m2n's windows lie in memory of the host and streams wait for its signals, not kernels, which hold a
+GPU that processes have in turns until the turn ends. Several ranks on one GPU need NCCL 2.30 or later and
 NCCL_MULTI_RANK_GPU_ENABLE=1. With `--peer gloo --device cpu`, or with a library in NCCL's place (`--nccl`), the same
 runs where there is no GPU.
 """
@@ -170,16 +173,20 @@ def time_trips(
 def expert(comm: m2n.ExpertComm, options: argparse.Namespace, store: str) -> None:
     """Sends what it gets back as it is."""
     peer = join(options, store, 1 + comm.rank, comm.device)
+    y = torch.empty(max(options.tokens), options.hidden, dtype=torch.bfloat16, device=comm.device)
     for tokens in options.tokens:
         peer.begin(tokens)
+        first, end = bounds_of(tokens, options.expert_ranks)[comm.rank :][:2]
         for _ in range(options.rounds + WARM_UP):
-            batch = comm.dispatch_recv(timeout=TIMEOUT_S)
+            batch = comm.dispatch_recv(0, 0, linger_us=None, attention_ranks=[0], sync=False)
             if batch is None:
                 raise RuntimeError("no rows have come in time")
-            comm.combine_send(batch, batch.gather())
+            torch.index_select(batch.x, 0, batch.row_index_by_expert[: end - first], out=y[: end - first])
+            comm.combine_send(batch, y[: batch.num_pairs])
             peer.answer()
-    if comm.device != "cpu":
-        torch.cuda.synchronize()
+        if comm.device != "cpu":
+            torch.cuda.synchronize()
+        comm.check()
     peer.close()
 
 
@@ -187,8 +194,8 @@ def rows_of(samples: dict[str, list[float]], options: argparse.Namespace, tokens
     """Lines of the result: the peer's first, which is the limit of m2n's."""
     rows, limit_us = [], None
     num_bytes = 2 * 2 * options.hidden * tokens
-    for name in (options.peer, "m2n"):
-        each = sorted(samples[name])
+    for key in (options.peer, "m2n"):
+        each, name = sorted(samples[key]), "m2n, streams wait" if key == "m2n" and options.stream_waits else key
         p50, p99 = each[len(each) // 2], each[min(len(each) - 1, round(0.99 * len(each)))]
         row = {
             "name": f"round trip between 1 + {options.expert_ranks} processes, {name}, {tokens} x "
@@ -217,6 +224,7 @@ def main() -> int:
     parser.add_argument("--peer", default="nccl", choices=("nccl", "nccl-put", "gloo"))
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--nccl", default=find_library(), help="libnccl.so.2 of nccl-put (default %(default)s)")
+    parser.add_argument("--stream-waits", action="store_true", help="with --device cuda: m2n's streams wait")
     parser.add_argument("--expert-ranks", type=int, default=1)
     parser.add_argument("--tokens", type=int, nargs="+", default=[8, 128, 4096])
     parser.add_argument("--hidden", type=int, default=7168)
@@ -229,12 +237,13 @@ def main() -> int:
             sys.exit(f"gpu_nccl: {error}")
     shape = m2n.Shape(options.hidden, options.expert_ranks, 1, max(options.tokens))
     devices = (device_of(options.device, 0), device_of(options.device, 1))
-    config = m2n.Config(arrays="torch", timeout_s=TIMEOUT_S)
+    place = {"transport": "shm", "stream_waits": True} if options.stream_waits else {}
+    config = m2n.Config(arrays="torch", timeout_s=TIMEOUT_S, **place)
     with tempfile.TemporaryDirectory(prefix="m2n-") as store:
         bodies = tuple(functools.partial(body, options=options, store=store) for body in (attention, expert))
         samples = run_ranks(
             bodies, 1, options.expert_ranks, shape=shape, processes=True, device=devices, config=config,
-            timeout=max(WHOLE_RUN_S + began - time.monotonic(), 1.0),
+            max_peers=max(1, options.expert_ranks), timeout=max(WHOLE_RUN_S + began - time.monotonic(), 1.0),
         )["attention", 0]  # fmt: skip
     for tokens in options.tokens:
         for row in rows_of(samples[tokens], options, tokens):

@@ -77,26 +77,24 @@ class Clock:
 
 
 def times_of(
-    work: Callable[[], None], repeats: int, per: int = 1, between: Callable[[], None] | None = None
+    work: Callable[[], None], repeats: int, per: int = 1, behind: Callable[[], None] | None = None
 ) -> list[float]:
-    """Microseconds of each of `repeats` runs, divided by `per`; `between` runs untimed after each."""
-    clock, samples = Clock(), []
-    for i in range(repeats + WARM_UP):
-        us = clock.us(work) / per
-        if between is not None:
-            between()
-            torch.cuda.synchronize()
-        if i >= WARM_UP:
-            samples.append(us)
-    return samples
+    """Microseconds of each of `repeats` runs, divided by `per`; what is `behind` runs untimed after each."""
+    return times_in_turn({"": work}, repeats, per, None if behind is None else {"": behind})[""]
 
 
-def times_in_turn(works: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-    """Microseconds of each of `repeats` runs of each, which take turns."""
+def times_in_turn(
+    works: dict[str, Callable[[], None]], repeats: int, per: int = 1,
+    behind: dict[str, Callable[[], None]] | None = None,
+) -> dict[str, list[float]]:  # fmt: skip
+    """As times_of() for each of `works`, which take turns."""
     clock, samples = Clock(), {name: [] for name in works}
     for i in range(repeats + WARM_UP):
         for name, work in works.items():
-            us = clock.us(work)
+            us = clock.us(work) / per
+            if behind is not None:
+                behind[name]()
+                torch.cuda.synchronize()
             if i >= WARM_UP:
                 samples[name].append(us)
     return samples
@@ -121,15 +119,17 @@ class Bench:
     """One attention rank, eight expert ranks, `microbatches` slots; T tokens of 7168 bfloat16, top-8 of 64 experts."""
 
     def __init__(
-        self, store: str, num_tokens: int, microbatches: int, hidden: int = 7168, config: m2n.Config = CONFIG
-    ) -> None:
+        self, store: str, num_tokens: int, microbatches: int, hidden: int = 7168, config: m2n.Config = CONFIG,
+        dispatch_dtype: str = "bfloat16",
+    ) -> None:  # fmt: skip
         self.shape = m2n.Shape(
             hidden=hidden, num_experts=64, top_k=8, max_tokens=num_tokens, microbatches=microbatches,
-            dispatch_dtype="bfloat16", combine_dtype="bfloat16",
+            dispatch_dtype=dispatch_dtype, combine_dtype="bfloat16",
         )  # fmt: skip
         self.placement = m2n.Placement.block(64, NUM_RANKS)
-        options = {"shape": self.shape, "placement": self.placement, "store": store, "device": "cuda:0",
-                   "name": f"{num_tokens}-{microbatches}-{config.stream_waits}", "config": config}  # fmt: skip
+        name = f"{num_tokens}-{microbatches}-{config.stream_waits}-{dispatch_dtype}"
+        options = {"shape": self.shape, "placement": self.placement, "store": store, "name": name,
+                   "device": "cuda:0", "config": config}  # fmt: skip
         comms = [m2n.ExpertComm(rank, max_peers=1, **options) for rank in range(NUM_RANKS)]
         self.attention = m2n.AttentionComm(0, max_peers=NUM_RANKS, **options)
         assert all(comm.wait_peer(0) for comm in comms)
@@ -267,24 +267,16 @@ def time_verbs(store: str, kernel_us: float, num_tokens: int, sms: list[int]) ->
             "combine_send": capture(partial(bench.answer, num_sms)),
             "combine_recv": capture(partial(bench.combine, num_sms)),
         }
-        samples: dict[str, list[float]] = {name: [] for name in stages}
-        clock = Clock()
-        for i in range(60 + WARM_UP):
-            for name, graph in stages.items():
-                per = 8 * NUM_RANKS if name in ("dispatch_recv", "combine_send") else 8
-                us = clock.us(graph.replay) / per
-                if i >= WARM_UP:
-                    samples[name].append(us)
+        samples = times_in_turn({name: graph.replay for name, graph in stages.items()}, 60, per=8)
+        for name in ("dispatch_recv", "combine_send"):  # of each rank
+            samples[name] = [us / NUM_RANKS for us in samples[name]]
         if num_sms == sms[0]:
             emit(f"route, {top}", samples["route"])
             emit(f"dispatch_recv, of one of 8 ranks, {top}", samples["dispatch_recv"])
         emit(f"dispatch_send, {top}, num_sms={num_sms}", samples["dispatch_send"], num_bytes, limit_us=limit_us,
              limit="copy of the same bytes + one kernel", goal=goal)  # fmt: skip
-        emit(
-            f"combine_send, of one of 8 ranks, {top}, num_sms={num_sms}",
-            samples["combine_send"],
-            num_bytes // NUM_RANKS,
-        )
+        emit(f"combine_send, of one of 8 ranks, {top}, num_sms={num_sms}", samples["combine_send"],
+             num_bytes // NUM_RANKS)  # fmt: skip
         emit(f"combine_recv, {top}, num_sms={num_sms}", samples["combine_recv"], num_bytes, limit_us=reduce_us,
              limit="copy of half the bytes read and written + one kernel")  # fmt: skip
     bench.close()
@@ -299,9 +291,29 @@ def time_large(store: str) -> None:
         send = capture(partial(bench.send, num_sms))
         rest = capture(lambda: (bench.receive(), bench.answer(132), bench.combine(132)))
         emit(f"dispatch_send, 4096 x 7168 bf16, top-8, 8 ranks, num_sms={num_sms}",
-             times_of(send.replay, 20, between=rest.replay), bench.num_bytes, limit_us=limit_us,
+             times_of(send.replay, 20, behind=rest.replay), bench.num_bytes, limit_us=limit_us,
              limit="copy of the same bytes", goal="at most 1.11 of the limit: 0.9 of its bandwidth")  # fmt: skip
     bench.close()
+
+
+def time_float8(store: str) -> None:
+    """What rows of float8, quantised on the way, save a dispatch."""
+    row_bytes = {"bfloat16": 2 * 7168, "float8_e4m3fn": 7168 + 4 * (7168 // 128)}
+    for num_tokens in (128, 4096):
+        benches = {dtype: Bench(store, num_tokens, 1, dispatch_dtype=dtype) for dtype in row_bytes}
+        sends: dict[str, Callable[[], None]] = {}
+        rests: dict[str, Callable[[], None]] = {}
+        for dtype, bench in benches.items():
+            bench.send(), bench.receive(), bench.answer(), bench.combine()
+            sends[dtype] = capture(bench.send).replay
+            rests[dtype] = capture(lambda bench=bench: (bench.receive(), bench.answer(), bench.combine())).replay
+        samples, limit_us = times_in_turn(sends, 40, behind=rests), None
+        for dtype, bench in benches.items():
+            us = emit(f"dispatch_send in {dtype}, {num_tokens} x 7168, top-8, 8 ranks, num_sms=64", samples[dtype],
+                      bench.num_rows * row_bytes[dtype], limit_us=limit_us,
+                      limit=limit_us and "the same in bfloat16")  # fmt: skip
+            limit_us = limit_us or us
+            bench.close()
 
 
 def time_round_trips(store: str) -> None:
@@ -374,6 +386,7 @@ def main() -> None:
         time_verbs(store, kernel_us, 128, [16, 32, 64, 132])
         time_verbs(store, kernel_us, 8, [64])
         time_large(store)
+        time_float8(store)
         time_round_trips(store)
         time_gemm_beside(store)
 

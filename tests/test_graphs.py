@@ -6,10 +6,12 @@ All of it needs a GPU: `make gpu` runs it there.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +67,10 @@ class Ranks:
     def __init__(self, store: Path, **options: Any) -> None:
         patient = dataclasses.replace(config(), timeout_s=20.0)
         common = {"shape": SHAPE, "placement": PLACED, "store": store, "config": patient, "device": "cuda:0", **options}
-        self.experts = [m2n.ExpertComm(rank, max_peers=NUM_ATTENTION, **common) for rank in range(NUM_EXPERT)]
+        # One more may join.
+        self.experts = [m2n.ExpertComm(rank, max_peers=NUM_ATTENTION + 1, **common) for rank in range(NUM_EXPERT)]
         self.attention = [m2n.AttentionComm(rank, **common) for rank in range(NUM_ATTENTION)]
+        self.newcomer = functools.partial(m2n.AttentionComm, NUM_ATTENTION, **common)
         assert all(comm.wait_peer(rank) for comm in self.experts for rank in range(NUM_ATTENTION))
         self.streams = {comm: torch.cuda.Stream() for comm in (*self.attention, *self.experts)}
         self.feeds = {comm: [Feed(comm.rank, mb) for mb in range(SHAPE.microbatches)] for comm in self.attention}
@@ -93,13 +97,16 @@ class Ranks:
             )
             comm.combine_send(batch, outputs_at_capacity(batch, PLACED.experts_of(comm.rank)))
 
-    def capture(self, layer: int) -> list[tuple[torch.cuda.CUDAGraph, torch.cuda.Stream]]:
-        """The layer of every rank as a graph of its own; nothing runs."""
+    def capture(
+        self, layer: int, meanwhile: Callable[[], Any] = lambda: None
+    ) -> list[tuple[torch.cuda.CUDAGraph, torch.cuda.Stream]]:
+        """The layer of every rank as a graph of its own; nothing runs, but `meanwhile` in each."""
         graphs = []
         for comm, stream in self.streams.items():
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="global"):
                 (self.attention_layer if comm in self.attention else self.expert_layer)(comm, layer)
+                meanwhile()
             graphs.append((graph, stream))
         return graphs
 
@@ -149,6 +156,31 @@ def test_two_graphs_and_eager_calls_share_a_comm(tmp_path: Path) -> None:
                     with torch.cuda.stream(stream):
                         (made.attention_layer if comm in made.attention else made.expert_layer)(comm, 2)
         made.require_right()
+
+
+def test_a_rank_joins_while_another_thread_captures_a_graph(tmp_path: Path) -> None:
+    """Its windows are mapped and its kernels loaded meanwhile, on both sides; the graphs hold nothing of that."""
+    with ranks(tmp_path) as made, concurrent.futures.ThreadPoolExecutor(1) as another_thread:
+        joined: list[m2n.AttentionComm] = []
+
+        def join() -> None:
+            if not joined:
+                joined.append(another_thread.submit(made.newcomer).result(timeout=60))
+                assert all(expert.wait_peer(NUM_ATTENTION) for expert in made.experts)
+
+        graphs = made.capture(layer=1, meanwhile=join)
+        with joined[0] as newcomer:
+            for _ in range(10):
+                made.replay(graphs)
+            made.require_right()
+            given = testing.make_workload(SHAPE, "uniform", 5)
+            newcomer.dispatch_send(given.x.cuda(), newcomer.route(given.topk_ids.cuda(), given.topk_weights.cuda()))
+            for expert in made.experts:
+                batch = expert.dispatch_recv(0, 0, linger_us=None, attention_ranks=[NUM_ATTENTION])
+                expert.combine_send(batch, testing.expert_outputs(batch, PLACED.experts_of(expert.rank)))
+            expected = testing.oracle_combine(given, SHAPE, PLACED, NUM_ATTENTION)
+            assert torch.equal(newcomer.combine_recv().cpu(), expected)
+            newcomer.check()
 
 
 def test_a_graph_gets_another_deadline_without_another_capture(tmp_path: Path) -> None:

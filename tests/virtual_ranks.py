@@ -72,6 +72,7 @@ def main(device: str, rounds: int) -> None:
                 dispatch_dtype=dtype, combine_dtype=reply_dtype, reduce_at=reduce_at,
             )  # fmt: skip
             num_right += run(device, shape, m2n.Placement.block(8, 3), 2, rounds * len(testing.KINDS))
+            print(f"{dtype}, sums at {reduce_at}: {num_right} results so far", flush=True)
     print(f"virtual ranks on {device}: {num_right} results equal the oracle bit for bit")
 
 
