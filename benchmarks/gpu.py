@@ -169,8 +169,8 @@ def check(run: Run) -> None:
             run.skip(name, "compute-sanitizer is not on PATH")
             continue
         command = [tool, "--tool", check_name, "--error-exitcode", "99", "--target-processes", "all", *ranks]
-        # Each tensor its own allocation, so that its end is watched too. Kernels are loaded at their first launch, behind
-        # which nothing waits here: the tool would take minutes for all of torch's.
+        # Each tensor its own allocation, so that its end is watched too. Kernels are loaded at their first launch,
+        # which nothing waits for here: the tool would take minutes for all of torch's.
         watched = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUDA_MODULE_LOADING": "LAZY"}
         run.step(name, command, 120, may_refuse=True, **watched)
 

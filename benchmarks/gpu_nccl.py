@@ -4,8 +4,9 @@
 
 One attention rank and N expert ranks, a process each; with several GPUs the attention rank has the first, the experts
 the second. A round trip brings T rows to their expert ranks, T / N each, and as many back. The two take turns in one
-run; the host's clock times them, the end on the device included. Expert ranks launch all of it ahead. Peers are
-favoured: they know all counts, and rows to be put lie in a registered window already.
+run, some round trips at a time: what one launches ahead must not wait beside the other. The host's clock times them,
+the end on the device included; expert ranks launch theirs ahead. Peers are favoured: they know all counts, and rows to
+be put lie in a registered window already.
 
 `--stream-waits`: m2n's windows lie in memory of the host and streams wait for its signals, not kernels, which hold a
 GPU that processes have in turns until the turn ends. Several ranks on one GPU need NCCL 2.30 or later and
@@ -32,7 +33,7 @@ import m2n
 from m2n.benchmarks.nccl_put import SHARED_SINCE, Library, NcclError, Window, find_library
 from m2n.testing import run_ranks
 
-WARM_UP = 5
+WARM_UP = 5  # round trips of each turn that are not counted
 TIMEOUT_S = 30.0
 WHOLE_RUN_S = 50.0  # then all ranks are ended: one that hangs would keep the GPU from what comes next
 
@@ -126,6 +127,22 @@ def join(options: argparse.Namespace, store: str, process: int, device: str) -> 
     return (PutPeer if options.peer == "nccl-put" else GroupPeer)(options, store, process, device)
 
 
+class Turns:
+    """Who has the devices: expert ranks begin a turn when the attention rank does, with all before at its end."""
+
+    def __init__(self, options: argparse.Namespace, store: str) -> None:
+        self._store = dist.FileStore(f"{store}/turns", 1 + options.expert_ranks)
+        self._store.set_timeout(datetime.timedelta(seconds=TIMEOUT_S))
+        self.num_turns = min(4, options.rounds)  # of each, for each number of tokens
+        self.num_trips = WARM_UP + options.rounds // self.num_turns
+
+    def begin(self, *which: object) -> None:
+        self._store.set(str(which), "")
+
+    def await_begin(self, *which: object) -> None:
+        self._store.wait([str(which)])
+
+
 def host_us(work: Callable[[], Any], device: str) -> float:
     began = time.perf_counter()
     work()
@@ -136,15 +153,15 @@ def host_us(work: Callable[[], Any], device: str) -> float:
 
 def attention(comm: m2n.AttentionComm, options: argparse.Namespace, store: str) -> dict[int, dict[str, list[float]]]:
     """The one attention rank; times by the number of tokens."""
-    peer = join(options, store, 0, comm.device)
-    samples = {tokens: time_trips(comm, peer, options, tokens) for tokens in options.tokens}
+    peer, turns = join(options, store, 0, comm.device), Turns(options, store)
+    samples = {tokens: time_trips(comm, peer, turns, options, tokens) for tokens in options.tokens}
     comm.check()
     peer.close()
     return samples
 
 
 def time_trips(
-    comm: m2n.AttentionComm, peer: GroupPeer | PutPeer, options: argparse.Namespace, tokens: int
+    comm: m2n.AttentionComm, peer: GroupPeer | PutPeer, turns: Turns, options: argparse.Namespace, tokens: int
 ) -> dict[str, list[float]]:
     """Round trips, those of m2n and of the peer in turn."""
     device = comm.device
@@ -160,11 +177,10 @@ def time_trips(
         comm.combine_recv(out=y)
 
     samples: dict[str, list[float]] = {"m2n": [], options.peer: []}
-    for i in range(options.rounds + WARM_UP):
+    for turn in range(turns.num_turns):
         for name, work in (("m2n", by_m2n), (options.peer, peer.round_trip)):
-            us = host_us(work, device)
-            if i >= WARM_UP:
-                samples[name].append(us)
+            turns.begin(tokens, turn, name)
+            samples[name] += [host_us(work, device) for _ in range(turns.num_trips)][WARM_UP:]
     if not torch.equal(y, x) or not torch.equal(peer.replies, x):
         raise RuntimeError("the rows that came back are not those that were sent")
     return samples
@@ -172,18 +188,24 @@ def time_trips(
 
 def expert(comm: m2n.ExpertComm, options: argparse.Namespace, store: str) -> None:
     """Sends what it gets back as it is."""
-    peer = join(options, store, 1 + comm.rank, comm.device)
+    peer, turns = join(options, store, 1 + comm.rank, comm.device), Turns(options, store)
     y = torch.empty(max(options.tokens), options.hidden, dtype=torch.bfloat16, device=comm.device)
     for tokens in options.tokens:
         peer.begin(tokens)
         first, end = bounds_of(tokens, options.expert_ranks)[comm.rank :][:2]
-        for _ in range(options.rounds + WARM_UP):
+
+        def by_m2n(count: int = end - first) -> None:
             batch = comm.dispatch_recv(0, 0, linger_us=None, attention_ranks=[0], sync=False)
             if batch is None:
                 raise RuntimeError("no rows have come in time")
-            torch.index_select(batch.x, 0, batch.row_index_by_expert[: end - first], out=y[: end - first])
+            torch.index_select(batch.x, 0, batch.row_index_by_expert[:count], out=y[:count])
             comm.combine_send(batch, y[: batch.num_pairs])
-            peer.answer()
+
+        for turn in range(turns.num_turns):
+            for name, answer in (("m2n", by_m2n), (options.peer, peer.answer)):
+                turns.await_begin(tokens, turn, name)
+                for _ in range(turns.num_trips):
+                    answer()
         if comm.device != "cpu":
             torch.cuda.synchronize()
         comm.check()

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/error.h"
 #include "transport/host_exec.h"
 #include "transport/ucx_links.h"
 
@@ -176,6 +177,20 @@ void check_rows_elsewhere(const Settings& settings) {
   require(pair.receiver.rows()[0] == 0 && pair.receiver.word() == 0, "it changes nothing");
 }
 
+// Before a processor reads through an address of the GPU's as if it were the host's.
+void check_without_cuda(Settings settings) {
+  settings.device = "cuda:0";
+  settings.rows = "gpudirect:cuda:0";
+  try {
+    Links links(settings);
+    require(false, "rows of a GPU need a UCX with CUDA");
+  } catch (const Error& error) {
+    require(
+        error.kind() == Failure::kArgument && std::strstr(error.what(), "needs a UCX that knows the memory of GPUs"),
+        error.what());
+  }
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -185,5 +200,6 @@ int main(int, char** arguments) {
   check_violations(settings);
   check_strangers(settings);
   check_rows_elsewhere(settings);
+  check_without_cuda(settings);
   std::printf("ten bad messages, four of strangers, one good\n");
 }

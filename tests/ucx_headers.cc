@@ -29,6 +29,11 @@ SAME_VALUE(ours::Params::kRma, UCP_FEATURE_RMA);
 SAME_VALUE(ours::Params::kWakeup, UCP_FEATURE_WAKEUP);
 SAME_VALUE(ours::Params::kAm, UCP_FEATURE_AM);
 
+ROOM_FOR(ContextAttributes, ucp_context_attr_t);
+SAME_PLACE(ContextAttributes, memory_types, ucp_context_attr_t, memory_types);
+SAME_VALUE(ours::ContextAttributes::kMemoryTypes, UCP_ATTR_FIELD_MEMORY_TYPES);
+SAME_VALUE(ours::ContextAttributes::kCuda, UCS_BIT(UCS_MEMORY_TYPE_CUDA));
+
 ROOM_FOR(WorkerParams, ucp_worker_params_t);
 SAME_PLACE(WorkerParams, thread_mode, ucp_worker_params_t, thread_mode);
 SAME_VALUE(ours::WorkerParams::kThreadMode, UCP_WORKER_PARAM_FIELD_THREAD_MODE);
@@ -110,6 +115,7 @@ ALIKE(config_read);
 ALIKE(config_modify);
 ALIKE(config_release);
 ALIKE(init_version);
+ALIKE(context_query);
 ALIKE(cleanup);
 ALIKE(worker_create);
 ALIKE(worker_destroy);

@@ -42,6 +42,7 @@ void find_functions(void* library, Api& api) {
   find(library, "ucp_config_modify", api.config_modify);
   find(library, "ucp_config_release", api.config_release);
   find(library, "ucp_init_version", api.init_version);
+  find(library, "ucp_context_query", api.context_query);
   find(library, "ucp_cleanup", api.cleanup);
   find(library, "ucp_worker_create", api.worker_create);
   find(library, "ucp_worker_destroy", api.worker_destroy);

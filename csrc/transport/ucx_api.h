@@ -40,6 +40,16 @@ struct Params {
   Room room;
 };
 
+struct ContextAttributes {
+  static constexpr uint64_t kMemoryTypes = 1 << 2;
+  static constexpr uint64_t kCuda = 1 << 1;  // of memory_types
+  uint64_t field_mask = kMemoryTypes;
+  size_t request_bytes = 0;
+  int thread_mode = 0;
+  uint64_t memory_types = 0;
+  Room room;
+};
+
 struct WorkerParams {
   static constexpr uint64_t kThreadMode = 1 << 0;
   static constexpr int kSerialized = 1;
@@ -141,6 +151,7 @@ struct Api {
   Status (*config_modify)(Config* config, const char* name, const char* value);
   void (*config_release)(Config* config);
   Status (*init_version)(unsigned major, unsigned minor, const Params* params, const Config* config, Context** context);
+  Status (*context_query)(Context* context, ContextAttributes* attributes);
   void (*cleanup)(Context* context);
   Status (*worker_create)(Context* context, const WorkerParams* params, Worker** worker);
   void (*worker_destroy)(Worker* worker);

@@ -50,9 +50,11 @@ std::shared_ptr<unsigned char> reserve(uint64_t num_bytes) {
           [num_bytes](unsigned char* areas) { munmap(areas - kAreasAt, num_bytes); }};
 }
 
-// Is this list of UCX_TLS one of shared memory alone? That never tells that a peer is gone, and refuses to be asked.
+// Is this list of UCX_TLS one of shared memory alone, a GPU's too? That never tells that a peer is gone, and refuses to
+// be asked.
 bool is_within_host(std::string_view transports) {
-  constexpr std::string_view kWithin[] = {"posix", "sysv", "cma", "xpmem", "knem", "self", "shm", "sm", "mm"};
+  constexpr std::string_view kWithin[] = {"posix", "sysv", "cma", "xpmem",     "knem",     "self",
+                                          "shm",   "sm",   "mm",  "cuda_copy", "cuda_ipc", "gdr_copy"};
   while (!transports.empty()) {
     const size_t end = std::min(transports.find(','), transports.size());
     if (std::find(std::begin(kWithin), std::end(kWithin), transports.substr(0, end)) == std::end(kWithin)) return false;
@@ -109,6 +111,7 @@ void Links::make_worker(const Settings& settings) {
   Params params;
   params.features = Params::kAm | Params::kRma | Params::kWakeup;
   require(api_, api_.init_version(kMajor, kMinor, &params, config, &context_), "ucp_init");
+  if (!settings.device.empty() && !settings.rows.empty()) require_cuda();
   require(api_, api_.worker_create(context_, std::make_unique<WorkerParams>().get(), &worker_), "ucp_worker_create");
   require(api_, api_.worker_get_efd(worker_, &event_fd_), "ucp_worker_get_efd");
   AmHandler handler;
@@ -125,6 +128,15 @@ void Links::make_worker(const Settings& settings) {
   require(api_, api_.worker_get_address(worker_, &address, &num_bytes), "ucp_worker_get_address");
   address_.assign(reinterpret_cast<const char*>(address), num_bytes);
   api_.worker_release_address(worker_, address);
+}
+
+void Links::require_cuda() {
+  ContextAttributes attributes;
+  require(api_, api_.context_query(context_, &attributes), "ucp_context_query");
+  if ((attributes.memory_types & ContextAttributes::kCuda) != 0) return;
+  refuse("gpu_direct needs a UCX that knows the memory of GPUs, and " + api_.where +
+         " was built without CUDA, finds no GPU, or has a UCX_TLS without cuda_copy; "
+         "pip install libucx-cu12 and name it by ucx_library, or leave out gpu_direct");
 }
 
 void Links::open(const Network::Peers& peers, std::shared_ptr<Window> rows_areas, std::function<void()> on_signal,

@@ -105,6 +105,7 @@ class Links {
   };
 
   void make_worker(const Settings& settings);
+  void require_cuda();
   // From one peer's send area to the next, on pages of their own.
   uint64_t area_bytes() const { return rows_bytes_on_host() + peers_.small_bytes + kPageBytes; }
   uint64_t rows_bytes_on_host() const { return rows_areas_ == nullptr ? peers_.rows_bytes : 0; }
