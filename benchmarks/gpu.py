@@ -162,6 +162,12 @@ def check(run: Run) -> None:
     else:
         files = [str(ROOT / "tests" / name) for name in ("test_disaggregated.py", "test_rounds.py")]
         run.step("reference model", [*suite, *files], 150, **eager)
+        generate = [sys.executable, "-m", "m2n.reference_model", "--max-new-tokens", "24", "--reduce-at", "attention"]
+        generate += ["--prompt", "Abraham", "--prompt", "Moses", "--verify"]
+        ranks_on_gpu = ["--device", "cuda", "--attention-ranks", "2", "--expert-ranks", "2"]
+        run.step("m2n-generate", [*generate, *ranks_on_gpu], 45, **eager)
+        run.step("m2n-generate in CUDA graphs", [*generate, *ranks_on_gpu, "--cuda-graphs"], 45, **eager)
+        run.step("m2n-generate with experts on the GPU", [*generate, "--expert-device", "cuda"], 45, **eager)
     tool = find_tool("compute-sanitizer")
     for check_name in ("memcheck", "synccheck"):
         name = f"compute-sanitizer {check_name}"
