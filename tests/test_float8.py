@@ -4,7 +4,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import bodies
@@ -18,6 +22,9 @@ import m2n
 from m2n import arrays, testing
 from m2n.ranks import run_ranks
 
+ROOT = Path(__file__).resolve().parent.parent
+CXX = os.environ.get("CXX", "g++")
+needs_compiler = pytest.mark.skipif(shutil.which(CXX) is None, reason="no C++ compiler (apt-get install -y g++)")
 on_devices = pytest.mark.parametrize("device", OWN_MEMORY)
 TINY = float(np.finfo(np.float32).smallest_subnormal)
 E4M3 = np.unique(np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32))  # all that are >= 0
@@ -112,6 +119,16 @@ def test_ties_go_to_even_and_their_neighbours_to_the_nearest(device: str) -> Non
     assert np.array_equal(np.abs(x.numpy() - values.float().numpy()), nearest)
     sent = dict(zip(x.flatten().tolist(), (values.view(torch.uint8) & 1).flatten().tolist()))
     assert not any(sent[middle] for middle in middles.tolist())
+
+
+@needs_compiler
+def test_kernels_divide_by_a_scale_without_divisions(tmp_path: Path) -> None:
+    """By random scales, of random numbers and of those next to where float8 rounds the other way."""
+    program = tmp_path / "quotient"
+    options = ["-std=c++20", "-O2", "-ffp-contract=off", f"-I{ROOT / 'csrc'}", "-DM2N_HAS_CUDA=0"]
+    subprocess.run([CXX, *options, str(ROOT / "tests/quotient.cc"), "-o", str(program)], check=True)
+    done = subprocess.run([str(program), "1", "500000"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout
 
 
 @on_devices

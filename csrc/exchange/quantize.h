@@ -24,6 +24,14 @@ inline constexpr uint32_t kBlockLanes = kScaleBlock / kQuantSpan;  // so many la
 // The largest magnitude, as bits, which have the order of the numbers.
 template <class In>
 M2N_HD inline __attribute__((always_inline)) uint32_t widen_elements(float* values, const In* from, uint32_t count) {
+#if defined(__CUDA_ARCH__)
+  float largest = 0;
+  for (uint32_t h = 0; h < count; ++h) {
+    values[h] = to_float(from[h]);
+    largest = fmaxf(largest, fabsf(values[h]));  // of a NaN and a number the number
+  }
+  return float_to_bits(largest);
+#else
   uint32_t largest = 0;
   for (uint32_t h = 0; h < count; ++h) {
     values[h] = to_float(from[h]);
@@ -32,17 +40,63 @@ M2N_HD inline __attribute__((always_inline)) uint32_t widen_elements(float* valu
     largest = number > largest ? number : largest;
   }
   return largest;
+#endif
 }
 M2N_HD inline __attribute__((always_inline)) void narrow_elements(unsigned char* to, const float* values,
                                                                   uint32_t count, float scale) {
   for (uint32_t h = 0; h < count; ++h) to[h] = from_float<Float8E4M3>(values[h] / scale).bits;
 }
 
+// x / scale for all x of a block, without a division each: a product with 1 / scale, and what it is off by added twice,
+// which leaves the quotient to the nearest, as a division gives it (Markstein 1990; tests/quotient.cc). What is lost of
+// an x whose remainders underflow changes no bit of float8: with such a scale its quotient is far below 2^-10, or 0.
+struct Divider {
+  float scale, inverse;
+
+  M2N_HD explicit Divider(float scale) : scale(scale), inverse(1.0f / scale) {}
+  M2N_HD static bool can_divide_by(float scale) { return scale >= 0x1p-80f && scale <= 0x1p80f; }
+  M2N_HD float operator()(float x) const {
+    const float product = x * inverse;
+    const float once = add_product(product, add_product(x, product, -scale), inverse);
+    const float twice = add_product(once, add_product(x, once, -scale), inverse);
+    const uint32_t sign = float_to_bits(x) & 0x80000000u;  // of -0 it would be lost
+    return bits_to_float((float_to_bits(twice) & 0x7FFFFFFFu) | sign);
+  }
+
+ private:
+  M2N_HD static float add_product(float sum, float a, float b) {
+#if defined(__CUDA_ARCH__)
+    return __fmaf_rn(a, b, sum);
+#else
+    return __builtin_fmaf(a, b, sum);
+#endif
+  }
+};
+
 #if defined(__CUDA_ARCH__)
 template <class In>
 struct alignas(16) QuantSpan {
   In values[kQuantSpan];
 };
+
+// Two elements of float8, the first in the lower byte.
+__device__ inline uint32_t narrow_pair(float first, float second) {
+#if __CUDA_ARCH__ >= 890
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(second), "f"(first));
+  return pair;
+#else
+  return from_float<Float8E4M3>(first).bits | uint32_t{from_float<Float8E4M3>(second).bits} << 8;
+#endif
+}
+template <class Divide>
+__device__ void narrow_words(uint32_t* words, const float* values, Divide&& divide) {
+#pragma unroll
+  for (uint32_t h = 0; h < kQuantSpan; h += 4) {
+    words[h / 4] = narrow_pair(divide(values[h]), divide(values[h + 1])) |
+                   narrow_pair(divide(values[h + 2]), divide(values[h + 3])) << 16;
+  }
+}
 
 template <class In>
 __device__ uint32_t widen_span(float* values, const In* from, uint32_t count) {
@@ -55,10 +109,11 @@ __device__ uint32_t widen_span(float* values, const In* from, uint32_t count) {
   return widen_elements(values, loaded.values, kQuantSpan);
 }
 __device__ inline void narrow_span(unsigned char* to, const float* values, uint32_t count, float scale) {
-  uint32_t words[kQuantSpan / 4] = {};
-#pragma unroll
-  for (uint32_t h = 0; h < kQuantSpan; ++h) {
-    words[h / 4] |= uint32_t{from_float<Float8E4M3>(values[h] / scale).bits} << (h % 4 * 8);
+  uint32_t words[kQuantSpan / 4];
+  if (Divider::can_divide_by(scale)) {
+    narrow_words(words, values, Divider(scale));
+  } else {
+    narrow_words(words, values, [scale](float x) { return x / scale; });
   }
   if (count == kQuantSpan) {  // rows begin at 16 bytes in the window
     *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
