@@ -18,6 +18,8 @@ TORCH_INDEX ?=
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
 export PYTHON VENV TORCH_INDEX PIP_FLAGS
+# Where it is set every process that imports torch compiles its sources anew: seconds, a hundred times in all tests.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Relative paths throughout: make cannot handle a space in the path of the repository.
 SOURCES := pyproject.toml CMakeLists.txt constraints-cpu.txt .ci/install $(sort $(shell find csrc bindings benchmarks/native -type f))
