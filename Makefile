@@ -40,7 +40,7 @@ demo: $(DEMO_READY)  ## text from two attention and two expert processes
 
 # Two files at once: most tests wait, for processes to start, a compiler, a model checker.
 PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
-test: $(VENV)/.installed-test  ## all tests, the fast ones first (about 20 minutes on two cores)
+test: $(VENV)/.installed-test  ## all tests, the fast ones first (about 15 minutes on two cores)
 	@$(PYTEST) -m "not slow"; fast=$$?; $(PYTEST) -m slow && exit $$fast
 
 test-fast: $(VENV)/.installed-test  ## tests without the marker `slow` (about four minutes)

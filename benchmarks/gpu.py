@@ -120,7 +120,7 @@ def build(run: Run, gpu: dict[str, str] | None) -> None:
     """Compiles the module and the timing program, and lays out a package to import."""
     import pybind11
 
-    arch = f"{gpu['compute_capability'].replace('.', '')}-real" if gpu else "80-virtual"
+    arch = f"{gpu['compute_capability'].replace('.', '')}-real" if gpu else "80-virtual;89-virtual"
     configure = [
         "cmake", "-S", str(ROOT), "-B", str(BUILD), "-DM2N_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={arch}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}",

@@ -189,7 +189,8 @@ def time_trips(
 def expert(comm: m2n.ExpertComm, options: argparse.Namespace, store: str) -> None:
     """Sends what it gets back as it is."""
     peer, turns = join(options, store, 1 + comm.rank, comm.device), Turns(options, store)
-    y = torch.empty(max(options.tokens), options.hidden, dtype=torch.bfloat16, device=comm.device)
+    capacity = options.expert_ranks * max(options.tokens)  # of max_peers attention ranks
+    y = torch.empty(capacity, options.hidden, dtype=torch.bfloat16, device=comm.device)
     for tokens in options.tokens:
         peer.begin(tokens)
         first, end = bounds_of(tokens, options.expert_ranks)[comm.rank :][:2]
@@ -265,7 +266,7 @@ def main() -> int:
         bodies = tuple(functools.partial(body, options=options, store=store) for body in (attention, expert))
         samples = run_ranks(
             bodies, 1, options.expert_ranks, shape=shape, processes=True, device=devices, config=config,
-            max_peers=max(1, options.expert_ranks), timeout=max(WHOLE_RUN_S + began - time.monotonic(), 1.0),
+            max_peers=options.expert_ranks, timeout=max(WHOLE_RUN_S + began - time.monotonic(), 1.0),
         )["attention", 0]  # fmt: skip
     for tokens in options.tokens:
         for row in rows_of(samples[tokens], options, tokens):

@@ -27,18 +27,23 @@ def nvcc(*arguments: str | Path) -> None:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the PTX that is shipped, that of compute_80, and machine code from it for sm_80, 90 and 100."""
+    """A folder with the PTX that is shipped, for compute_80 and 89, and machine code from it for sm_80, 90 and 100."""
     place = tmp_path_factory.mktemp("kernels")
-    codes = ["-gencode", "arch=compute_80,code=[sm_80,sm_90,sm_100]"]
+    codes = ["-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_89,code=[sm_90,sm_100]"]
     options = [*codes, "--threads", "0", "--keep", "--keep-dir", place, "-Xcompiler=-Wall,-Wextra"]
     nvcc(*options, "-c", SOURCE, "-o", place / "run_cuda.o")
     return place
 
 
+@pytest.fixture(scope="module", params=["80", "89"])
+def architecture(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def ptx(compiled: Path) -> dict[str, str]:
+def ptx(compiled: Path, architecture: str) -> dict[str, str]:
     """The code of each verb's kernels, by its name: those for rows of one type each together."""
-    (path,) = compiled.glob("*.ptx")
+    (path,) = compiled.glob(f"*{architecture}*.ptx")
     kernels = re.findall(r"\.entry (\w+)\((.*?)^\}", path.read_text(), re.DOTALL | re.MULTILINE)
     assert len(kernels) == 5 + 3 + 3 + 9
     return {verb: "".join(body for name, body in kernels if verb in name) for verb in VERBS}
@@ -95,4 +100,11 @@ def test_nothing_is_read_through_the_cache_that_does_not_see_peers(ptx: dict[str
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_products_and_sums_round_separately(ptx: dict[str, str], verb: str) -> None:
-    assert not re.search(r"\bfma\.", ptx[verb])
+    """But for the remainders of quotients, where 16 elements become float8, of each of three types: four each."""
+    assert len(re.findall(r"\bfma\.", ptx[verb])) == (3 * 16 * 4 if verb == "DispatchSendAs" else 0)
+
+
+def test_processors_that_can_convert_to_float8_by_themselves(ptx: dict[str, str], architecture: str) -> None:
+    """Pairs of elements; once behind quotients, once behind divisions."""
+    num_pairs = len(re.findall(r"\bcvt\.rn\.satfinite\.e4m3x2\.f32\b", ptx["DispatchSendAs"]))
+    assert num_pairs == (2 * 3 * 8 if architecture == "89" else 0)
