@@ -43,6 +43,8 @@ def main() -> int:
     # may be loaded while one spins.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
+    # Else torch's store has two lines for each second that a rank waits for another one's address; m2n has its own.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     lock = threading.Lock()
     statuses: queue.Queue[int] = queue.Queue()
     # Nobody may wait on a GPU while another one's kernels run for the first time.
