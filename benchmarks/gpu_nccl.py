@@ -48,6 +48,13 @@ def bounds_of(tokens: int, expert_ranks: int) -> list[int]:
     return [-(-tokens * rank // expert_ranks) for rank in range(expert_ranks + 1)]
 
 
+def shared_store(options: argparse.Namespace, folder: str, name: str) -> dist.FileStore:
+    """A store of all processes."""
+    shared = dist.FileStore(f"{folder}/{name}", 1 + options.expert_ranks)
+    shared.set_timeout(datetime.timedelta(seconds=TIMEOUT_S))
+    return shared
+
+
 class GroupPeer:
     """Grouped sends and receives of torch.distributed, over NCCL or gloo."""
 
@@ -91,8 +98,7 @@ class PutPeer:
     """ncclPutSignal. Each rank's window holds rows to be sent, and behind them those that have come."""
 
     def __init__(self, options: argparse.Namespace, store: str, process: int, device: str) -> None:
-        shared = dist.FileStore(f"{store}/group", 1 + options.expert_ranks)
-        shared.set_timeout(datetime.timedelta(seconds=TIMEOUT_S))
+        shared = shared_store(options, store, "group")
         self.options, self.process, most = options, process, max(options.tokens)
         self.row_bytes = 2 * options.hidden
         self.half = most * self.row_bytes
@@ -131,8 +137,7 @@ class Turns:
     """Who has the devices: expert ranks begin a turn when the attention rank does, with all before at its end."""
 
     def __init__(self, options: argparse.Namespace, store: str) -> None:
-        self._store = dist.FileStore(f"{store}/turns", 1 + options.expert_ranks)
-        self._store.set_timeout(datetime.timedelta(seconds=TIMEOUT_S))
+        self._store = shared_store(options, store, "turns")
         self.num_turns = min(4, options.rounds)  # of each, for each number of tokens
         self.num_trips = WARM_UP + options.rounds // self.num_turns
 

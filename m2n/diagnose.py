@@ -65,8 +65,9 @@ def be_expert(store: Any) -> list[str]:
     threads = [threading.Thread(target=answer, args=(transport,), daemon=True) for transport in TRANSPORTS]
     for thread in threads:
         thread.start()
-    open_store(store, Config().store_timeout_s).set(_BEGIN_KEY, "1")
-    if look_up(open_store(store, Config().store_timeout_s), _END_KEY, _WHOLE_S) is None:
+    opened = open_store(store, Config().store_timeout_s)
+    opened.set(_BEGIN_KEY, "1")
+    if look_up(opened, _END_KEY, _WHOLE_S) is None:
         problems.append(f"the attention side did not come to its end within {_WHOLE_S:.0f} s")
     has_ended.set()
     for thread in threads:
@@ -96,8 +97,8 @@ def measure(store: Any, transport: str) -> tuple[float, float]:
 
 def be_attention(store: Any) -> int:
     """Measures every transport, prints what it finds; how many work."""
-    num_working = 0
-    if look_up(open_store(store, Config().store_timeout_s), _BEGIN_KEY, _BEGIN_S) is None:
+    num_working, opened = 0, open_store(store, Config().store_timeout_s)
+    if look_up(opened, _BEGIN_KEY, _BEGIN_S) is None:
         print(f"the expert side was not started within {_BEGIN_S:.0f} s, or has another store")
     for transport in TRANSPORTS:
         try:
@@ -107,7 +108,7 @@ def be_attention(store: Any) -> int:
         else:
             num_working += 1
             print(f"{transport:4} yes: {us:.1f} us one way for 1 KB, {bytes_per_s / 1e9:.2f} GB/s each way at 1 MB")
-    open_store(store, Config().store_timeout_s).set(_END_KEY, "1")
+    opened.set(_END_KEY, "1")
     print("what 'auto' takes: shm inside a host, ucx between hosts")
     for line in advice():
         print(f"- {line}")

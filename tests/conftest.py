@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from libraries import CXX
 
 try:
     import psutil
@@ -29,8 +30,8 @@ GRACE_S = 5.0
 TELL_VARIABLE = "M2N_TEST_TELL"
 # Files that take longest.
 LONGEST_FIRST = (
-    "test_sanitizers", "test_two_hosts", "test_explorer", "test_fuzz", "test_generate", "test_exchange",
-    "test_disaggregated", "test_kernels", "test_nccl_put", "test_cmake_package", "test_torch_ops", "test_bench_cli",
+    "test_sanitizers", "test_two_hosts", "test_explorer", "test_fuzz", "test_promela", "test_exchange",
+    "test_torch_ops", "test_cmake_package", "test_kernels", "test_disaggregated", "test_generate", "test_nccl_put",
 )  # fmt: skip
 
 # Two cores are shared by all ranks of a test: more threads per rank only make it slower.
@@ -92,7 +93,10 @@ def why_no_fuzzer() -> str | None:
 
 def why_no_explorer() -> str | None:
     """Why tests with the marker `explorer` cannot run here; None when they can."""
-    return None if shutil.which(os.environ.get("CXX", "g++")) else "no C++ compiler (apt-get install -y g++)"
+    return None if shutil.which(CXX) else "no C++ compiler (apt-get install -y g++)"
+
+
+needs_compiler = pytest.mark.skipif(why_no_explorer() is not None, reason=why_no_explorer() or "")
 
 
 def why_no_relacy() -> str | None:

@@ -12,6 +12,7 @@ import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+CXX = os.environ.get("CXX", "g++")
 # The sources of a library as one: headers are half of what they take to compile. The installation compiles each alone.
 TOGETHER = ("-DCMAKE_UNITY_BUILD=ON", "-DCMAKE_UNITY_BUILD_BATCH_SIZE=0")
 
@@ -39,7 +40,7 @@ def precompile(header: Path, flags: tuple[str, ...]) -> str:
     directory.mkdir(parents=True, exist_ok=True)
     made = directory / f"{os.getpid()}.made"  # not in its place before it is whole: another worker may be reading there
     source = ["-x", "c++-header", str(header), "-o", str(made)]
-    command = [os.environ.get("CXX", "g++"), *flags, f"-I{header.parent}", "-c", *source]
+    command = [CXX, *flags, f"-I{header.parent}", "-c", *source]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, f"{command}\n{done.stderr[-4000:]}"
     made.replace(directory / f"{header.name}.gch")

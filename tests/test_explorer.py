@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from libraries import precompile
+from libraries import CXX, precompile
 
 pytestmark = [pytest.mark.slow, pytest.mark.explorer]
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ROOT / "tests/explorer"
 BUILD = ROOT / "build/explorer"
-CXX = os.environ.get("CXX", "g++")
 # -fno-builtin-memcpy and --wrap: see copies.h. Threads are left by longjmp, which a fortified library refuses.
 MODEL = ["-w", "-U_FORTIFY_SOURCE", "-fno-builtin-memcpy", "-Wl,--wrap=memcpy"]
 OWN = ["-std=c++20", *MODEL, "-DM2N_EXPLORER=<explore.h>"]

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +14,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from conftest import needs_compiler
+from libraries import CXX
 from test_exchange import OWN_MEMORY, as_numpy
 
 import m2n
@@ -23,8 +23,6 @@ from m2n import arrays, testing
 from m2n.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
-CXX = os.environ.get("CXX", "g++")
-needs_compiler = pytest.mark.skipif(shutil.which(CXX) is None, reason="no C++ compiler (apt-get install -y g++)")
 on_devices = pytest.mark.parametrize("device", OWN_MEMORY)
 TINY = float(np.finfo(np.float32).smallest_subnormal)
 E4M3 = np.unique(np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32))  # all that are >= 0

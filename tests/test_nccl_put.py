@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import needs_compiler
+from libraries import CXX
 
 pytest.importorskip("torch")
 
@@ -22,11 +24,10 @@ from m2n.benchmarks import nccl_put  # noqa: E402
 from m2n.benchmarks.gpu import REFUSALS  # noqa: E402
 
 FOLDER = Path(__file__).parent / "fake_nccl"
-COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 COMMAND = [sys.executable, "-m", "m2n.benchmarks.gpu_nccl", "--peer", "nccl-put"]
 SMALL = ["--device", "cpu", "--tokens", "7", "--hidden", "64", "--rounds", "3", "--expert-ranks", "2"]
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (apt-get install -y g++)")
+pytestmark = needs_compiler
 
 
 def header_folders() -> list[Path]:
@@ -43,7 +44,7 @@ def header_folders() -> list[Path]:
 
 def compile_cxx(source: Path, folders: list[Path], *options: str | Path) -> None:
     includes = [f"-I{folder}" for folder in folders]
-    command = [COMPILER, "-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", *includes, *options, source]
+    command = [CXX, "-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", *includes, *options, source]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from libraries import TOGETHER
+from libraries import CXX, TOGETHER
 
 pytestmark = [pytest.mark.slow, pytest.mark.under_sanitizer, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
-CXX = os.environ.get("CXX", "g++")
 # What CMakeLists.txt gives to a build with M2N_SANITIZE.
 FLAGS = ["-std=c++20", "-O1", "-g", "-fno-builtin", "-fno-omit-frame-pointer", "-pthread"]
 REPORT = re.compile(r"(WARNING|ERROR): \w+Sanitizer|runtime error:|SUMMARY: \w+Sanitizer")

@@ -7,20 +7,18 @@ tests/steady_state.cc runs the four verbs at the C++ boundary, counts in malloc,
 from __future__ import annotations
 
 import functools
-import os
 import re
 import subprocess
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from libraries import build_libraries
+from libraries import CXX, build_libraries
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build/steady-state"
-CXX = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++20", "-O2", "-g1", "-w", "-ffp-contract=off", "-DM2N_HAS_CUDA=0", f"-I{ROOT / 'csrc'}"]
 KINDS = [("expert", "pairs"), ("expert", "reduced"), ("attention", "pairs")]
 CANNOT_TRACE = 3

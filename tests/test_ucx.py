@@ -10,7 +10,6 @@ import dataclasses
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -23,15 +22,14 @@ import bodies
 import numpy as np
 import pytest
 from bodies import ONE, SMALL, small_answer, small_attention, small_dispatch, small_expert
-from libraries import build_libraries
+from conftest import needs_compiler
+from libraries import CXX, build_libraries
 from test_processes import fork
 
 import m2n
 from m2n import _C, testing
 
 ROOT = Path(__file__).parents[1]
-CXX = os.environ.get("CXX", "g++")
-needs_compiler = pytest.mark.skipif(shutil.which(CXX) is None, reason="no C++ compiler (apt-get install -y g++)")
 overs = pytest.mark.parametrize(
     "transport", [pytest.param(name, marks=pytest.mark.ucx) for name in ("ucx", "ucx-put")], indirect=True
 )
