@@ -121,6 +121,7 @@ py::dict offer_to_dict(Comm::Offer offer) {
   dict["wakes"] = offer.wakes;
   dict["objects"] = objects;
   dict["door"] = py::bytes(offer.door);
+  dict["link"] = offer.link;
   return dict;
 }
 
@@ -139,18 +140,19 @@ const char* state_name(PeerState state) {
 }
 
 void attach_peer(Comm& comm, uint32_t peer_idx, const std::vector<std::pair<int, uint64_t>>& objects, uint64_t process,
-                 const std::string& device, bool wakes, const py::bytes& door) {
+                 const std::string& device, bool wakes, const py::bytes& door, int data_fd) {
+  Fd data(data_fd);
   std::vector<Handle> handles;
   for (const auto& [fd, id] : objects) handles.push_back({Fd(fd), 0, id});
   const std::string door_bytes = door;
   const py::gil_scoped_release release;
-  comm.attach(peer_idx, std::move(handles), {process, device}, wakes, door_bytes);
+  comm.attach(peer_idx, std::move(handles), {process, device}, wakes, door_bytes, std::move(data));
 }
 
 void watch_peer_of(Comm& comm, uint32_t peer_idx, int connection_fd, int pidfd, double send_every_s,
-                   double lost_after_s) {
+                   double lost_after_s, const std::string& displaces) {
   const auto ns = [](double seconds) { return static_cast<int64_t>(seconds * 1e9); };
-  comm.watch(peer_idx, connection_fd, pidfd, {ns(send_every_s), ns(lost_after_s)});
+  comm.watch(peer_idx, connection_fd, pidfd, {ns(send_every_s), ns(lost_after_s)}, displaces);
 }
 
 py::list clock_offsets_list(const Comm& comm) {
@@ -204,18 +206,20 @@ void bind_comm(py::module_& module) {
   py::class_<Comm, std::shared_ptr<Comm>> type(module, "Comm");
   type.def(
       "offer",
-      [](Comm& comm, uint32_t rank, uint64_t life, bool is_over_network) {
+      [](Comm& comm, uint32_t rank, uint64_t life, bool is_over_network, uint32_t link) {
         auto offer = [&] {
           const py::gil_scoped_release release;  // it allocates the peer's memory
-          return comm.offer(rank, life, is_over_network);
+          return comm.offer(rank, life, is_over_network, link);
         }();
         return offer_to_dict(std::move(offer));
       },
-      py::arg("rank"), py::arg("life"), py::arg("is_over_network") = false);
+      py::arg("rank"), py::arg("life"), py::arg("is_over_network") = false, py::arg("link") = 0);
   type.def("attach", &attach_peer, py::arg("peer_idx"), py::arg("objects"), py::arg("process"), py::arg("device"),
-           py::arg("wakes"), py::arg("door"));
+           py::arg("wakes"), py::arg("door"), py::arg("data_fd") = -1);
+  type.def("withdraw", &Comm::withdraw, py::arg("peer_idx"));
   type.def("watch", &watch_peer_of, py::arg("peer_idx"), py::arg("connection_fd"), py::arg("pidfd"),
-           py::arg("send_every_s"), py::arg("lost_after_s"), py::call_guard<py::gil_scoped_release>());
+           py::arg("send_every_s"), py::arg("lost_after_s"), py::arg("displaces") = "",
+           py::call_guard<py::gil_scoped_release>());
   type.def(  // for tests
       "drop_peer", [](Comm& comm, uint32_t peer_idx) { comm.drop_peer(peer_idx, LossCause::kProtocol); },
       py::arg("peer_idx"));

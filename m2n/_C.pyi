@@ -85,7 +85,7 @@ class Batch:
     def weights(self) -> Array: ...
 
 class Comm:
-    def offer(self, rank: int, life: int, is_over_network: bool = False) -> dict[str, Any]: ...
+    def offer(self, rank: int, life: int, is_over_network: bool = False, link: int = 0) -> dict[str, Any]: ...
     def attach(
         self,
         peer_idx: int,
@@ -94,9 +94,17 @@ class Comm:
         device: str,
         wakes: bool,
         door: bytes,
+        data_fd: int = -1,
     ) -> None: ...
+    def withdraw(self, peer_idx: int) -> None: ...
     def watch(
-        self, peer_idx: int, connection_fd: int, pidfd: int, send_every_s: float, lost_after_s: float
+        self,
+        peer_idx: int,
+        connection_fd: int,
+        pidfd: int,
+        send_every_s: float,
+        lost_after_s: float,
+        displaces: str = "",
     ) -> None: ...
     def drop_peer(self, peer_idx: int) -> None: ...
     def close(self) -> None: ...

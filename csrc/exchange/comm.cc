@@ -95,7 +95,7 @@ Comm::~Comm() {
   for (Link& link : links_) link.exposed.reset();                              // before the network's memory goes
 }
 
-Comm::Offer Comm::offer(uint32_t peer_rank, uint64_t life, bool is_over_network) {
+Comm::Offer Comm::offer(uint32_t peer_rank, uint64_t life, bool is_over_network, uint32_t link) {
   require_usable();
   std::lock_guard lock(membership_mutex_);
   const uint32_t peer_idx = peers_.size();
@@ -110,7 +110,7 @@ Comm::Offer Comm::offer(uint32_t peer_rank, uint64_t life, bool is_over_network)
   peers_.entries[peer_idx].rank = peer_rank;
   links_[peer_idx].life = life;
   links_[peer_idx].is_over_network = is_over_network;
-  Offer offer{peer_idx, transport_->origin(), wakes_peers(), {}, ""};
+  Offer offer{peer_idx, transport_->origin(), wakes_peers(), {}, "", link == 0 ? 1 : link};
   offer.handles.push_back(rows_window_->add_object(peer_idx));
   offer.handles.push_back(small_window_->add_object(peer_idx));
   for (uint32_t slot = 0; slot < layout_.num_slots; ++slot) {
@@ -132,8 +132,10 @@ Comm::Offer Comm::offer(uint32_t peer_rank, uint64_t life, bool is_over_network)
   return offer;
 }
 
+void Comm::withdraw(uint32_t /*peer_idx*/) {}
+
 void Comm::attach(uint32_t peer_idx, std::vector<Handle> handles, const Origin& origin, bool wakes,
-                  const std::string& door) {
+                  const std::string& door, Fd /*data*/) {
   require_usable();
   if (handles.size() != 3) throw Error(Failure::kSetup, "handshake: expected 3 memory objects");
   const uint64_t expected[] = {peer_rows().object_bytes, peer_small().object_bytes, kPageBytes};
@@ -155,7 +157,8 @@ void Comm::attach(uint32_t peer_idx, std::vector<Handle> handles, const Origin& 
                                    reinterpret_cast<WakeWord*>(link.mappings[2]->data()), nullptr};
 }
 
-void Comm::watch(uint32_t peer_idx, int connection_fd, int pidfd, const Heartbeats& heartbeats) {
+void Comm::watch(uint32_t peer_idx, int connection_fd, int pidfd, const Heartbeats& heartbeats,
+                 const std::string& /*displaces*/) {
   std::lock_guard lock(membership_mutex_);
   Link& link = links_.at(peer_idx);
   set_state(peer_idx, PeerState::kLive);

@@ -57,18 +57,24 @@ class Comm : public PeerListener, public LinkListener, public std::enable_shared
     bool wakes;                   // does it wake a peer that sleeps? A device cannot
     std::vector<Handle> handles;  // rows, small, wake; over a network nobody can attach to them
     std::string door;             // what stands for them there, else ""
+    uint32_t link;                // its number among the links of these two lives, from 1
   };
 
   Comm(Role role, const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport);
   ~Comm() override;
   // Handshake, in this order. Peer indices are never used again.
-  // `is_over_network`: the peer cannot share memory.
-  Offer offer(uint32_t peer_rank, uint64_t life, bool is_over_network = false);
+  // `is_over_network`: the peer cannot share memory. `link`: its number among the links of these two lives; 0: the
+  // next one.
+  Offer offer(uint32_t peer_rank, uint64_t life, bool is_over_network = false, uint32_t link = 0);
+  // `data`: the connection that carries the rows of this link, where the network takes one.
   void attach(uint32_t peer_idx, std::vector<Handle> handles, const Origin& origin, bool wakes = true,
-              const std::string& door = "");
+              const std::string& door = "", Fd data = Fd());
   // The link is LIVE from here on. Takes both descriptors; pidfd -1: the peer is in this process or on no pid
-  // of ours.
-  void watch(uint32_t peer_idx, int connection_fd, int pidfd, const Heartbeats& heartbeats = {});
+  // of ours. `displaces`: what an older life of the rank is told, which ends with this.
+  void watch(uint32_t peer_idx, int connection_fd, int pidfd, const Heartbeats& heartbeats = {},
+             const std::string& displaces = "");
+  // The handshake of a peer that was offered to has failed.
+  void withdraw(uint32_t peer_idx);
   // Gives up a peer from this side: its connection is closed, so it learns of it.
   void drop_peer(uint32_t peer_idx, LossCause cause);
 
