@@ -30,10 +30,12 @@ enum class PeerState : uint32_t { kUnused, kLive, kLeft, kLost };
 
 enum class LossCause : uint32_t { kNone, kProcessDied, kConnectionClosed, kProtocol, kReplaced, kSilent };
 
-// One peer, at an index that is never used again. `view` and `rank` are written before the entry is counted.
+// One link to a life of a rank, at an index that serves another one once this is gone and nobody holds it (hold.h).
+// What stands before `state` is written while that is kUnused.
 struct PeerEntry {
   PeerView view;
   uint32_t rank;
+  uint32_t joined;       // its number among all links that were made here, from 1
   uint32_t state;        // a PeerState
   uint32_t is_given_up;  // by recover(): the caller knows that it is gone
 };
@@ -48,12 +50,17 @@ struct PeerTable {
     return static_cast<PeerState>(load_state(&entries[peer_idx].state));  // SYNC: peer-state
   }
   M2N_HD bool is_live(uint32_t peer_idx) const { return state(peer_idx) == PeerState::kLive; }
-  // The newest life of a rank, or -1.
-  M2N_HD int32_t find(uint32_t rank) const {
-    for (uint32_t i = size(); i-- > 0;) {
-      if (entries[i].rank == rank && state(i) != PeerState::kUnused) return static_cast<int32_t>(i);
+  // Relaxed, both: an index may come to another rank meanwhile, and who acts on it holds it, or keeps it from that.
+  M2N_HD uint32_t rank(uint32_t peer_idx) const { return load_relaxed(&entries[peer_idx].rank); }
+  M2N_HD uint32_t joined(uint32_t peer_idx) const { return load_relaxed(&entries[peer_idx].joined); }
+  // The newest link to a rank, or -1.
+  M2N_HD int32_t find(uint32_t wanted) const {
+    int32_t newest = -1;
+    for (uint32_t i = 0; i < size(); ++i) {
+      if (rank(i) != wanted || state(i) == PeerState::kUnused) continue;
+      if (newest < 0 || joined(i) > joined(static_cast<uint32_t>(newest))) newest = static_cast<int32_t>(i);
     }
-    return -1;
+    return newest;
   }
 };
 

@@ -9,8 +9,32 @@ namespace m2n {
 AttentionComm::AttentionComm(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport)
     : AttentionSide(shape, rank, max_peers, transport),
       send_seqs_(static_cast<size_t>(max_peers) * layout_.num_slots, SendSeq{first_seq_, first_seq_, 0}),
+      holds_(send_seqs_.size()),
       copy_choices_(send_seqs_.size()),
       slots_(layout_.num_slots) {}
+
+bool AttentionComm::is_held(uint32_t peer_idx) {
+  for (uint32_t slot = 0; slot < layout_.num_slots; ++slot) {
+    if (m2n::is_held(&hold(peer_idx, slot))) return true;
+  }
+  return false;
+}
+
+std::string AttentionComm::why_held() const { return "owe a reply: call combine_recv for what is in flight"; }
+
+void AttentionComm::reset_peer(uint32_t peer_idx) {
+  for (uint32_t slot = 0; slot < layout_.num_slots; ++slot) {
+    send_seq(peer_idx, slot) = {first_seq_, first_seq_, 0};
+    copy_choices_[peer_idx * layout_.num_slots + slot] = {};
+  }
+}
+
+bool AttentionComm::take_peer(uint32_t peer_idx, uint32_t slot, uint32_t rank) {
+  uint32_t* word = &hold(peer_idx, slot);
+  if (take_hold(word, &peers_.entries[peer_idx].state) && rank_of(peer_idx) == rank) return true;
+  drop_hold(word);
+  return false;
+}
 
 bool AttentionComm::is_busy(uint32_t microbatch) const {
   require_microbatch(microbatch);
@@ -23,40 +47,42 @@ uint32_t AttentionComm::num_tokens(uint32_t microbatch) const {
 }
 
 void AttentionComm::find_newest_peers(Slot& slot, uint32_t num_ranks) {
-  const uint32_t num_peers = peers_.size();
-  if (slot.num_peers == num_peers && slot.newest_peer.size() == num_ranks) return;
+  const uint32_t now = epoch();
+  if (slot.epoch == now && slot.newest_peer.size() == num_ranks) return;
+  slot.epoch = now;
   slot.newest_peer.assign(num_ranks, kNone);
-  slot.num_peers = num_peers;
-  for (uint32_t peer_idx = 0; peer_idx < num_peers; ++peer_idx) {
-    const uint32_t rank = rank_of(peer_idx);
-    if (peers_.state(peer_idx) == PeerState::kUnused) {
-      slot.num_peers = kMaxPeers + 1;  // it is still joining: look again next time
-    } else if (rank < num_ranks) {
-      slot.newest_peer[rank] = static_cast<int32_t>(peer_idx);
-    }
-  }
+  for (uint32_t rank = 0; rank < num_ranks; ++rank) slot.newest_peer[rank] = peers_.find(rank);
 }
 
-void AttentionComm::find_peers(Slot& slot, const RouteView& route) {
+void AttentionComm::find_peers(Slot& slot, uint32_t slot_idx, const RouteView& route) {
   find_newest_peers(slot, route.num_ranks);
   slot.peer_of_rank.assign(route.num_ranks, kNone);
-  for (uint32_t rank = 0; rank < route.num_ranks; ++rank) {
-    const int32_t peer_idx = slot.newest_peer[rank];
-    if (peer_idx != kNone && peers_.is_live(static_cast<uint32_t>(peer_idx))) {
+  try {
+    for (uint32_t rank = 0; rank < route.num_ranks; ++rank) {
+      int32_t peer_idx = slot.newest_peer[rank];
+      while (peer_idx == kNone || !take_peer(static_cast<uint32_t>(peer_idx), slot_idx, rank)) {
+        const bool gets_rows = route.row_offsets[rank + 1] != route.row_offsets[rank];
+        peer_idx = gets_rows ? static_cast<int32_t>(require_live(rank)) : kNone;
+        if (peer_idx == kNone) break;
+      }
       slot.peer_of_rank[rank] = peer_idx;
-    } else if (route.row_offsets[rank + 1] != route.row_offsets[rank]) {
-      slot.peer_of_rank[rank] = static_cast<int32_t>(require_live(rank));
     }
+  } catch (...) {
+    for (const int32_t peer_idx : slot.peer_of_rank) {
+      if (peer_idx != kNone) drop_hold(&hold(static_cast<uint32_t>(peer_idx), slot_idx));
+    }
+    throw;
   }
 }
 
 bool AttentionComm::is_free(uint32_t microbatch) {
   if (is_busy(microbatch)) return false;
   for (uint32_t peer_idx = 0; peer_idx < peers_.size(); ++peer_idx) {
+    if (!is_ours(peer_idx, microbatch)) continue;
     SendSeq& seq = send_seq(peer_idx, microbatch);
-    if (!seq.awaits_reply()) continue;
-    if (look_for_reply(peer_idx, microbatch) == Look::kPending) return false;
+    if (seq.awaits_reply() && look_for_reply(peer_idx, microbatch) == Look::kPending) return false;
     seq.consumed = seq.sent;
+    drop_hold(&hold(peer_idx, microbatch));
   }
   return true;
 }
@@ -64,7 +90,7 @@ bool AttentionComm::is_free(uint32_t microbatch) {
 void AttentionComm::finish_empty_messages(uint32_t slot_idx, int64_t deadline_ns) {
   if (wait([&] { return is_free(slot_idx); }, deadline_ns) == WaitResult::kReady) return;
   for (uint32_t peer_idx = 0; peer_idx < peers_.size(); ++peer_idx) {
-    if (!send_seq(peer_idx, slot_idx).awaits_reply()) continue;
+    if (!is_ours(peer_idx, slot_idx)) continue;
     throw Error(Failure::kTimeout,
                 "dispatch_send(microbatch=" + std::to_string(slot_idx) + "): " + peer_name(rank_of(peer_idx)) +
                     " has not answered the last, empty message on this slot; is it still serving batches?",
@@ -124,7 +150,9 @@ void AttentionComm::dispatch_send(const unsigned char* x, uint64_t x_stride_byte
   Slot& slot = slots_[microbatch];
   if (slot.is_busy) raise_slot_busy(microbatch, slot.layer);
   finish_empty_messages(microbatch, deadline_ns);
-  find_peers(slot, route->view());
+  if (has_gone()) [[unlikely]]
+    return_gone();
+  find_peers(slot, microbatch, route->view());
   slot.layer = layer;
   slot.route = std::move(route);
   slot.is_gone.assign(slot.peer_of_rank.size(), false);
@@ -247,7 +275,7 @@ void AttentionComm::take_replies(Slot& slot, uint32_t slot_idx) {
   }
   count_received(num_messages, num_received);
   if (refused_by == kNone) return;
-  slot.is_busy = false;  // every reply is here: the slot is free for a dispatch with the right placement
+  end_round(slot, slot_idx);  // every reply is here: the slot is free for a dispatch with the right placement
   raise_refused(static_cast<uint32_t>(refused_by), refused_expert, slot.layer, slot_idx);
 }
 
@@ -265,8 +293,17 @@ void AttentionComm::combine_recv(unsigned char* y, uint64_t y_stride_bytes, uint
   recv.y_stride_bytes = y_stride_bytes;
   with_dtype(shape_.combine_dtype,
              [&](auto element) { combine_recv_as<decltype(element)>(exec_, layout_, shape_, recv); });
+  end_round(slot, microbatch);
+}
+
+void AttentionComm::end_round(Slot& slot, uint32_t slot_idx) {
+  for (uint32_t rank = 0; rank < slot.peer_of_rank.size(); ++rank) {
+    if (owes_rows(slot, rank)) drop_hold(&hold(static_cast<uint32_t>(slot.peer_of_rank[rank]), slot_idx));
+  }
   slot.is_busy = false;
   slot.route.reset();
+  if (has_gone()) [[unlikely]]
+    return_gone();
 }
 
 void AttentionComm::idle(int64_t deadline_ns, uint32_t placement_version) {
@@ -282,7 +319,7 @@ void AttentionComm::idle(int64_t deadline_ns, uint32_t placement_version) {
     slot.route.reset();
     uint64_t num_messages = 0;
     for (uint32_t peer_idx = 0; peer_idx < peers_.size(); ++peer_idx) {
-      if (!peers_.is_live(peer_idx)) continue;
+      if (!take_peer(peer_idx, slot_idx, rank_of(peer_idx))) continue;
       send_to_peer(peer_idx, slot_idx, header, slot, nullptr, 0, DType::kFloat32);
       ++num_messages;
     }
@@ -291,14 +328,18 @@ void AttentionComm::idle(int64_t deadline_ns, uint32_t placement_version) {
 }
 
 void AttentionComm::recover(uint32_t expert_rank) {
-  const uint32_t peer_idx = give_up(expert_rank);
-  for (uint32_t slot_idx = 0; slot_idx < layout_.num_slots; ++slot_idx) {
-    SendSeq& seq = send_seq(peer_idx, slot_idx);
-    seq.consumed = seq.sent;
-    for (int32_t& snapshot_peer : slots_[slot_idx].peer_of_rank) {
-      if (snapshot_peer == static_cast<int32_t>(peer_idx)) snapshot_peer = kNone;
+  for (const uint32_t peer_idx : give_up(expert_rank)) {
+    for (uint32_t slot_idx = 0; slot_idx < layout_.num_slots; ++slot_idx) {
+      if (!is_ours(peer_idx, slot_idx)) continue;
+      SendSeq& seq = send_seq(peer_idx, slot_idx);
+      seq.consumed = seq.sent;
+      for (int32_t& snapshot_peer : slots_[slot_idx].peer_of_rank) {
+        if (snapshot_peer == static_cast<int32_t>(peer_idx)) snapshot_peer = kNone;
+      }
+      drop_hold(&hold(peer_idx, slot_idx));
     }
   }
+  return_gone();
 }
 
 }  // namespace m2n

@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "core/hold.h"
 #include "exchange/combine.h"
 #include "exchange/copy_choice.h"
 #include "exchange/dispatch.h"
@@ -78,14 +79,24 @@ class AttentionComm final : public AttentionSide {
     uint32_t layer = 0;
     std::shared_ptr<const Route> route;
     std::vector<int32_t> peer_of_rank;  // snapshot: who owes a reply; -1: nobody, or given up
-    std::vector<int32_t> newest_peer;   // of each rank, as looked up when num_peers had joined
-    uint32_t num_peers = 0;
+    std::vector<int32_t> newest_peer;   // of each rank, as looked up in this epoch
+    uint32_t epoch = 0;
     std::vector<bool> is_gone;  // the verdict on a rank that went without a reply: one that is late no longer counts
   };
 
   // is_ready() by what has arrived so far.
   bool would_go(uint32_t microbatch);
+  bool is_held(uint32_t peer_idx) override;
+  std::string why_held() const override;
+  void reset_peer(uint32_t peer_idx) override;
+
   SendSeq& send_seq(uint32_t peer_idx, uint32_t slot) { return send_seqs_[peer_idx * layout_.num_slots + slot]; }
+  // From before a message is written until its reply is consumed, or given up.
+  uint32_t& hold(uint32_t peer_idx, uint32_t slot) { return holds_[peer_idx * layout_.num_slots + slot]; }
+  // Does this slot's own thread hold it?
+  bool is_ours(uint32_t peer_idx, uint32_t slot) { return load_relaxed(&hold(peer_idx, slot)) != 0; }
+  // Takes a hold of a live peer that is still the one of this rank.
+  bool take_peer(uint32_t peer_idx, uint32_t slot, uint32_t rank);
   // Never kViolation: that raises.
   Look look_for_reply(uint32_t peer_idx, uint32_t slot);
   Look look_for_rows(Slot& slot, uint32_t slot_idx, uint32_t rank);
@@ -93,7 +104,7 @@ class AttentionComm final : public AttentionSide {
   // The newest life of each rank. Looked up once, and again when somebody has joined.
   void find_newest_peers(Slot& slot, uint32_t num_ranks);
   // Before anything is sent: every peer that gets rows is LIVE.
-  void find_peers(Slot& slot, const RouteView& route);
+  void find_peers(Slot& slot, uint32_t slot_idx, const RouteView& route);
   // The replies to empty messages are awaited here, not by combine_recv.
   void finish_empty_messages(uint32_t slot_idx, int64_t deadline_ns);
   // Returns the number of rows.
@@ -101,8 +112,10 @@ class AttentionComm final : public AttentionSide {
                         const unsigned char* x, uint64_t x_stride_bytes, DType x_dtype);
   void wait_replies(Slot& slot, uint32_t slot_idx, int64_t deadline_ns);
   void take_replies(Slot& slot, uint32_t slot_idx);
+  void end_round(Slot& slot, uint32_t slot_idx);
 
   std::vector<SendSeq> send_seqs_;        // [peer][slot]
+  std::vector<uint32_t> holds_;           // likewise
   std::vector<CopyChoice> copy_choices_;  // likewise
   std::vector<Slot> slots_;
 };

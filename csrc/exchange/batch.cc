@@ -2,6 +2,8 @@
 // Batches whose memory is used again. Kept by thread: no lock, and nothing that a fork could leave locked.
 #include "exchange/batch.h"
 
+#include "core/hold.h"
+
 namespace m2n {
 namespace {
 
@@ -27,6 +29,7 @@ thread_local Spare spare;
 
 void drop(Batch* batch) {
   std::unique_ptr<Batch> owned(batch);
+  if (!batch->is_answered) batch->drop_holds();
   if (!is_thread_over && spare.batches.size() < kMaxSpare) spare.batches.push_back(std::move(owned));
 }
 
@@ -55,6 +58,12 @@ struct BlockAllocator {
 };
 
 }  // namespace
+
+void Batch::drop_holds() {
+  for (const Message& message : messages) {
+    drop_hold(&holds[message.arrived.peer_idx * num_slots + message.arrived.slot]);
+  }
+}
 
 std::shared_ptr<Batch> make_batch() {
   std::unique_ptr<Batch> batch;

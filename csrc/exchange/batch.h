@@ -29,6 +29,11 @@ struct Batch {
   std::vector<int32_t> pair_begin, pair_position, row_index_by_expert, expert_offsets;
   std::vector<float> weights;
   bool is_answered = false;
+  std::shared_ptr<uint32_t[]> holds;  // of its comm, [peer][slot]: each message has one until the batch is answered
+  uint32_t num_slots = 0;
+
+  // A batch that nobody will answer lets go of its peers, too.
+  void drop_holds();
 
   uint32_t num_rows() const { return static_cast<uint32_t>(pair_begin.size()) - 1; }
   uint32_t num_pairs() const { return static_cast<uint32_t>(row_index_by_expert.size()); }

@@ -3,12 +3,17 @@
 #include "exchange/comm.h"
 
 #include <fcntl.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
 #include <limits>
 
 namespace m2n {
 namespace {
+
+constexpr size_t kMostRemembered = 4096;  // links that are gone, for peers()
+constexpr int64_t kReturnNs = 200'000'000;
 
 uint32_t checked_max_peers(const Shape& shape, uint32_t max_peers, const Rows& rows) {
   const auto refuse = [](const std::string& text) { throw Error(Failure::kArgument, text); };
@@ -95,44 +100,169 @@ Comm::~Comm() {
   for (Link& link : links_) link.exposed.reset();                              // before the network's memory goes
 }
 
-Comm::Offer Comm::offer(uint32_t peer_rank, uint64_t life, bool is_over_network, uint32_t link) {
-  require_usable();
+uint32_t Comm::last_link_of(uint64_t life) const {
+  uint32_t last = 0;
+  for (const PeerInfo& peer : history_) {
+    if (peer.life == life) last = std::max(last, peer.link);
+  }
+  for (const Link& link : links_) {
+    if (link.is_taken && link.life == life) last = std::max(last, link.link);
+  }
+  return last;
+}
+
+bool Comm::is_full() const {
   std::lock_guard lock(membership_mutex_);
-  const uint32_t peer_idx = peers_.size();
+  return std::all_of(links_.begin(), links_.end(), [](const Link& link) { return link.is_taken; });
+}
+
+uint32_t Comm::take_index(uint32_t peer_rank) {
+  const auto free = std::find_if(links_.begin(), links_.end(), [](const Link& link) { return !link.is_taken; });
+  const auto peer_idx = static_cast<uint32_t>(free - links_.begin());
   if (peer_idx == max_peers_) {
     throw Error(Failure::kSetup,
-                own_name() + " has used up its max_peers=" + std::to_string(max_peers_) +
-                    " peer indices (each life of a peer takes one); make it with a larger max_peers",
+                own_name() + " has all of its max_peers=" + std::to_string(max_peers_) + " peer indices in use" +
+                    why_not_returned() + "; make it with a larger max_peers",
+                static_cast<int>(peer_rank));
+  }
+  free->is_taken = true;
+  PeerEntry& entry = peers_.entries[peer_idx];
+  store_relaxed(&entry.rank, peer_rank);  // relaxed, both: its state makes them known
+  store_relaxed(&entry.joined, ++num_joined_);
+  // Readable from here on, but not LIVE before watch().
+  if (peer_idx == peers_.size()) store_release(peers_.count, peer_idx + 1);  // SYNC: link-added
+  return peer_idx;
+}
+
+std::string Comm::why_not_returned() const {
+  uint32_t num_lost = 0, num_held = 0;
+  for (uint32_t i = 0; i < peers_.size(); ++i) {
+    num_lost += is_lost(i);
+    num_held += is_gone(i) && !is_lost(i);
+  }
+  std::string why;
+  if (num_lost != 0)
+    why += ", " + std::to_string(num_lost) + " of them by peers that are lost: call recover() for each";
+  if (num_held != 0) why += ", " + std::to_string(num_held) + " by links that are gone but " + why_held();
+  return why;
+}
+
+Comm::Offer Comm::offer(uint32_t peer_rank, uint64_t life, bool is_over_network, uint32_t link_number) {
+  require_usable();
+  return_gone();
+  // What is gone may be held for a moment.
+  for (const int64_t until_ns = now_ns() + kReturnNs; has_gone() && is_full() && now_ns() < until_ns;) {
+    usleep(1000);
+    return_gone();
+  }
+  std::lock_guard lock(membership_mutex_);
+  const uint32_t last_number = last_link_of(life);
+  if (link_number == 0) link_number = last_number + 1;
+  if (link_number <= last_number) {
+    throw Error(Failure::kSetup,
+                "handshake: " + peer_name(peer_rank) + " wants to make its link " + std::to_string(link_number) +
+                    " with " + own_name() + ", which has had " + std::to_string(last_number) + "; connect anew",
                 static_cast<int>(peer_rank));
   }
   is_over_network |= !transport_->shares_memory();
   if (is_over_network) make_network();
-  peers_.entries[peer_idx].rank = peer_rank;
-  links_[peer_idx].life = life;
-  links_[peer_idx].is_over_network = is_over_network;
-  Offer offer{peer_idx, transport_->origin(), wakes_peers(), {}, "", link == 0 ? 1 : link};
-  offer.handles.push_back(rows_window_->add_object(peer_idx));
-  offer.handles.push_back(small_window_->add_object(peer_idx));
+  const uint32_t peer_idx = take_index(peer_rank);
+  Link& link = links_[peer_idx];
+  link.life = life;
+  link.link = link_number;
+  link.is_over_network = is_over_network;
+  try {
+    return {peer_idx, transport_->origin(), wakes_peers(), make_objects(peer_idx), make_door(peer_idx), link_number};
+  } catch (...) {
+    withdraw_locked(peer_idx);
+    throw;
+  }
+}
+
+std::vector<Handle> Comm::make_objects(uint32_t peer_idx) {
+  std::vector<Handle> handles;
+  handles.push_back(rows_window_->add_object(peer_idx));
+  handles.push_back(small_window_->add_object(peer_idx));
   for (uint32_t slot = 0; slot < layout_.num_slots; ++slot) {
     small_window_->set_word(peer_idx * this->small().object_bytes + this->small().signal(slot),
                             make_signal(0, first_seq_));
   }
-  if (is_over_network) {
-    offer.handles = std::vector<Handle>(3);  // which nobody can use there
-    offer.door = network_owner_->make_door(
-        peer_idx, {rows_window_->data() + peer_idx * rows().stride_bytes, rows().object_bytes,
-                   small_window_->data() + peer_idx * small().object_bytes, small().object_bytes});
-  } else {
-    Fd wake_fd(fcntl(wake_handle_.fd.get(), F_DUPFD_CLOEXEC, 0));
-    if (wake_fd.get() < 0) throw Error(Failure::kSetup, own_name() + ": no file descriptor left for a joining peer");
-    offer.handles.push_back({std::move(wake_fd), wake_handle_.bytes, wake_handle_.id});
-  }
-  // The entry is readable from here on, but not LIVE before attach().
-  store_release(peers_.count, peer_idx + 1);  // SYNC: link-added
-  return offer;
+  if (links_[peer_idx].is_over_network) return std::vector<Handle>(3);  // which nobody could use there
+  Fd wake_fd(fcntl(wake_handle_.fd.get(), F_DUPFD_CLOEXEC, 0));
+  if (wake_fd.get() < 0) throw Error(Failure::kSetup, own_name() + ": no file descriptor left for a joining peer");
+  handles.push_back({std::move(wake_fd), wake_handle_.bytes, wake_handle_.id});
+  return handles;
 }
 
-void Comm::withdraw(uint32_t /*peer_idx*/) {}
+std::string Comm::make_door(uint32_t peer_idx) {
+  if (!links_[peer_idx].is_over_network) return "";
+  return network_owner_->make_door(peer_idx,
+                                   {rows_window_->data() + peer_idx * rows().stride_bytes, rows().object_bytes,
+                                    small_window_->data() + peer_idx * small().object_bytes, small().object_bytes});
+}
+
+void Comm::withdraw(uint32_t peer_idx) {
+  std::lock_guard lock(membership_mutex_);
+  if (peer_idx < peers_.size() && links_[peer_idx].is_taken && !is_closed()) withdraw_locked(peer_idx);
+}
+
+void Comm::withdraw_locked(uint32_t peer_idx) {
+  if (peers_.state(peer_idx) != PeerState::kUnused || give_back(peer_idx)) return;
+  links_[peer_idx].is_withdrawn = true;
+  add_relaxed(&num_gone_, 1u);
+}
+
+bool Comm::is_gone(uint32_t peer_idx) const {
+  const PeerState state = peers_.state(peer_idx);
+  return state == PeerState::kLeft || state == PeerState::kLost;
+}
+
+void Comm::return_gone() {
+  if (!has_gone() || !is_own_process()) return;
+  keep_verbs_out([this] {
+    std::lock_guard lock(membership_mutex_);
+    if (is_closed()) return;
+    for (uint32_t i = 0; i < peers_.size(); ++i) {
+      const bool is_withdrawn = links_[i].is_withdrawn;
+      if (!is_withdrawn && (!is_gone(i) || is_lost(i) || is_held(i))) continue;
+      const PeerInfo info = info_of(i);
+      if (!give_back(i)) continue;
+      add_relaxed(&num_gone_, static_cast<uint32_t>(-1));
+      if (is_withdrawn) continue;
+      history_.push_back(info);
+      if (history_.size() > kMostRemembered) history_.pop_front();
+    }
+  });
+}
+
+PeerInfo Comm::info_of(uint32_t peer_idx) const {
+  const Link& link = links_[peer_idx];
+  const PeerState state = peers_.state(peer_idx);
+  // The cause is written before the state that needs one, and may be under way as long as the peer is LIVE.
+  const LossCause cause = state == PeerState::kLive ? LossCause::kNone : link.cause;
+  return {rank_of(peer_idx), link.life, state, cause, link.link, peers_.joined(peer_idx)};
+}
+
+// False: something of the link is still in use.
+bool Comm::give_back(uint32_t peer_idx) {
+  Link& link = links_[peer_idx];
+  link.exposed.reset();  // before the network's memory
+  if (link.is_over_network && !network_owner_->release(peer_idx)) return false;
+  if (relay_ != nullptr && link.mappings.size() > 1) {
+    relay_->forget(link.mappings[1]->data(), peer_small().object_bytes);
+  }
+  link.mappings.clear();
+  if (!rows_window_->remove_object(peer_idx) || !small_window_->remove_object(peer_idx)) return false;
+  reset_peer(peer_idx);
+  PeerEntry& entry = peers_.entries[peer_idx];
+  entry.view = {};
+  store_relaxed(&entry.is_given_up, 0u);  // relaxed: nobody asks for it before the state says so
+  set_state(peer_idx, PeerState::kUnused);
+  link = {};
+  add_seq_cst(&epoch_, 1u);  // SYNC: link-added
+  peers_changed();
+  return true;
+}
 
 void Comm::attach(uint32_t peer_idx, std::vector<Handle> handles, const Origin& origin, bool wakes,
                   const std::string& door, Fd /*data*/) {
@@ -158,17 +288,28 @@ void Comm::attach(uint32_t peer_idx, std::vector<Handle> handles, const Origin& 
 }
 
 void Comm::watch(uint32_t peer_idx, int connection_fd, int pidfd, const Heartbeats& heartbeats,
-                 const std::string& /*displaces*/) {
-  std::lock_guard lock(membership_mutex_);
-  Link& link = links_.at(peer_idx);
-  set_state(peer_idx, PeerState::kLive);
-  // After LIVE: the watcher may report the end of the link at once.
-  link.ticket = watch_peer(shared_from_this(), peer_idx, connection_fd, pidfd, heartbeats);
-  if (is_closed()) unwatch_peer(link.ticket, /*say_goodbye=*/true);  // it joined while close() said its goodbyes
-  for (uint32_t i = 0; i < peer_idx; ++i) {
-    if (rank_of(i) == rank_of(peer_idx)) drop_locked(i, LossCause::kReplaced);
+                 const std::string& displaces) {
+  Fd connection(connection_fd), process(pidfd);
+  {
+    std::lock_guard lock(membership_mutex_);
+    Link& link = links_.at(peer_idx);
+    const uint32_t peer_rank = rank_of(peer_idx), joined = peers_.joined(peer_idx);
+    for (uint32_t i = 0; i < peers_.size(); ++i) {
+      if (i == peer_idx || rank_of(i) != peer_rank || !peers_.is_live(i) || peers_.joined(i) < joined) continue;
+      throw Error(Failure::kSetup, "handshake: a newer link of " + peer_name(peer_rank) + " was made meanwhile",
+                  static_cast<int>(peer_rank));
+    }
+    set_state(peer_idx, PeerState::kLive);
+    add_seq_cst(&epoch_, 1u);  // SYNC: link-added
+    // After LIVE: the watcher may report the end of the link at once.
+    link.ticket = watch_peer(shared_from_this(), peer_idx, connection.release(), process.release(), heartbeats);
+    if (is_closed()) unwatch_peer(link.ticket, /*say_goodbye=*/true);  // it joined while close() said its goodbyes
+    for (uint32_t i = 0; i < peers_.size(); ++i) {
+      if (i != peer_idx && rank_of(i) == peer_rank) drop_locked(i, LossCause::kReplaced);
+    }
+    peers_changed();
   }
-  peers_changed();
+  return_gone();
   exec_.wake_own();
 }
 
@@ -195,6 +336,7 @@ void Comm::drop_locked(uint32_t peer_idx, LossCause cause) {
 
 void Comm::set_gone(uint32_t peer_idx, PeerState state, LossCause cause) {
   links_.at(peer_idx).cause = cause;
+  add_relaxed(&num_gone_, 1u);
   set_state(peer_idx, state);
   exec_.wake_own();
 }
@@ -257,17 +399,35 @@ bool Comm::is_lost(uint32_t peer_idx) const {
          peers_.find(rank_of(peer_idx)) == static_cast<int32_t>(peer_idx);
 }
 
-uint32_t Comm::give_up(uint32_t peer_rank) {
+std::vector<uint32_t> Comm::give_up(uint32_t peer_rank) {
   require_usable();
   std::lock_guard lock(membership_mutex_);
-  const int32_t peer_idx = peers_.find(peer_rank);
-  if (peer_idx < 0 || peers_.is_live(static_cast<uint32_t>(peer_idx))) {
-    throw Error(Failure::kArgument, "recover: " + peer_name(peer_rank) +
-                                        " is not lost; only a peer that is lost or has left can be given up");
+  bool is_known = find_remembered(peer_rank) != nullptr;
+  std::vector<uint32_t> given_up;
+  for (uint32_t i = 0; i < peers_.size(); ++i) {
+    if (rank_of(i) != peer_rank || peers_.state(i) == PeerState::kUnused) continue;
+    is_known = true;
+    if (!is_gone(i)) continue;
+    store_relaxed(&peers_.entries[i].is_given_up, 1u);  // relaxed: the state is what others act by
+    given_up.push_back(i);
   }
-  store_relaxed(&peers_.entries[peer_idx].is_given_up, 1u);  // relaxed: the state is what others act by
+  if (!is_known) {
+    throw Error(Failure::kArgument, "recover: " + peer_name(peer_rank) + " was never linked with " + own_name());
+  }
   peers_changed();
-  return static_cast<uint32_t>(peer_idx);
+  return given_up;
+}
+
+const PeerInfo* Comm::find_remembered(uint32_t peer_rank) const {
+  const auto found = std::find_if(history_.rbegin(), history_.rend(),
+                                  [peer_rank](const PeerInfo& peer) { return peer.rank == peer_rank; });
+  return found == history_.rend() ? nullptr : &*found;
+}
+
+std::optional<PeerInfo> Comm::find_gone(uint32_t peer_rank) const {
+  std::lock_guard lock(membership_mutex_);
+  const PeerInfo* peer = find_remembered(peer_rank);
+  return peer == nullptr ? std::nullopt : std::optional(*peer);
 }
 
 bool Comm::wait_peer(uint32_t peer_rank, int64_t deadline_ns) {
@@ -279,18 +439,18 @@ bool Comm::wait_peer(uint32_t peer_rank, int64_t deadline_ns) {
 }
 
 std::vector<PeerInfo> Comm::peer_infos() const {
-  std::vector<PeerInfo> infos;
+  std::lock_guard lock(membership_mutex_);
+  std::vector<PeerInfo> infos(history_.begin(), history_.end());
   for (uint32_t i = 0; i < peers_.size(); ++i) {
-    const PeerState state = peers_.state(i);
-    if (state == PeerState::kUnused) continue;
-    // The cause is written before the state that needs one, and may be under way as long as the peer is LIVE.
-    const LossCause cause = state == PeerState::kLive ? LossCause::kNone : links_[i].cause;
-    infos.push_back({rank_of(i), links_[i].life, state, cause});
+    if (peers_.state(i) != PeerState::kUnused) infos.push_back(info_of(i));
   }
+  const auto by_joining = [](const PeerInfo& a, const PeerInfo& b) { return a.joined < b.joined; };
+  std::sort(infos.begin(), infos.end(), by_joining);
   return infos;
 }
 
 std::vector<std::pair<uint32_t, ClockOffset>> Comm::clock_offsets() const {
+  std::lock_guard lock(membership_mutex_);
   std::vector<std::pair<uint32_t, ClockOffset>> offsets;
   for (uint32_t i = 0; i < peers_.size(); ++i) {
     if (!peers_.is_live(i)) continue;
@@ -335,20 +495,24 @@ std::string Comm::own_name() const {
 }
 
 void Comm::raise_lost(uint32_t peer_idx, const std::string& doing) const {
-  const uint32_t peer_rank = rank_of(peer_idx);
-  const bool has_left = peers_.state(peer_idx) == PeerState::kLeft;
-  if (!links_[peer_idx].violation.empty()) {
+  std::unique_lock lock(membership_mutex_);
+  const PeerInfo info = info_of(peer_idx);
+  const std::string violation = links_[peer_idx].violation;
+  lock.unlock();
+  if (!violation.empty()) {
     throw Error(Failure::kProtocol,
-                doing + ": " + peer_name(peer_rank) +
-                    " broke the protocol and was dropped: " + links_[peer_idx].violation + "; call recover(" +
-                    std::to_string(peer_rank) + ") to go on without it",
-                static_cast<int>(peer_rank));
+                doing + ": " + peer_name(info.rank) + " broke the protocol and was dropped: " + violation +
+                    "; call recover(" + std::to_string(info.rank) + ") to go on without it",
+                static_cast<int>(info.rank));
   }
+  raise_gone(info, doing);
+}
+
+void Comm::raise_gone(const PeerInfo& peer, const std::string& doing) const {
   throw Error(Failure::kPeerLost,
-              doing + ": " + peer_name(peer_rank) + (has_left ? " has left: " : " is lost: ") +
-                  describe(links_[peer_idx].cause) + "; call recover(" + std::to_string(peer_rank) +
-                  ") to go on without it",
-              static_cast<int>(peer_rank));
+              doing + ": " + peer_name(peer.rank) + (peer.state == PeerState::kLeft ? " has left: " : " is lost: ") +
+                  describe(peer.cause) + "; call recover(" + std::to_string(peer.rank) + ") to go on without it",
+              static_cast<int>(peer.rank));
 }
 
 void Comm::raise_violation(uint32_t peer_idx, const std::string& what) {

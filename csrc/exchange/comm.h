@@ -3,8 +3,11 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -38,6 +41,8 @@ struct PeerInfo {
   uint64_t life;
   PeerState state;
   LossCause cause;
+  uint32_t link = 1;    // its number among those of these two lives
+  uint32_t joined = 0;  // its number among all that were made here
 };
 
 const char* describe(LossCause cause);
@@ -62,7 +67,8 @@ class Comm : public PeerListener, public LinkListener, public std::enable_shared
 
   Comm(Role role, const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport);
   ~Comm() override;
-  // Handshake, in this order. Peer indices are never used again.
+  // Handshake, in this order. A peer index serves another link once its own is gone, the caller knows it, and what the
+  // peer sent is answered: then its memory goes back too.
   // `is_over_network`: the peer cannot share memory. `link`: its number among the links of these two lives; 0: the
   // next one.
   Offer offer(uint32_t peer_rank, uint64_t life, bool is_over_network = false, uint32_t link = 0);
@@ -73,8 +79,10 @@ class Comm : public PeerListener, public LinkListener, public std::enable_shared
   // of ours. `displaces`: what an older life of the rank is told, which ends with this.
   void watch(uint32_t peer_idx, int connection_fd, int pidfd, const Heartbeats& heartbeats = {},
              const std::string& displaces = "");
-  // The handshake of a peer that was offered to has failed.
+  // The handshake of a peer that was offered to has failed: its memory and its index go back.
   void withdraw(uint32_t peer_idx);
+  // Gives back what links that are gone still have, where that may be.
+  void return_gone();
   // Gives up a peer from this side: its connection is closed, so it learns of it.
   void drop_peer(uint32_t peer_idx, LossCause cause);
 
@@ -108,7 +116,10 @@ class Comm : public PeerListener, public LinkListener, public std::enable_shared
  protected:
   // What only this process needs of a peer, beside its PeerEntry.
   struct Link {
+    bool is_taken = false;  // else the index is free
+    bool is_withdrawn = false;
     uint64_t life = 0;
+    uint32_t link = 0;
     LossCause cause = LossCause::kNone;
     uint64_t ticket = 0;
     std::vector<std::shared_ptr<Mapping>> mappings;
@@ -124,12 +135,29 @@ class Comm : public PeerListener, public LinkListener, public std::enable_shared
   virtual const Doorbell* doorbell() const { return nullptr; }
   // A peer has joined, was dropped or given up; one at a time. Not called where the watcher found a loss.
   virtual void peers_changed() {}
+  // Calls body() while no verb looks at peers that are gone and not held; or not at all, where now is no time for that.
+  // What it locks comes before the lock of membership.
+  virtual void keep_verbs_out(const std::function<void()>& body) { body(); }
+  // Does a verb still use what belongs to a peer that is gone? `why_held` in words.
+  virtual bool is_held(uint32_t peer_idx) = 0;
+  virtual std::string why_held() const = 0;
+  // The next life at this index begins with fresh numbers.
+  virtual void reset_peer(uint32_t peer_idx) = 0;
+  // For verbs, which need not look on their short path: is there something that may be given back?
+  bool has_gone() const { return load_relaxed(&num_gone_) != 0; }  // relaxed: return_gone() looks again
+  // Changes when a link has been made or an index returned.
+  uint32_t epoch() const { return load_acquire(&epoch_); }  // SYNC: link-added
 
-  uint32_t rank_of(uint32_t peer_idx) const { return peers_.entries[peer_idx].rank; }
+  uint32_t rank_of(uint32_t peer_idx) const { return peers_.rank(peer_idx); }
+  // The last link to a rank that has none any more.
+  std::optional<PeerInfo> find_gone(uint32_t peer_rank) const;
+  PeerInfo info_of(uint32_t peer_idx) const;
   // LOST, not given up, and no newer life of the rank has joined: the caller must know.
   bool is_lost(uint32_t peer_idx) const;
-  // Marks a lost or left rank as known to the caller; its peer index.
-  uint32_t give_up(uint32_t peer_rank);
+  bool is_gone(uint32_t peer_idx) const;
+  // Marks all links with a rank that have ended as known to the caller; their peer indices. Throws where there never
+  // was one.
+  std::vector<uint32_t> give_up(uint32_t peer_rank);
   void require_usable() const;
   // False in a child after fork().
   bool is_own_process() const { return fork_count_ == m2n::fork_count(); }
@@ -137,6 +165,7 @@ class Comm : public PeerListener, public LinkListener, public std::enable_shared
   std::string peer_name(uint32_t peer_rank) const;
   std::string own_name() const;
   [[noreturn]] void raise_lost(uint32_t peer_idx, const std::string& doing) const;
+  [[noreturn]] void raise_gone(const PeerInfo& peer, const std::string& doing) const;
   [[noreturn]] void raise_violation(uint32_t peer_idx, const std::string& what);
 
   const Signal* own_signal(uint32_t peer_idx, uint32_t slot) const {
@@ -220,6 +249,15 @@ class Comm : public PeerListener, public LinkListener, public std::enable_shared
   }
 
   void make_network();
+  uint32_t last_link_of(uint64_t life) const;
+  bool is_full() const;
+  uint32_t take_index(uint32_t peer_rank);
+  std::string why_not_returned() const;
+  std::vector<Handle> make_objects(uint32_t peer_idx);
+  std::string make_door(uint32_t peer_idx);
+  void withdraw_locked(uint32_t peer_idx);
+  bool give_back(uint32_t peer_idx);
+  const PeerInfo* find_remembered(uint32_t peer_rank) const;
   void set_state(uint32_t peer_idx, PeerState state);
   void set_gone(uint32_t peer_idx, PeerState state, LossCause cause);
   void drop_locked(uint32_t peer_idx, LossCause cause);
@@ -230,8 +268,12 @@ class Comm : public PeerListener, public LinkListener, public std::enable_shared
   std::shared_ptr<Window> wake_window_;
   Handle wake_handle_;
   WakeWord* own_wake_;
-  std::mutex membership_mutex_;  // joining, dropping and closing; never taken by the watcher's call
+  mutable std::mutex membership_mutex_;  // joining, returning, dropping and closing; never taken by the watcher's call
   uint32_t is_closed_ = 0;
+  uint32_t num_joined_ = 0;  // links that were ever begun
+  uint32_t num_gone_ = 0;    // indices whose link has ended and that were not returned
+  uint32_t epoch_ = 0;
+  std::deque<PeerInfo> history_;              // of links whose index was returned, the last kMostRemembered
   const std::unique_ptr<SignalRelay> relay_;  // ends before links_, into whose mappings it writes
 
  protected:

@@ -49,6 +49,18 @@ DeviceAttentionComm::DeviceAttentionComm(const Shape& shape, uint32_t rank, uint
   for (DeviceRoute::Memory& memory : routes) pool_->give(std::move(memory));
 }
 
+bool DeviceAttentionComm::is_between_rounds() {
+  return std::none_of(slots_.begin(), slots_.end(), [](const Slot& slot) { return slot.is_busy; }) &&
+         memory_.machine().is_passed(poll_event_.get());
+}
+
+void DeviceAttentionComm::reset_peer(uint32_t peer_idx) {
+  const std::vector<SendSeq> fresh(layout_.num_slots, SendSeq{first_seq_, first_seq_, 0});
+  memory_.machine().copy(&view_.seqs[peer_idx * layout_.num_slots], fresh.data(), fresh.size() * sizeof(SendSeq));
+  store_release(view_.status + peer_idx, uint64_t{0});  // SYNC: verb-status
+  if (waits_ != nullptr) waits_->forget(peer_idx);
+}
+
 bool DeviceAttentionComm::is_busy(uint32_t microbatch) const {
   require_microbatch(microbatch);
   return slots_[microbatch].is_busy;
@@ -85,6 +97,8 @@ DispatchVerb DeviceAttentionComm::prepare_dispatch(std::shared_ptr<const DeviceR
                                                    uint32_t layer, int64_t timeout_ns, Stream stream) {
   require_microbatch(microbatch);
   raise_trouble();
+  if (has_gone()) return_gone();
+  const auto launching = this->launching();
   if (route->owner != this) throw Error(Failure::kArgument, "route: it was made by another comm");
   Slot& slot = slots_[microbatch];
   if (slot.is_busy) raise_slot_busy(microbatch, slot.layer);
@@ -109,6 +123,7 @@ void DeviceAttentionComm::dispatch_send(const unsigned char* x, uint64_t x_strid
   verb.x = x;
   verb.x_stride_bytes = x_stride_bytes;
   verb.x_dtype = x_dtype;
+  const auto launching = this->launching();
   const uint64_t most_rows = uint64_t{verb.route.num_tokens} * std::min(shape_.top_k, num_ranks_);
   memory_.machine().launch(verb, num_sms, most_rows * layout_.dispatch_rows.row_bytes, stream);
   note_dispatch(microbatch, stream);
@@ -118,6 +133,7 @@ void DeviceAttentionComm::combine_recv(unsigned char* y, uint64_t y_stride_bytes
                                        int64_t timeout_ns, uint32_t num_sms, Stream stream) {
   num_tokens(microbatch);  // something must be in flight
   raise_trouble();
+  const auto launching = this->launching();
   Machine& machine = memory_.machine();
   Slot& slot = slots_[microbatch];
   const RouteView& route = slot.route->view;
@@ -149,8 +165,11 @@ int DeviceAttentionComm::wait_ready(const std::vector<uint32_t>& microbatches, i
     raise_trouble();
     if (first_free == 0) return 0;
     verb.timeout_ns = first_free < 0 ? std::clamp<int64_t>(deadline_ns - now_ns(), 0, kSliceNs) : 0;
-    machine.launch(verb, stream);
-    machine.record(poll_event_.get(), stream);
+    {
+      const auto launching = this->launching();
+      machine.launch(verb, stream);
+      machine.record(poll_event_.get(), stream);
+    }
     machine.synchronize(poll_event_.get());
     if (*poll_found_ >= 0) return positions[static_cast<size_t>(*poll_found_)];
     if (first_free >= 0 || now_ns() >= deadline_ns) return first_free;
@@ -161,6 +180,7 @@ int DeviceAttentionComm::wait_ready(const std::vector<uint32_t>& microbatches, i
 void DeviceAttentionComm::idle(int64_t timeout_ns, Stream stream) {
   require_usable();
   raise_trouble();
+  const auto launching = this->launching();
   for (uint32_t microbatch = 0; microbatch < shape_.microbatches; ++microbatch) {
     if (slots_[microbatch].is_busy) continue;
     DispatchVerb verb = dispatch_verb(microbatch, 0, timeout_ns);

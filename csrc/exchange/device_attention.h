@@ -112,10 +112,19 @@ class DeviceAttentionComm final : public DeviceComm<AttentionSide> {
   // From now on a stream waits by itself for the replies of all expert ranks, ahead of combine_recv's launches. Needs
   // windows in memory of the host.
   void use_stream_waits();
-  void recover(uint32_t expert_rank) { give_up(expert_rank); }
+  void recover(uint32_t expert_rank) {
+    give_up(expert_rank);
+    return_gone();
+  }
 
  protected:
   void raise_trouble() override;
+  bool is_between_rounds() override;
+  // By the last link of a rank verbs tell that it is gone.
+  bool is_held(uint32_t peer_idx) override {
+    return peers_.find(rank_of(peer_idx)) == static_cast<int32_t>(peer_idx);
+  }
+  void reset_peer(uint32_t peer_idx) override;
 
  private:
   struct Slot {

@@ -2,9 +2,12 @@
 // What the comms of both roles share whose verbs run on a device. Side: AttentionSide or ExpertSide.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
+#include <shared_mutex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -86,6 +89,26 @@ class DeviceComm : public Side {
     }
   }
 
+  // An index returns at a moment when nothing that was launched may look at its peer.
+  void keep_verbs_out(const std::function<void()>& body) override {
+    const std::unique_lock lock(launching_, std::try_to_lock);
+    if (!lock.owns_lock() || was_captured_) return;
+    memory_.update_mirror();  // verbs that are launched from here on know who is gone
+    const auto is_passed = [this](const auto& event) { return memory_.machine().is_passed(event.get()); };
+    const bool is_quiet = is_between_rounds() && std::all_of(last_launch_.begin(), last_launch_.end(), is_passed) &&
+                          (waits_ == nullptr || waits_->is_idle()) && (proxy_ == nullptr || proxy_->is_drained());
+    if (is_quiet) body();
+  }
+  bool is_held(uint32_t) override { return false; }
+  std::string why_held() const override {
+    return was_captured_ ? "may be in use by graphs that were captured: make a new comm"
+                         : "may be in use by verbs that are in flight";
+  }
+  // Is nothing in flight, on any slot, that the role knows of?
+  virtual bool is_between_rounds() = 0;
+  // Held while something is launched.
+  std::shared_lock<std::shared_mutex> launching() { return std::shared_lock(launching_); }
+
   const Doorbell* doorbell() const override { return doorbell_; }
   bool wakes_peers() const override { return false; }
   void peers_changed() override { memory_.update_mirror(); }
@@ -133,12 +156,13 @@ class DeviceComm : public Side {
 
   mutable DeviceMemory memory_;
   std::vector<std::shared_ptr<void>> last_launch_;  // events, by slot
+  std::unique_ptr<StreamWaits> waits_;
 
  private:
+  std::shared_mutex launching_;
   bool was_captured_ = false;
   const Doorbell* doorbell_ = nullptr;
   std::unique_ptr<DoorbellProxy> proxy_;
-  std::unique_ptr<StreamWaits> waits_;
 };
 
 }  // namespace m2n

@@ -46,6 +46,23 @@ DeviceExpertComm::DeviceExpertComm(const Shape& shape, uint32_t rank, uint32_t m
   view_.counters = memory_.counters();
 }
 
+bool DeviceExpertComm::is_between_rounds() {
+  const auto is_open = [](const std::weak_ptr<DeviceBatch>& last) {
+    const auto batch = last.lock();
+    return batch != nullptr && !batch->is_answered;
+  };
+  return std::none_of(batches_.begin(), batches_.end(), is_open) && memory_.machine().is_passed(received_event_.get());
+}
+
+void DeviceExpertComm::reset_peer(uint32_t peer_idx) {
+  Inbox inbox;
+  inbox.seq = {first_seq_, first_seq_};
+  const std::vector<Inbox> fresh(layout_.num_slots, inbox);
+  memory_.machine().copy(&view_.inbox.inboxes[peer_idx * layout_.num_slots], fresh.data(),
+                         fresh.size() * sizeof(Inbox));
+  if (waits_ != nullptr) waits_->forget(peer_idx);
+}
+
 SlotLists DeviceExpertComm::make_lists() {
   const uint64_t max_rows = uint64_t{max_peers_} * shape_.max_tokens;
   const uint64_t max_pairs = max_rows * shape_.top_k;
@@ -105,9 +122,12 @@ Received DeviceExpertComm::receive(const Wanted& wanted, bool is_peek, int64_t d
   verb.wanted.attention_ranks = keep_ranks(wanted);
   verb.timeout_ns = std::clamp<int64_t>(deadline_ns - now_ns(), 0, kSliceNs);
   if (versions != nullptr) verb.versions = versions_;
-  machine.wait(stream, received_event_.get());
-  machine.launch(verb, stream);
-  machine.record(received_event_.get(), stream);
+  {
+    const auto launching = this->launching();
+    machine.wait(stream, received_event_.get());
+    machine.launch(verb, stream);
+    machine.record(received_event_.get(), stream);
+  }
   machine.synchronize(received_event_.get());
   const Received received = *received_;
   if (versions != nullptr) versions->assign(versions_, versions_ + max_peers_);
@@ -125,6 +145,7 @@ Received DeviceExpertComm::receive_until(const Wanted& wanted, bool is_peek, int
   require_usable();
   require_few_ranks(wanted);
   while (true) {
+    if (has_gone()) return_gone();
     const Received received = receive(wanted, is_peek, deadline_ns, stream, batch);
     raise_if_broken(received);
     if (received.is_batch) return received;
@@ -173,6 +194,7 @@ std::shared_ptr<DeviceBatch> DeviceExpertComm::launch_recv(const Wanted& wanted,
   }
   ReceiveVerb verb{view_, wanted, /*is_peek=*/false, timeout_ns, &launched_[slot], nullptr, &is_unread_[slot]};
   verb.wanted.attention_ranks = keep_ranks(wanted);
+  const auto launching = this->launching();
   if (!is_captured) machine.wait(stream, received_event_.get());
   begin_round(slot, stream, [&](uint32_t rank) { return wanted.is_listed(rank); });
   verb.stream_wait = wait_on_stream(slot, timeout_ns, stream);
@@ -220,6 +242,7 @@ void DeviceExpertComm::wait_placement(uint32_t version, int64_t deadline_ns, Str
 void DeviceExpertComm::combine_send(DeviceBatch& batch, const unsigned char* y, uint64_t y_stride_bytes, DType y_dtype,
                                     bool is_reduced, uint32_t num_sms, Stream stream) {
   require_answerable(batch.owner, batch.is_answered, y_dtype);
+  const auto launching = this->launching();
   batch.is_answered = true;
   const CombineSendVerb verb{view_, batch.slot, batch.microbatch, y, y_stride_bytes, y_dtype, is_reduced};
   const uint64_t num_bytes = (is_reduced ? batch.num_rows : batch.num_pairs) * layout_.combine_rows.row_bytes;

@@ -51,13 +51,18 @@ class DeviceExpertComm final : public DeviceComm<ExpertSide> {
   // From now on a stream waits by itself for the messages of a launched receive that names its attention ranks. Needs
   // windows in memory of the host.
   void use_stream_waits();
-  void recover(uint32_t attention_rank) { give_up(attention_rank); }
+  void recover(uint32_t attention_rank) {
+    give_up(attention_rank);
+    return_gone();
+  }
   // As of ExpertComm. Each look is a launch, which goes behind the receives before it.
   PlacementVersions placement_versions(Stream stream);
   void wait_placement(uint32_t version, int64_t deadline_ns, Stream stream);
 
  protected:
   void raise_trouble() override;
+  bool is_between_rounds() override;
+  void reset_peer(uint32_t peer_idx) override;
 
  private:
   SlotLists make_lists();

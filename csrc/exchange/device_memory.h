@@ -68,25 +68,30 @@ class DeviceMemory {
   // order in which a verb may read them.
   void update_mirror() {
     const std::lock_guard lock(mirror_mutex_);
-    const PeerTable& on_host = peers_.on_host;
-    PeerEntry* entries = peers_.table.entries;
-    const uint32_t count = on_host.size();
+    const uint32_t count = peers_.on_host.size();
     for (uint32_t i = 0; i < count; ++i) {
-      const uint32_t rank = on_host.entries[i].rank;
+      const PeerState state = peers_.on_host.state(i);
       if (i == mirrored_.size()) {
-        machine_->copy(&entries[i].rank, &rank, sizeof rank);
-        mirrored_.push_back(PeerState::kUnused);
+        mirrored_.push_back({PeerState::kUnused, 0});
         const uint32_t num_known = i + 1;
         machine_->copy(peers_.table.count, &num_known, sizeof num_known);
       }
-      const PeerState state = on_host.state(i);
-      if (mirrored_[i] == state) continue;
-      const bool is_new = mirrored_[i] == PeerState::kUnused;
-      if (is_new) machine_->copy(&entries[i].view, &on_host.entries[i].view, sizeof(PeerView));
-      machine_->copy(&entries[i].state, &state, sizeof state);
-      mirrored_[i] = state;
-      const auto newest = static_cast<uint32_t>(on_host.find(rank));
-      if (is_new && rank < max_peers_) machine_->copy(&peers_.newest[rank], &newest, sizeof newest);
+      Mirrored& known = mirrored_[i];
+      if (known.state == state) continue;
+      const PeerEntry& entry = peers_.on_host.entries[i];
+      PeerEntry* mirror = &peers_.table.entries[i];
+      const bool is_new = known.state == PeerState::kUnused, is_over = state == PeerState::kUnused;
+      if (is_new) {
+        known.rank = entry.rank;
+        machine_->copy(&mirror->rank, &entry.rank, sizeof entry.rank);
+        machine_->copy(&mirror->joined, &entry.joined, sizeof entry.joined);
+        machine_->copy(&mirror->view, &entry.view, sizeof entry.view);
+      }
+      machine_->copy(&mirror->state, &state, sizeof state);
+      known.state = state;
+      if ((!is_new && !is_over) || known.rank >= max_peers_) continue;
+      const int32_t newest = peers_.on_host.find(known.rank);
+      machine_->copy(&peers_.newest[known.rank], &newest, sizeof newest);
     }
   }
 
@@ -97,7 +102,7 @@ class DeviceMemory {
     std::vector<uint32_t> live;
     for (uint32_t i = 0; i < mirrored_.size(); ++i) {
       const bool is_newest = on_host.find(on_host.entries[i].rank) == static_cast<int32_t>(i);
-      if (is_newest && mirrored_[i] == PeerState::kLive && on_host.is_live(i)) live.push_back(i);
+      if (is_newest && mirrored_[i].state == PeerState::kLive && on_host.is_live(i)) live.push_back(i);
     }
     return live;
   }
@@ -112,7 +117,11 @@ class DeviceMemory {
   Peers peers_{};
   uint32_t max_peers_ = 0;
   std::mutex mirror_mutex_;
-  std::vector<PeerState> mirrored_;  // by peer index; verbs may have seen a later one
+  struct Mirrored {
+    PeerState state;  // verbs may have seen a later one
+    uint32_t rank;
+  };
+  std::vector<Mirrored> mirrored_;  // by peer index
 };
 
 }  // namespace m2n

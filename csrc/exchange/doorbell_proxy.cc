@@ -42,6 +42,7 @@ void DoorbellProxy::run() {
 }
 
 void DoorbellProxy::send_rung() {
+  const std::lock_guard lock(sending_mutex_);
   while (reader_.is_rung()) {
     const Signal* word = nullptr;
     const Signal value = reader_.take(&word);

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -27,6 +28,11 @@ class DoorbellProxy {
   void stop();
   // A verb was launched that may ring soon.
   void kick() { exec_.wake_own(); }
+  // Was everything sent that was rung for?
+  bool is_drained() {
+    const std::lock_guard lock(sending_mutex_);
+    return !reader_.is_rung();
+  }
 
  private:
   void run();
@@ -37,6 +43,7 @@ class DoorbellProxy {
   HostExec exec_;
   ListPieces list_pieces_;
   std::vector<Piece> pieces_;
+  std::mutex sending_mutex_;
   uint32_t is_stopped_ = 0;
   std::thread thread_;
 };

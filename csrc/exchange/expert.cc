@@ -12,9 +12,32 @@ ExpertComm::ExpertComm(const Shape& shape, uint32_t rank, uint32_t max_peers, co
     : ExpertSide(shape, rank, max_peers, transport, local_experts),
       inboxes_(static_cast<size_t>(max_peers) * layout_.num_slots),
       copy_choices_(inboxes_.size()),
+      holds_(std::make_shared<uint32_t[]>(inboxes_.size())),
       inbox_view_{layout_, shape.max_tokens, peers_, small_window()->data(), inboxes_.data()},
       next_(local_experts.size()) {
   for (Inbox& box : inboxes_) box.seq = {first_seq_, first_seq_};
+}
+
+void ExpertComm::keep_verbs_out(const std::function<void()>& body) {
+  std::lock_guard lock(inbox_mutex_);
+  body();
+}
+
+bool ExpertComm::is_held(uint32_t peer_idx) {
+  for (uint32_t slot = 0; slot < layout_.num_slots; ++slot) {
+    if (m2n::is_held(&holds_[peer_idx * layout_.num_slots + slot])) return true;
+  }
+  return false;
+}
+
+std::string ExpertComm::why_held() const { return "sent what is not answered: call combine_send for open batches"; }
+
+void ExpertComm::reset_peer(uint32_t peer_idx) {
+  for (uint32_t slot = 0; slot < layout_.num_slots; ++slot) {
+    inbox(peer_idx, slot) = Inbox{};
+    inbox(peer_idx, slot).seq = {first_seq_, first_seq_};
+    copy_choices_[peer_idx * layout_.num_slots + slot] = {};
+  }
 }
 
 uint32_t ExpertComm::look_around() {
@@ -63,6 +86,8 @@ std::shared_ptr<Batch> ExpertComm::look(const Wanted& wanted, Found* found) {
 std::shared_ptr<Batch> ExpertComm::dispatch_recv(const Wanted& wanted, int64_t deadline_ns) {
   require_usable();
   while (true) {
+    if (has_gone()) [[unlikely]]
+      return_gone();
     Found found;
     std::shared_ptr<Batch> batch = look(wanted, &found);
     if (batch != nullptr) return batch;
@@ -102,6 +127,8 @@ std::shared_ptr<Batch> ExpertComm::collect(uint32_t layer, uint32_t microbatch, 
   batch->layer = layer;
   batch->microbatch = microbatch;
   batch->hosting = hosting_;
+  batch->num_slots = layout_.num_slots;
+  if (batch->holds != holds_) batch->holds = holds_;  // one that is used again has them already
   batch->expert_offsets.assign(num_local_experts_ + 1, 0);
   batch->pair_begin.assign(1, 0);
   for (uint32_t peer_idx = 0; peer_idx < peers_.size(); ++peer_idx) {
@@ -109,7 +136,9 @@ std::shared_ptr<Batch> ExpertComm::collect(uint32_t layer, uint32_t microbatch, 
   }
   if (batch->messages.empty()) return nullptr;  // all of them were refused
   for (const Batch::Message& message : batch->messages) {
-    inbox(message.arrived.peer_idx, message.arrived.slot).is_pending = false;
+    const uint32_t at = message.arrived.peer_idx * layout_.num_slots + message.arrived.slot;
+    inboxes_[at].is_pending = false;
+    store_relaxed(&holds_[at], 1u);  // relaxed: under the lock that the returner takes too
   }
   build_lists(*batch);
   return batch;
@@ -170,6 +199,17 @@ void ExpertComm::combine_send(Batch& batch, const unsigned char* y, uint64_t y_s
                               bool is_reduced) {
   require_answerable(batch.owner, batch.is_answered, y_dtype);
   batch.is_answered = true;
+  answer(batch, y, y_stride_bytes, y_dtype, is_reduced);
+  if (has_gone()) [[unlikely]]
+    return_gone();
+}
+
+void ExpertComm::answer(Batch& batch, const unsigned char* y, uint64_t y_stride_bytes, DType y_dtype, bool is_reduced) {
+  struct Over {
+    Batch& batch;
+    ~Over() { batch.drop_holds(); }
+  };
+  const Over over{batch};
   uint64_t num_rows = 0;
   for (const Batch::Message& message : batch.messages) {
     const uint32_t peer_idx = message.arrived.peer_idx;
@@ -215,8 +255,11 @@ void ExpertComm::combine_send(Batch& batch, const unsigned char* y, uint64_t y_s
 
 void ExpertComm::recover(uint32_t attention_rank) {
   require_usable();  // before the lock: in a forked child nobody may be left to free it
-  std::lock_guard lock(inbox_mutex_);
-  give_up(attention_rank);
+  {
+    std::lock_guard lock(inbox_mutex_);
+    give_up(attention_rank);
+  }
+  return_gone();
 }
 
 void ExpertComm::set_experts(const std::vector<uint32_t>& local_experts) {

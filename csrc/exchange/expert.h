@@ -8,6 +8,7 @@
 #include <optional>
 #include <vector>
 
+#include "core/hold.h"
 #include "exchange/batch.h"
 #include "exchange/combine.h"
 #include "exchange/copy_choice.h"
@@ -44,6 +45,11 @@ class ExpertComm final : public ExpertSide {
   void wait_placement(uint32_t version, int64_t deadline_ns);
 
  private:
+  void keep_verbs_out(const std::function<void()>& body) override;
+  bool is_held(uint32_t peer_idx) override;
+  std::string why_held() const override;
+  void reset_peer(uint32_t peer_idx) override;
+
   Inbox& inbox(uint32_t peer_idx, uint32_t slot) { return inboxes_[peer_idx * layout_.num_slots + slot]; }
   // Notes what has arrived, and how much that was; throws for a violation.
   uint32_t look_around();
@@ -54,12 +60,14 @@ class ExpertComm final : public ExpertSide {
   // One look: the batch that is asked for, if it is complete.
   std::shared_ptr<Batch> look(const Wanted& wanted, Found* found);
   std::shared_ptr<Batch> collect(uint32_t layer, uint32_t microbatch, const Wanted& wanted);
+  void answer(Batch& batch, const unsigned char* y, uint64_t y_stride_bytes, DType y_dtype, bool is_reduced);
   bool take_message(Batch& batch, uint32_t peer_idx, uint32_t slot);
   void build_lists(Batch& batch);
   [[noreturn]] void raise_breach(const Violation& violation);
 
-  std::vector<Inbox> inboxes_;            // [peer][slot]
-  std::vector<CopyChoice> copy_choices_;  // likewise
+  std::vector<Inbox> inboxes_;               // [peer][slot]
+  std::vector<CopyChoice> copy_choices_;     // likewise
+  const std::shared_ptr<uint32_t[]> holds_;  // likewise; see Batch
   const InboxView inbox_view_;
   uint32_t hosting_ = 0;  // how many times the hosted experts have changed
   // Held while looking and collecting, never while waiting: several threads may receive at once.

@@ -75,6 +75,7 @@ class Machine {
   virtual void record(void* event, Stream stream) = 0;
   virtual void wait(Stream stream, void* event) = 0;
   virtual void synchronize(void* event) = 0;
+  virtual bool is_passed(void* event) = 0;
 
   // The stream stores `ticket` in *begun, waits until each word has come to its value (both wrap), and stores it in
   // *passed: nothing else ends that. All words lie in memory of the host.

@@ -121,6 +121,13 @@ class CudaMachine final : public Machine {
     check_cuda(cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), static_cast<cudaEvent_t>(event)),
                "cudaStreamWaitEvent");
   }
+  bool is_passed(void* event) override {
+    const OnDevice on_device(ordinal_);
+    const cudaError_t result = cudaEventQuery(static_cast<cudaEvent_t>(event));
+    if (result == cudaErrorNotReady) return false;
+    check_cuda(result, "cudaEventQuery");
+    return true;
+  }
   void synchronize(void* event) override {
     const OnDevice on_device(ordinal_);
     check_cuda(cudaEventSynchronize(static_cast<cudaEvent_t>(event)), "a kernel failed");

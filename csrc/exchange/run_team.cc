@@ -46,6 +46,7 @@ class TeamMachine final : public Machine {
   void record(void*, Stream) override {}
   void wait(Stream, void*) override {}
   void synchronize(void*) override {}
+  bool is_passed(void*) override { return true; }
 
   void wait_words(const std::vector<WordWait>& waits, uint32_t* begun, uint32_t* passed, uint32_t ticket,
                   Stream) override {

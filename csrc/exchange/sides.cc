@@ -21,6 +21,7 @@ void AttentionSide::require_x_dtype(DType x_dtype) const {
 uint32_t AttentionSide::require_live(uint32_t expert_rank) const {
   const int32_t peer_idx = peers_.find(expert_rank);
   if (peer_idx < 0) {
+    if (const auto peer = find_gone(expert_rank)) raise_gone(*peer, "dispatch_send");
     throw Error(Failure::kPeerLost,
                 "dispatch_send: the route needs expert rank " + std::to_string(expert_rank) +
                     ", which this rank never connected to; check the placement",

@@ -19,6 +19,7 @@ bool is_reached(uint32_t counted, uint32_t wanted) { return static_cast<int32_t>
 StreamWaits::StreamWaits(DeviceMemory& memory, uint32_t num_slots, uint32_t max_peers, uint32_t first_seq, Sight sight)
     : memory_(memory),
       max_peers_(max_peers),
+      first_seq_(first_seq),
       sight_(std::move(sight)),
       words_(memory.on_host<WaitWords>(num_slots + 1)),
       seqs_(memory.on_host<uint32_t>(uint64_t{num_slots} * max_peers)),
@@ -41,6 +42,14 @@ void StreamWaits::begin_round(uint32_t slot, std::vector<uint32_t> peers) {
 void StreamWaits::doubt(uint32_t slot) {
   const std::lock_guard lock(mutex_);
   slots_[slot].first_alike = slots_[slot].rounds + 1;
+}
+
+void StreamWaits::forget(uint32_t peer_idx) {
+  const std::lock_guard lock(mutex_);
+  for (uint32_t slot = 0; slot < slots_.size(); ++slot) {
+    store_release(&seqs_[slot * max_peers_ + peer_idx], first_seq_);  // SYNC: wait-round
+    slots_[slot].first_alike = slots_[slot].rounds + 1;
+  }
 }
 
 std::vector<StreamWaits::Awaited> StreamWaits::guess(const Slot& state, uint32_t slot) const {

@@ -43,6 +43,14 @@ class StreamWaits {
   // Lets the stream wait for the messages of the last round begun; for the verb that is launched next.
   StreamWait launch(uint32_t slot, int64_t timeout_ns, Stream stream);
 
+  // Is no stream waiting, and nothing looked after?
+  bool is_idle() const {
+    const std::lock_guard lock(mutex_);
+    return pending_.empty();
+  }
+  // A peer's index will serve another life.
+  void forget(uint32_t peer_idx);
+
   // A round of the slot may have failed: no stream waits until the verbs have told of all that were launched.
   void doubt(uint32_t slot);
 
@@ -85,6 +93,7 @@ class StreamWaits {
 
   DeviceMemory& memory_;
   const uint32_t max_peers_;
+  const uint32_t first_seq_;
   const Sight sight_;
   WaitWords* words_;  // [slot]
   uint32_t* seqs_;    // [slot][peer]

@@ -20,7 +20,7 @@ class CudaWindow final : public Window, public std::enable_shared_from_this<Cuda
         piece_bytes_(piece_bytes),
         object_bytes_(object_bytes),
         stride_bytes_(stride_bytes),
-        max_peers_(max_peers) {
+        objects_(max_peers) {
     const OnDevice on_device(ordinal_);
     check_driver(cuda_driver().address_reserve(&base_, bytes(), piece_bytes_, 0, 0), "cannot reserve addresses");
     try {
@@ -32,27 +32,42 @@ class CudaWindow final : public Window, public std::enable_shared_from_this<Cuda
   }
 
   ~CudaWindow() override {
-    for (uint64_t id : ids_) forget_local_object(id);
+    for (const Object& object : objects_) forget_local_object(object.id);
     if (fork_count_ != fork_count()) return;  // a forked child has no devices
     free_all();
   }
 
   unsigned char* data() const override { return reinterpret_cast<unsigned char*>(base_); }
-  uint64_t bytes() const override { return stride_bytes_ * max_peers_; }
+  uint64_t bytes() const override { return stride_bytes_ * objects_.size(); }
 
   Handle add_object(uint32_t peer_idx) override {
-    if (peer_idx >= max_peers_) throw Error(Failure::kSetup, "cuda: peer index beyond max_peers");
+    if (peer_idx >= objects_.size()) throw Error(Failure::kSetup, "cuda: peer index beyond max_peers");
     const OnDevice on_device(ordinal_);
     const CUdeviceptr at = base_ + stride_bytes_ * peer_idx;
-    const Allocation object = make(object_bytes_);
+    Object& object = objects_[peer_idx];
+    object.allocation = make_allocation(ordinal_, object_bytes_, is_for_nics_);
+    object.is_made = true;
     check_driver(cuda_driver().unmap(at, object_bytes_), "cuMemUnmap");
-    check_driver(cuda_driver().map(at, object_bytes_, 0, object, 0), "cuMemMap");
+    check_driver(cuda_driver().map(at, object_bytes_, 0, object.allocation, 0), "cuMemMap");
     allow_access(ordinal_, at, object_bytes_, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
     zero_now(reinterpret_cast<void*>(at), object_bytes_);
-    Handle handle{export_allocation(ordinal_, object), object_bytes_, 0};
-    handle.id = add_local_object(weak_from_this(), reinterpret_cast<unsigned char*>(at));
-    ids_.push_back(handle.id);
+    Handle handle{export_allocation(ordinal_, object.allocation), object_bytes_, 0};
+    object.id = handle.id = add_local_object(weak_from_this(), reinterpret_cast<unsigned char*>(at));
     return handle;
+  }
+
+  // The memory of an object lives on for whoever has mapped it by its descriptor.
+  bool remove_object(uint32_t peer_idx) override {
+    Object& object = objects_.at(peer_idx);
+    if (!object.is_made) return true;
+    if (!forget_unmapped_local_object(object.id)) return false;
+    const OnDevice on_device(ordinal_);
+    const CUdeviceptr at = base_ + stride_bytes_ * peer_idx;
+    check_driver(cuda_driver().unmap(at, object_bytes_), "cuMemUnmap");
+    map_zeros(at, object_bytes_);
+    cuda_driver().release(object.allocation);
+    object = {};
+    return true;
   }
 
   void set_word(uint64_t offset, uint64_t value) override {
@@ -61,25 +76,37 @@ class CudaWindow final : public Window, public std::enable_shared_from_this<Cuda
   }
 
  private:
-  Allocation make(uint64_t num_bytes) {
-    const Allocation allocation = make_allocation(ordinal_, num_bytes, is_for_nics_);
-    allocations_.push_back(allocation);
-    return allocation;
+  struct Object {
+    Allocation allocation{};
+    uint64_t id = 0;
+    bool is_made = false;
+  };
+
+  // Where nothing is mapped; readable.
+  void map_zeros(CUdeviceptr at, uint64_t num_bytes) {
+    for (uint64_t offset = 0; offset < num_bytes; offset += piece_bytes_) {
+      check_driver(cuda_driver().map(at + offset, piece_bytes_, 0, zeros_.allocation, 0), "cuMemMap");
+      if (at + offset == base_ + mapped_bytes_) mapped_bytes_ += piece_bytes_;
+    }
+    allow_access(ordinal_, at, num_bytes, CU_MEM_ACCESS_FLAGS_PROT_READ);
   }
 
   void back_with_zeros() {
-    const Allocation zeros = make(piece_bytes_);
-    for (; mapped_bytes_ < bytes(); mapped_bytes_ += piece_bytes_) {
-      check_driver(cuda_driver().map(base_ + mapped_bytes_, piece_bytes_, 0, zeros, 0), "cuMemMap");
-    }
+    zeros_.allocation = make_allocation(ordinal_, piece_bytes_, is_for_nics_);
+    zeros_.is_made = true;
+    map_zeros(base_, bytes());
     allow_access(ordinal_, base_, piece_bytes_, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
     zero_now(data(), piece_bytes_);
-    allow_access(ordinal_, base_, bytes(), CU_MEM_ACCESS_FLAGS_PROT_READ);
+    allow_access(ordinal_, base_, piece_bytes_, CU_MEM_ACCESS_FLAGS_PROT_READ);
   }
 
   void free_all() {
     if (mapped_bytes_ != 0) cuda_driver().unmap(base_, mapped_bytes_);
-    for (const Allocation allocation : allocations_) cuda_driver().release(allocation);
+    const auto release = [](const Object& object) {
+      if (object.is_made) cuda_driver().release(object.allocation);
+    };
+    for (const Object& object : objects_) release(object);
+    release(zeros_);
     cuda_driver().address_free(base_, bytes());
   }
 
@@ -89,11 +116,10 @@ class CudaWindow final : public Window, public std::enable_shared_from_this<Cuda
   uint64_t piece_bytes_;
   uint64_t object_bytes_;
   uint64_t stride_bytes_;
-  uint32_t max_peers_;
   CUdeviceptr base_ = 0;
-  uint64_t mapped_bytes_ = 0;
-  std::vector<Allocation> allocations_;
-  std::vector<uint64_t> ids_;
+  uint64_t mapped_bytes_ = 0;    // from the beginning on, when they are mapped for the first time
+  Object zeros_;                 // a piece of them, wherever there is no object
+  std::vector<Object> objects_;  // by peer index
 };
 
 // An object of another process. Its memory outlives the process that made it: nothing faults here when that dies.

@@ -46,14 +46,21 @@ std::shared_ptr<void> register_memory(int ordinal, void* memory, uint64_t bytes)
 class PinnedWindow final : public Window {
  public:
   PinnedWindow(int ordinal, std::shared_ptr<Window> inner, uint64_t stride_bytes)
-      : ordinal_(ordinal), inner_(std::move(inner)), stride_bytes_(stride_bytes) {}
+      : ordinal_(ordinal),
+        inner_(std::move(inner)),
+        stride_bytes_(stride_bytes),
+        registrations_(inner_->bytes() / stride_bytes) {}
 
   unsigned char* data() const override { return inner_->data(); }
   uint64_t bytes() const override { return inner_->bytes(); }
   Handle add_object(uint32_t peer_idx) override {
     Handle handle = inner_->add_object(peer_idx);
-    registrations_.push_back(register_memory(ordinal_, data() + stride_bytes_ * peer_idx, handle.bytes));
+    registrations_.at(peer_idx) = register_memory(ordinal_, data() + stride_bytes_ * peer_idx, handle.bytes);
     return handle;
+  }
+  bool remove_object(uint32_t peer_idx) override {
+    registrations_.at(peer_idx).reset();
+    return inner_->remove_object(peer_idx);
   }
   void set_word(uint64_t offset, uint64_t value) override { inner_->set_word(offset, value); }
 
@@ -61,7 +68,7 @@ class PinnedWindow final : public Window {
   int ordinal_;
   std::shared_ptr<Window> inner_;
   uint64_t stride_bytes_;
-  std::vector<std::shared_ptr<void>> registrations_;  // end before the window
+  std::vector<std::shared_ptr<void>> registrations_;  // by peer index; end before the window
 };
 
 class PinnedMapping final : public Mapping {

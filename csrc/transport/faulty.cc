@@ -120,6 +120,7 @@ class DelayedSignals final : public SignalRelay {
 
   void send(Signal* word, Signal value, WakeWord* wake) override { shared_->hold(word, value, wake); }
   void drain() override { shared_->drain(); }
+  void forget(const unsigned char* memory, uint64_t num_bytes) override { shared_->forget(memory, num_bytes); }
   HeldSignals held() const override {
     return {load_relaxed(&shared_->held.count), load_relaxed(&shared_->held.total_ns)};  // relaxed: counters
   }
@@ -145,6 +146,15 @@ class DelayedSignals final : public SignalRelay {
     void drain() {
       std::unique_lock lock(mutex);
       is_changed.wait(lock, [this] { return by_due_ns.empty(); });
+    }
+
+    void forget(const unsigned char* memory, uint64_t num_bytes) {
+      std::lock_guard lock(mutex);  // so that nothing is being stored when this returns
+      std::erase_if(by_due_ns, [&](const auto& each) {
+        const auto* at = reinterpret_cast<const unsigned char*>(each.second.word);
+        return at >= memory && at < memory + num_bytes;
+      });
+      is_changed.notify_all();
     }
 
     void stop() {

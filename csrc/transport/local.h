@@ -13,6 +13,8 @@ namespace m2n {
 // Makes an object of `window` findable; its id. Forget it before the window ends.
 uint64_t add_local_object(std::weak_ptr<Window> window, unsigned char* data);
 void forget_local_object(uint64_t id);
+// The same unless somebody has mapped it: then false.
+bool forget_unmapped_local_object(uint64_t id);
 
 // Keeps the window alive. Throws Error(kSetup) when its owner has closed it.
 std::shared_ptr<Mapping> map_local_object(uint64_t id);

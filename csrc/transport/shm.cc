@@ -76,6 +76,15 @@ class Range {
     return 0;
   }
 
+  // Makes a hole of it again; false where the system has no room for that.
+  bool unmap(uint64_t offset, uint64_t object_bytes) {
+    unsigned char* at = data() + offset;
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
+    if (mmap(at, object_bytes, PROT_READ, flags, -1, 0) == MAP_FAILED) return false;
+    madvise(at, object_bytes, MADV_DONTFORK);
+    return true;
+  }
+
  private:
   const uint32_t fork_count_ = fork_count();
   uint64_t bytes_;
@@ -87,7 +96,7 @@ class ShmWindow final : public Window, public std::enable_shared_from_this<ShmWi
   ShmWindow(uint64_t object_bytes, uint64_t stride_bytes, uint32_t max_peers)
       : object_bytes_(object_bytes),
         stride_bytes_(stride_bytes),
-        max_peers_(max_peers),
+        ids_(max_peers, kNoObject),
         range_(stride_bytes * max_peers) {}
 
   ~ShmWindow() override {
@@ -98,7 +107,7 @@ class ShmWindow final : public Window, public std::enable_shared_from_this<ShmWi
   uint64_t bytes() const override { return range_.bytes(); }
 
   Handle add_object(uint32_t peer_idx) override {
-    if (peer_idx >= max_peers_) throw Error(Failure::kSetup, "shm: peer index beyond max_peers");
+    if (peer_idx >= ids_.size()) throw Error(Failure::kSetup, "shm: peer index beyond max_peers");
     Handle handle;
     handle.bytes = object_bytes_;
     handle.fd = Fd(make_sealed_memfd(object_bytes_));
@@ -107,8 +116,17 @@ class ShmWindow final : public Window, public std::enable_shared_from_this<ShmWi
       fail("cannot map an object", error_number);
     }
     handle.id = add_local_object(weak_from_this(), data() + offset);
-    ids_.push_back(handle.id);
+    ids_[peer_idx] = handle.id;
     return handle;
+  }
+
+  // The memory of an object lives on for whoever has mapped it by its descriptor.
+  bool remove_object(uint32_t peer_idx) override {
+    if (ids_.at(peer_idx) == kNoObject) return true;
+    if (!forget_unmapped_local_object(ids_[peer_idx])) return false;
+    if (!range_.unmap(stride_bytes_ * peer_idx, object_bytes_)) return false;
+    ids_[peer_idx] = kNoObject;
+    return true;
   }
 
   void set_word(uint64_t offset, uint64_t value) override {
@@ -116,11 +134,12 @@ class ShmWindow final : public Window, public std::enable_shared_from_this<ShmWi
   }
 
  private:
+  static constexpr uint64_t kNoObject = 0;
+
   uint64_t object_bytes_;
   uint64_t stride_bytes_;
-  uint32_t max_peers_;
+  std::vector<uint64_t> ids_;  // by peer index
   Range range_;
-  std::vector<uint64_t> ids_;
 };
 
 class ShmMapping final : public Mapping {

@@ -66,8 +66,11 @@ class Window {
   virtual ~Window() = default;
   virtual unsigned char* data() const = 0;
   virtual uint64_t bytes() const = 0;
-  // Makes the object of `peer_idx`, zeroed, and a handle for it. Once per index; throws Error(kSetup).
+  // Makes the object of `peer_idx`, zeroed, and a handle for it, where there is none; throws Error(kSetup).
   virtual Handle add_object(uint32_t peer_idx) = 0;
+  // Leaves a hole again. Who has attached the object keeps its memory, which is no longer this window's. False: a peer
+  // of this process, which shares the window's own mapping, still has it; try again later.
+  virtual bool remove_object(uint32_t peer_idx) = 0;
   // Sets one word of the window before any peer can reach it.
   virtual void set_word(uint64_t offset, uint64_t value) = 0;
 };
@@ -86,6 +89,8 @@ class SignalRelay {
   virtual void send(Signal* word, Signal value, WakeWord* wake) = 0;
   // Returns when everything that was sent is stored.
   virtual void drain() = 0;
+  // Drops what is still held for words in this memory; none of them is stored any more when it returns.
+  virtual void forget(const unsigned char* memory, uint64_t num_bytes) = 0;
   virtual HeldSignals held() const = 0;  // what was stored so far
 };
 
@@ -128,6 +133,9 @@ class Network : public Wire {
   // The peer is gone. Takes what is still under way, and says link_ended(); at once, where nothing may arrive any more.
   virtual void end(uint32_t peer_idx) = 0;
   virtual void end_now(uint32_t peer_idx) = 0;
+  // The index shall serve another link. False: something of the old one is still being read or written; try again
+  // later.
+  virtual bool release(uint32_t peer_idx) = 0;
   // Returns when everything that was sent has left, or after a few seconds.
   virtual void drain() = 0;
   // Nothing is read or written any more when it returns, within a few seconds.

@@ -86,6 +86,7 @@ class UcxNetwork final : public Network {
   void finish(const Signal* word) override { shared_->links.finish(word); }
   void end(uint32_t peer_idx) override { shared_->links.end(peer_idx); }
   void end_now(uint32_t peer_idx) override { shared_->links.end_now(peer_idx); }
+  bool release(uint32_t peer_idx) override { return shared_->links.release(peer_idx); }
   void drain() override { shared_->links.drain(); }
   void close() override {
     if (std::exchange(is_running_, false)) shared_->proxy.stop();

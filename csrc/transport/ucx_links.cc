@@ -50,6 +50,13 @@ std::shared_ptr<unsigned char> reserve(uint64_t num_bytes) {
           [num_bytes](unsigned char* areas) { munmap(areas - kAreasAt, num_bytes); }};
 }
 
+// The system may have the memory of an area again, but for its first and last page.
+void give_back(unsigned char* area, uint64_t num_bytes) {
+  const uint64_t behind = reinterpret_cast<uintptr_t>(area) % kPageBytes;
+  if (num_bytes <= kPageBytes) return;
+  madvise(area + kPageBytes - behind, (num_bytes - (kPageBytes - behind)) / kPageBytes * kPageBytes, MADV_DONTNEED);
+}
+
 // Is this list of UCX_TLS one of shared memory alone, a GPU's too? That never tells that a peer is gone, and refuses to
 // be asked.
 bool is_within_host(std::string_view transports) {
@@ -311,6 +318,29 @@ void Links::end_now(uint32_t peer_idx) {
   progress_until([&] { return link->num_sending == 0 && link->num_receiving == 0; }, kCloseNs);
 }
 
+bool Links::release(uint32_t peer_idx) {
+  std::lock_guard lock(mutex_);
+  Link* link = find(peer_idx);
+  if (link == nullptr) return true;
+  if (is_closed_ || is_reporting_) return false;
+  if (!link->is_ended) {  // its handshake came to nothing
+    link->is_ended = true;
+    close_endpoint(*link, true);
+  }
+  if (link->num_sending != 0 || link->num_receiving != 0) return false;
+  unmap(*link);
+  if (rows_areas_ != nullptr) (void)rows_areas_->remove_object(peer_idx);
+  give_back(send_areas_.get() + peer_idx * area_bytes(), rows_bytes_on_host() + peers_.small_bytes);
+  links_[peer_idx].reset();
+  return true;
+}
+
+void Links::unmap(Link& link) {
+  for (Memory*& memory : link.own_memory) {
+    if (memory != nullptr) (void)api_.mem_unmap(context_, std::exchange(memory, nullptr));
+  }
+}
+
 void Links::drain() {
   const int64_t until_ns = now_ns() + kDrainNs;
   while (num_sending() != 0 && now_ns() < until_ns) {
@@ -327,9 +357,7 @@ void Links::close() {
     if (link == nullptr) continue;
     close_endpoint(*link, link->is_broken || link->num_sending != 0);
     link->is_ended = true;
-    for (Memory* memory : link->own_memory) {
-      if (memory != nullptr) (void)api_.mem_unmap(context_, memory);
-    }
+    unmap(*link);
   }
   if (worker_ != nullptr) api_.worker_destroy(worker_);
   if (context_ != nullptr) api_.cleanup(context_);

@@ -44,6 +44,7 @@ class Links {
   Areas connect(uint32_t peer_idx, const std::string& bytes, bool* wakes);
   void end(uint32_t peer_idx);
   void end_now(uint32_t peer_idx);
+  bool release(uint32_t peer_idx);
   void drain();
   void close();
 
@@ -136,6 +137,7 @@ class Links {
   void deliver(Link& link, const MessageHead& head);
   void break_link(Link& link, const std::string& violation);
   void close_endpoint(Link& link, bool by_force);
+  void unmap(Link& link);
   // Until is_done(), or for so long; the lock is held.
   bool progress_until(const std::function<bool()>& is_done, int64_t most_ns);
 
@@ -161,6 +163,7 @@ class Links {
   std::vector<std::unique_ptr<Link>> links_;   // by peer index
   std::vector<std::unique_ptr<Sending>> sending_, idle_;
   uint32_t num_sending_ = 0;
+  bool is_reporting_ = false;   // the listener is being told of links by their indices
   bool has_delivered_ = false;  // a message, since a look began
   std::function<void()> on_signal_, on_report_;
 };

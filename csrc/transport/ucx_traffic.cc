@@ -338,6 +338,7 @@ int64_t Links::report(LinkListener& listener) {
   {
     std::lock_guard lock(mutex_);
     if (is_closed_) return -1;
+    is_reporting_ = true;
     const int64_t now = now_ns();
     const auto come_at = [&](int64_t at_ns) {
       if (next_ns < 0 || at_ns - now < next_ns) next_ns = std::max<int64_t>(at_ns - now, 1);
@@ -367,6 +368,8 @@ int64_t Links::report(LinkListener& listener) {
     end_now(peer_idx);
     listener.link_ended(peer_idx);
   }
+  std::lock_guard lock(mutex_);
+  is_reporting_ = false;
   return next_ns;
 }
 
