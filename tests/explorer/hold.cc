@@ -32,9 +32,13 @@ uint32_t num_slots = 1;
 bool is_for_another = false;  // the next life is another rank's
 
 void set_state(m2n::PeerState state) { m2n::store_seq_cst(&shared.state, static_cast<uint32_t>(state)); }
-bool is_live() { return m2n::load_seq_cst(&shared.state) == static_cast<uint32_t>(m2n::PeerState::kLive); }
+bool is_lost() { return m2n::load_seq_cst(&shared.state) == static_cast<uint32_t>(m2n::PeerState::kLost); }
 
-void lose() { set_state(m2n::PeerState::kLost); }
+// The old life's link.
+void join_and_lose() {
+  set_state(m2n::PeerState::kLive);
+  set_state(m2n::PeerState::kLost);
+}
 
 bool is_any_held() {
   for (uint32_t slot = 0; slot < num_slots; ++slot) {
@@ -54,7 +58,7 @@ void replace() {
 }
 
 void lose_and_replace() {
-  lose();
+  join_and_lose();
   await([] { return !is_any_held(); });
   replace();
 }
@@ -97,8 +101,8 @@ void two_users(size_t thread) { thread < 2 ? verb(static_cast<uint32_t>(thread))
 // The watcher loses the peer, another thread sees it and gives the entry back.
 void seen_lost(size_t thread) {
   if (thread == 0) return verb(0);
-  if (thread == 1) return lose();
-  await([] { return !is_live(); });
+  if (thread == 1) return join_and_lose();
+  await(is_lost);
   await([] { return !is_any_held(); });
   replace();
 }
@@ -115,7 +119,7 @@ void locked(Body&& body) {
 // An expert rank takes a message into a batch under the lock of the inboxes, in which the returner looks at the holds,
 // and answers it without.
 void batch(size_t thread) {
-  if (thread == 2) return lose();
+  if (thread == 2) return join_and_lose();
   if (thread == 0) {
     bool has_batch = false;
     locked([&] {
@@ -129,7 +133,7 @@ void batch(size_t thread) {
     check(explorer::read_byte(&shared.view) == kOld, "a reply to another life");
     return end_use(0);
   }
-  await([] { return !is_live(); });
+  await(is_lost);
   bool is_held = false;
   locked([&] {
     is_held = is_any_held();
@@ -158,7 +162,6 @@ int main(int argc, char** argv) {
   const std::string name = argc == 2 ? argv[1] : "";
   is_for_another = name == "another_rank";
   if (name == "two_users") num_slots = 2;
-  shared.state = static_cast<uint32_t>(m2n::PeerState::kLive);
   for (const Case& one : kCases) {
     if (name == one.name) explorer::search.run(one.num_threads, one.body, shared);
   }
