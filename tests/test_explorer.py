@@ -7,38 +7,13 @@ csrc/core. A mistake is seeded by text in a copy of one file, so the very line i
 
 from __future__ import annotations
 
-import functools
 import os
 import re
-import subprocess
-import zlib
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-from libraries import CXX, precompile
+from explored import OWN, RELACY, THREADS, WHOLE, Edit, build, explore, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.explorer]
-
-ROOT = Path(__file__).resolve().parent.parent
-PROGRAMS = ROOT / "tests/explorer"
-BUILD = ROOT / "build/explorer"
-# -fno-builtin-memcpy and --wrap: see copies.h. Threads are left by longjmp, which a fortified library refuses.
-MODEL = ["-w", "-U_FORTIFY_SOURCE", "-fno-builtin-memcpy", "-Wl,--wrap=memcpy"]
-OWN = ["-std=c++20", *MODEL, "-DM2N_EXPLORER=<explore.h>"]
-WHOLE = [*OWN, "-O1"]  # a mistake is found early: what compiles fast is better there
-# Relacy does not compile as C++20.
-RELACY = ["-std=c++17", *MODEL, "-DM2N_EXPLORER=<with_relacy.h>"]
-THREADS = ["-std=c++20", "-O2", "-pthread"]
-
-
-class Edit(NamedTuple):
-    """One text in one file, replaced where it stands; it must stand there once."""
-
-    file: str  # core/..., or a program
-    old: str
-    new: str
-
 
 SIGNAL_STORE = "  atomic_ref(word).store(value, order::memory_order_seq_cst);\n#endif"
 SIGNAL_LOAD = "  return atomic_ref(word).load(order::memory_order_seq_cst);\n#endif"
@@ -59,40 +34,6 @@ def state_load(order: str) -> Edit:
 # What a signal is on a device, which never sleeps, and how it looks at a peer's state.
 DEVICE_SIGNAL = (signal_store("release"), signal_load("acquire"))
 DEVICE = (*DEVICE_SIGNAL, state_load("acquire"))
-
-
-def run(command: list[str | Path], **options: object) -> subprocess.CompletedProcess[str]:
-    words = [str(word) for word in command]
-    return subprocess.run(words, capture_output=True, text=True, timeout=110, **options)  # type: ignore[call-overload]
-
-
-@functools.cache
-def build(program: str, flags: tuple[str, ...], edits: tuple[Edit, ...] = ()) -> Path:
-    """Compiles a program, against copies of the files that have edits."""
-    directory = BUILD / f"{program}-{zlib.crc32(repr((flags, edits)).encode()):08x}"
-    copies: dict[str, str] = {}
-    for edit in edits:
-        origin = ROOT / "csrc" / edit.file if edit.file.startswith("core/") else PROGRAMS / edit.file
-        text = copies.get(edit.file) or origin.read_text()
-        assert text.count(edit.old) == 1, f"{edit.file} does not have this text once any more: {edit.old!r}"
-        copies[edit.file] = text.replace(edit.old, edit.new)
-    (directory / "core").mkdir(parents=True, exist_ok=True)
-    for name, text in copies.items():
-        (directory / name).write_text(text)
-    source = directory / f"{program}.cc" if f"{program}.cc" in copies else PROGRAMS / f"{program}.cc"
-    headers = re.findall(r"-DM2N_EXPLORER=<(.*)>", " ".join(flags))
-    compiled = [precompile(PROGRAMS / name, flags) for name in headers]
-    includes = [f"-I{directory}", *compiled, f"-I{ROOT / 'csrc'}", f"-I{PROGRAMS}"]
-    done = run([CXX, *flags, *includes, source, "-o", directory / program])
-    assert done.returncode == 0, done.stderr[-4000:]
-    return directory / program
-
-
-def explore(
-    program: str, case: str, flags: list[str], edits: tuple[Edit, ...] = (), switches: int = 0
-) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "M2N_EXPLORER_SWITCHES": str(switches)}
-    return run([build(program, tuple(flags), edits), case], env=environment)
 
 
 ALLOWED = (
@@ -128,6 +69,7 @@ CASES = {
     ),
     "blocks": ("two_blocks", "three_blocks"),
     "doorbell": ("two_ringers",),
+    "hold": ("one_user", "another_rank", "two_users", "seen_lost", "batch"),
 }  # fmt: skip
 ALL = [(program, case) for program, cases in CASES.items() for case in cases]
 
@@ -139,7 +81,8 @@ def test_every_order_is_right(program: str, case: str) -> None:
     print(done.stdout)
 
 
-NO_SLEEP = [(program, case) for program, case in ALL if program != "wake"]
+# A device neither sleeps nor gives an entry back.
+NO_SLEEP = [(program, case) for program, case in ALL if program not in ("wake", "hold")]
 
 
 @pytest.mark.parametrize("program, case", NO_SLEEP, ids=[f"explorer-{case}" for _, case in NO_SLEEP])
@@ -170,6 +113,26 @@ ENDING = """\
 """
 ENDING_ONCE = "    m2n::run_ahead(&area.signal, seq + 1);\n"
 LEAVE = "if (m2n::leave(exec, &shared.gate))"
+TAKE_HOLD = """\
+  store_seq_cst(hold, 1u);                                                 // SYNC: peer-hold
+  return static_cast<PeerState>(load_seq_cst(state)) == PeerState::kLive;  // SYNC: peer-state
+"""
+STATE_THEN_HOLD = """\
+  const bool is_live = static_cast<PeerState>(load_seq_cst(state)) == PeerState::kLive;
+  store_seq_cst(hold, 1u);
+  return is_live;
+"""
+LOSE_THEN_LOOK = """\
+  join_and_lose();
+  await([] { return !is_any_held(); });
+"""
+LOOK_THEN_LOSE = "".join(reversed(LOSE_THEN_LOOK.splitlines(keepends=True)))
+SET_LOST = "  set_state(m2n::PeerState::kLost);"
+SET_LOST_BY_RELEASE = "  m2n::store_release(&shared.state, uint32_t{3});"
+END_USE = "  m2n::drop_hold(&shared.holds[slot]);\n}"
+SAME_RANK = " && explorer::read_byte(&shared.rank) == kOld"
+BATCH_HOLD = "m2n::take_hold(&shared.holds[0], &shared.state);"
+RESET_INBOX = "explorer::write_byte(&shared.is_taken, 1);  // the"
 DECIDE = "store_release_to_blocks(&gate->verdict, verdict);"
 WRONG = [
     ("signal-before-rows", "link", "one_link", [Edit("link.cc", PUT_THEN_SIGNAL, SIGNAL_THEN_PUT)], RACE),
@@ -334,6 +297,25 @@ WRONG = [
         HANG,
     ),
 ]
+# (what is wrong, case, file, the text there, what it becomes, what the explorer says)
+HOLD, HOLD_CASES = "core/hold.h", "hold.cc"
+WRONG_HOLDS = [
+    ("relaxed-hold", "one_user", HOLD, "store_seq_cst(", "store_relaxed(", RACE),
+    ("release-hold", "one_user", HOLD, "store_seq_cst(", "store_release(", RACE),
+    ("state-before-the-hold", "one_user", HOLD, TAKE_HOLD, STATE_THEN_HOLD, RACE),
+    ("acquire-look-at-the-state", "one_user", HOLD, "load_seq_cst(state)", "load_acquire(state)", RACE),
+    ("acquire-look-at-a-hold", "one_user", HOLD, "load_seq_cst(hold)", "load_acquire(hold)", RACE),
+    ("relaxed-look-at-a-hold", "one_user", HOLD, "load_seq_cst(hold)", "load_relaxed(hold)", RACE),
+    ("relaxed-end-of-a-hold", "one_user", HOLD, "store_release(", "store_relaxed(", RACE),
+    ("release-loss", "one_user", HOLD_CASES, SET_LOST, SET_LOST_BY_RELEASE, RACE),
+    ("holds-looked-at-before-the-loss", "one_user", HOLD_CASES, LOSE_THEN_LOOK, LOOK_THEN_LOSE, RACE),
+    ("only-one-slots-hold-looked-at", "two_users", HOLD_CASES, "slot < num_slots;", "slot < 1;", RACE),
+    ("a-hold-that-is-kept", "one_user", HOLD_CASES, END_USE, "}", HANG),
+    ("rank-not-compared", "another_rank", HOLD_CASES, SAME_RANK, "", "a message for another rank"),
+    ("a-message-taken-without-a-hold", "batch", HOLD_CASES, BATCH_HOLD, "", RACE),
+    ("an-inbox-that-is-not-reset", "batch", HOLD_CASES, RESET_INBOX, "// the", "a reply to another life"),
+]
+WRONG += [(what, "hold", case, [Edit(file, old, new)], says) for what, case, file, old, new, says in WRONG_HOLDS]
 
 
 @pytest.mark.parametrize(
@@ -350,7 +332,8 @@ BY_RELACY = [
     ("link", "one_link", 4), ("link", "two_senders", 2), ("link", "two_receivers", 2), ("link", "skipped_number", 5),
     ("wake", "one_writer", 5), ("wake", "two_writers", 4), ("wake", "two_messages", 4), ("wake", "two_sleepers", 4),
     ("wake", "closed", 5), ("wake", "closed_or_signalled", 4), ("blocks", "two_blocks", 1),
-    ("doorbell", "two_ringers", 1),
+    ("doorbell", "two_ringers", 1), ("hold", "one_user", 9), ("hold", "another_rank", 9), ("hold", "two_users", 3),
+    ("hold", "seen_lost", 5), ("hold", "batch", 4),
 ]  # fmt: skip
 
 
@@ -362,7 +345,7 @@ def test_relacy_agrees_that_it_is_right(program: str, case: str, switches: int) 
     print(done.stdout.strip().split("\n")[-1])
 
 
-RELACY_FINDS = ("relaxed-signal", "wake-with-a-release-signal")
+RELACY_FINDS = ("relaxed-signal", "wake-with-a-release-signal", "release-hold", "acquire-look-at-a-hold")
 
 
 @pytest.mark.relacy
