@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
 from . import _C, arrays, bootstrap
 from .comm import Comm, require_next_placement
+from .deadline import Deadline
 from .shape import Config, Placement, Shape, require_int
-from .store import open_store
 
 
 class Route:
@@ -99,14 +98,14 @@ class AttentionComm(Comm):
         config: Config | None = None,
     ) -> None:
         super().__init__(rank, shape, placement, name, config, device)
-        deadline = time.monotonic() + self.config.connect_timeout_s
+        deadline = Deadline(self.config.connect_timeout_s)
         self._borrowed: dict[int, tuple[Any, Route, int]] = {}  # with the version of the placement it went by
         self._shown = placement.version  # what messages tell: see _version_to_show()
         self._num_ranks = placement.num_expert_ranks  # whoever is linked hears of every dispatch
         self._native = self._make_native(require_int("max_peers", max_peers, 1))
         native = self._native
         with self._opened(native) as key:
-            opened = open_store(store, min(self.config.store_timeout_s, self.config.connect_timeout_s))
+            opened = self._open_store(store, deadline)
             bootstrap.publish(opened, self._identity)
             for expert_rank in placement.members:
                 bootstrap.connect(native, self._identity, opened, expert_rank, deadline)
@@ -325,9 +324,9 @@ class AttentionComm(Comm):
             ValueError: another number of experts, an older version, or a comm on a device.
         """
         require_next_placement(placement, self)
-        deadline = time.monotonic() + (self.config.connect_timeout_s if timeout is None else timeout)
+        deadline = Deadline(self.config.connect_timeout_s if timeout is None else timeout)
         peers = {peer.rank: peer for peer in self.peers()}  # of several lives the last
-        ended = {peer.life for peer in self.peers() if peer.state != "live"}
+        ended = {peer.life for peer in self.peers() if peer.state == "left"}  # a lost link may be made again
         for expert_rank in placement.members:
             known = peers.get(expert_rank)
             if known is not None and known.state == "live":

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 import weakref
@@ -10,9 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from . import _C, arrays, bootstrap
+from . import _C, arrays
+from .deadline import Deadline
+from .handshake import Identity
 from .listener import Listener
 from .shape import Config, Placement, Shape, require_int
+from .store import Store, describe_store, open_store
 
 _open_ranks: set[tuple[str, str, str, int]] = set()
 _open_ranks_lock = threading.Lock()
@@ -128,7 +132,7 @@ class Comm:
                 )
             self._transport = self.config.faults._transport(transport)
         wire = (self.config.heartbeat_s, self.config.job_key, self.config.insecure)
-        self._identity = bootstrap.Identity(self.config.job, name, self.role, self.rank, shape, transport, *wire)
+        self._identity = Identity(self.config.job, name, self.role, self.rank, shape, transport, *wire)
 
     def _on(self, stream: Any) -> tuple[int, ...]:
         """The last argument of verbs that run on a device; none on the CPU."""
@@ -179,6 +183,11 @@ class Comm:
         self._timeout_s = timeout
         if self.device != "cpu":
             self._native.set_timeout(timeout)
+
+    def _open_store(self, store: Any, deadline: Deadline) -> Store:
+        opened = open_store(store, deadline, self.config.store_timeout_s, str(self._identity))
+        self._identity = dataclasses.replace(self._identity, store=describe_store(store))
+        return opened
 
     def _keep_open(self, native: Any, listener: Listener | None, key: tuple[str, str, str, int]) -> None:
         # Runs at close(), when the comm is collected, or at the end of the program, whichever comes first.

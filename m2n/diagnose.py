@@ -21,12 +21,13 @@ import numpy as np
 
 from ._C import Error
 from .attention import AttentionComm
+from .deadline import Deadline
 from .expert import ExpertComm
 from .features import features
 from .interfaces import addresses
 from .ranks import serve
 from .shape import Config, Placement, Shape
-from .store import look_up, open_store
+from .store import Store, look_up, open_store
 
 TRANSPORTS = ("shm", "ucx")
 _ROW_BYTES = 1024
@@ -49,6 +50,10 @@ def _config(transport: str) -> Config:
     )
 
 
+def _open(store: Any) -> Store:
+    return open_store(store, Deadline(_BEGIN_S), Config().store_timeout_s, "m2n diagnose")
+
+
 def be_expert(store: Any) -> list[str]:
     """Answers on every transport until the other side has ended; what went wrong, in words."""
     problems: list[str] = []
@@ -65,9 +70,9 @@ def be_expert(store: Any) -> list[str]:
     threads = [threading.Thread(target=answer, args=(transport,), daemon=True) for transport in TRANSPORTS]
     for thread in threads:
         thread.start()
-    opened = open_store(store, Config().store_timeout_s)
+    opened = _open(store)
     opened.set(_BEGIN_KEY, "1")
-    if look_up(opened, _END_KEY, _WHOLE_S) is None:
+    if look_up(opened, _END_KEY, Deadline(_WHOLE_S)) is None:
         problems.append(f"the attention side did not come to its end within {_WHOLE_S:.0f} s")
     has_ended.set()
     for thread in threads:
@@ -97,8 +102,8 @@ def measure(store: Any, transport: str) -> tuple[float, float]:
 
 def be_attention(store: Any) -> int:
     """Measures every transport, prints what it finds; how many work."""
-    num_working, opened = 0, open_store(store, Config().store_timeout_s)
-    if look_up(opened, _BEGIN_KEY, _BEGIN_S) is None:
+    num_working, opened = 0, _open(store)
+    if look_up(opened, _BEGIN_KEY, Deadline(_BEGIN_S)) is None:
         print(f"the expert side was not started within {_BEGIN_S:.0f} s, or has another store")
     for transport in TRANSPORTS:
         try:

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from . import _C, arrays, bootstrap
 from .comm import Comm, require_next_placement
+from .deadline import Deadline
 from .listener import Listener
 from .shape import Config, Placement, Shape, require_int, require_version
-from .store import open_store
 
 
 class Batch:
@@ -175,7 +175,7 @@ class ExpertComm(Comm):
             native = _C.DeviceExpertComm(*common, self.device, experts)
         self._experts = [experts]  # all that were ever hosted at one time: a batch says which of them it is for
         with self._opened(native) as key:
-            opened = open_store(store, min(self.config.store_timeout_s, self.config.connect_timeout_s))
+            opened = self._open_store(store, Deadline(self.config.connect_timeout_s))
             listener = Listener(native, self._identity, self.config.bind)
             try:
                 bootstrap.publish(opened, self._identity, listener.address, listener.network_address)

@@ -3,20 +3,48 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
 import socket
-import sys
 import threading
 
+from . import data_connection
 from ._C import SetupError
-from .bootstrap import Identity, NativeComm, check_introduction, descriptors, introduction, join, link_transport
-from .channel import HANDSHAKE_TIMEOUT_S, Channel, TcpChannel, UnixChannel, close_all, join_address
+from .channel import (
+    HANDSHAKE_TIMEOUT_S,
+    MAX_ERROR_CHARS,
+    Again,
+    Channel,
+    Shortage,
+    TcpChannel,
+    UnixChannel,
+    close_all,
+    has_descriptors,
+    join_address,
+    read_exactly,
+    shortage,
+)
+from .deadline import Deadline
+from .handshake import (
+    Identity,
+    NativeComm,
+    attach,
+    check_introduction,
+    descriptors,
+    go_live,
+    introduction,
+    link_transport,
+    offered,
+)
 from .interfaces import resolve_bind
+from .notes import printable, say
+from .waiting_room import WaitingRoom
 
-# Handshakes at one time: more connections wait in the listener's queue.
-_MAX_HANDSHAKES = 64
+# Between looks where the system has nothing left for a moment.
+_PAUSE_S = 0.1
+_CLOSE_S = 2.0
 
 
 class Listener:
@@ -33,7 +61,8 @@ class Listener:
         self._native = native
         self._identity = identity
         self._pid = os.getpid()
-        self._slots = threading.BoundedSemaphore(_MAX_HANDSHAKES)
+        self._is_closed = threading.Event()
+        self._data = data_connection.Expected()
         # The abstract namespace: nothing in the file system, gone with the process.
         local = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.address, self.network_address = "m2n-" + secrets.token_hex(16), ""
@@ -45,13 +74,20 @@ class Listener:
             except BaseException:
                 local.close()
                 raise
-        self._threads = []
-        for listening in self._sockets:
+        self._threads: list[threading.Thread] = []
+        # Rooms of their own: whoever crowds the network keeps no rank of this host out.
+        self._rooms = [WaitingRoom() for _ in self._sockets]
+        for listening, room in zip(self._sockets, self._rooms):
             listening.listen(128)
             self._threads.append(
-                threading.Thread(target=self._serve, args=(listening,), name="m2n-listener", daemon=True)
+                threading.Thread(target=self._serve, args=(listening, room), name="m2n-listener", daemon=True)
             )
-            self._threads[-1].start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except RuntimeError as error:
+            self.close()
+            raise SetupError(f"{identity} cannot start a thread to listen: {error}") from error
 
     def _bind(self, bind: str) -> socket.socket:
         if self._identity.job_key is None and not self._identity.insecure:
@@ -72,66 +108,120 @@ class Listener:
         return listening
 
     def close(self) -> None:
-        """Ends the threads and frees the addresses. In a forked child only this process's descriptors go."""
+        """Ends the threads, what is in a handshake, and frees the addresses. In a forked child only this process's
+        descriptors go."""
         if os.getpid() == self._pid:
-            for listening in self._sockets:
-                try:
+            self._is_closed.set()
+            for listening, room in zip(self._sockets, self._rooms):
+                with contextlib.suppress(OSError):
                     listening.shutdown(socket.SHUT_RDWR)  # wakes accept(), which close() alone would not
-                except OSError:
-                    pass
+                room.close()
+            deadline = Deadline(_CLOSE_S)
             for thread in self._threads:
-                if thread is not threading.current_thread():
-                    thread.join(timeout=HANDSHAKE_TIMEOUT_S)
+                if thread.ident is not None and thread is not threading.current_thread():
+                    thread.join(deadline.remaining())
+            for room in self._rooms:
+                room.wait_empty(deadline)
         for listening in self._sockets:
             listening.close()
 
-    def _serve(self, listening: socket.socket) -> None:
-        while True:
+    def _serve(self, listening: socket.socket, room: WaitingRoom) -> None:
+        """Outlives whatever passes, as a moment without descriptors, threads or memory: only close() ends it."""
+        while not self._is_closed.is_set():
             try:
-                connection, _ = listening.accept()
-            except OSError:
-                return
-            # One thread each: a joiner that is slow or stuck must not keep the others out.
-            self._slots.acquire()
-            threading.Thread(target=self._answer, args=(connection,), name="m2n-handshake", daemon=True).start()
+                self._take_one(listening, room)
+            except Exception as error:
+                if self._is_closed.is_set():
+                    return
+                why = isinstance(error, OSError) and shortage(error) or error
+                say(f"{self._identity} cannot answer a peer that joins, which tries again: {why}")
+                self._is_closed.wait(_PAUSE_S)
 
-    def _answer(self, connection: socket.socket) -> None:
-        channel: Channel | None = None
-        with connection:
-            try:
-                channel = self._channel(connection)
-                self._welcome(channel)
-            except (SetupError, ValueError, OSError, RuntimeError) as error:
-                # The joiner raises it; here it is nobody's call that fails, so it is said on stderr.
-                print(f"m2n: {self._identity}: a peer could not join: {error}", file=sys.stderr, flush=True)
-                try:
-                    if channel is not None:
-                        channel.send({"error": str(error)}, [])
-                except OSError:
-                    pass
-            finally:
-                self._slots.release()
-
-    def _channel(self, connection: socket.socket) -> Channel:
-        if connection.family == socket.AF_UNIX:
-            return UnixChannel(connection)
-        return TcpChannel(connection, self._identity.job_key, is_listener=True)
-
-    def _welcome(self, channel: Channel) -> None:
-        message, fds = channel.receive()
+    def _take_one(self, listening: socket.socket, room: WaitingRoom) -> None:
+        connection, address = listening.accept()
+        source = "" if connection.family == socket.AF_UNIX else address[0]
         try:
+            if not room.enter(connection, source):
+                raise ConnectionAbortedError("closed")
+            # One thread each: a joiner that is slow or stuck must not keep the others out.
+            about = (connection, room, source)
+            threading.Thread(target=self._answer, args=about, name="m2n-handshake", daemon=True).start()
+        except BaseException:
+            room.leave(connection)
+            connection.close()
+            raise
+
+    def _answer(self, connection: socket.socket, room: WaitingRoom, source: str) -> None:
+        try:
+            channel = self._channel(connection, room)
+            if channel is None:
+                return
+            with channel:
+                try:
+                    self._welcome(channel, room)
+                except Exception as error:
+                    self._say(error, connection, room, source)
+                    passes = isinstance(error, (Again, Shortage)) or not has_descriptors()
+                    with contextlib.suppress(SetupError):
+                        channel.send({"error": printable(error, MAX_ERROR_CHARS), "again": passes}, [])
+        except Exception as error:
+            self._say(error, connection, room, source)
+        finally:
+            room.leave(connection)
+
+    def _say(self, error: Exception, connection: socket.socket, room: WaitingRoom, source: str) -> None:
+        """The joiner raises it; here it is nobody's call that fails, so it is said on stderr."""
+        if not self._is_closed.is_set():
+            why = "others waited while it said nothing right" if room.was_dropped(connection) else error
+            say(f"{self._identity}: a peer could not join: {why}", source)
+
+    def _channel(self, connection: socket.socket, room: WaitingRoom) -> Channel | None:
+        """None: it was a data connection, and is where it belongs. What fails is closed."""
+        deadline = Deadline(HANDSHAKE_TIMEOUT_S)
+        try:
+            if connection.family == socket.AF_UNIX:
+                return UnixChannel(connection, deadline)
+            first = read_exactly(connection, len(data_connection.MAGIC), deadline, "who connected")
+            if first != data_connection.MAGIC:
+                return TcpChannel(connection, self._identity.job_key, True, deadline, first)
+            self._data.welcome(connection, deadline, room.prove)
+            return None
+        except BaseException:
+            connection.close()
+            raise
+
+    def _welcome(self, channel: Channel, room: WaitingRoom) -> None:
+        message, fds = channel.receive()
+        with contextlib.ExitStack() as stack:
+            stack.callback(close_all, fds)
             transport = link_transport(self._identity, channel)
             check_introduction(self._identity, message, len(fds), transport)
             if message.get("to_life") != self._identity.life:
-                raise SetupError(f"handshake: {self._identity} has another life than the one that was looked up")
-            offer = self._native.offer(message["rank"], message["life"], transport == "ucx")
-        except BaseException:
-            close_all(fds)
-            raise
-        offered = descriptors(offer)
-        try:
-            go_live = join(self._native, self._identity, offer["peer_idx"], message, fds, channel)
-            channel.send(introduction(self._identity, offer, transport), offered)
-        finally:
-            close_all(offered)
-        go_live()
+                raise Again(f"handshake: {self._identity} has another life than the one that was looked up")
+            room.prove(channel.connection)
+            data, theirs = self._data_connection(transport, channel, stack)
+            offer = stack.enter_context(
+                offered(self._native, message["rank"], message["life"], transport, message["link"])
+            )
+            attach(self._native, offer["peer_idx"], message, fds, data)
+            reply = introduction(self._identity, offer, transport, channel.needs_heartbeats)
+            channel.send(reply, [*descriptors(offer), *theirs])
+            answer, _ = channel.receive()
+            if answer.get("joined") is not True:
+                raise SetupError(f"it says: {printable(answer.get('error', 'nothing'), MAX_ERROR_CHARS)}")
+            room.leave(channel.connection)
+            go_live(self._native, self._identity, offer["peer_idx"], message, channel)
+
+    def _data_connection(
+        self, transport: str, channel: Channel, stack: contextlib.ExitStack
+    ) -> tuple[socket.socket | None, list[int]]:
+        """Where rows go over TCP, this side's end, and the descriptor of the other where it goes with the reply."""
+        if transport != "tcp":
+            return None, []
+        if channel.is_local:
+            ours, theirs = data_connection.pair(channel.deadline)
+            stack.enter_context(theirs)
+            return stack.enter_context(ours), [theirs.fileno()]
+        awaited = stack.enter_context(self._data.one(channel.session))
+        channel.send({"token": awaited.token.hex()}, [])
+        return stack.enter_context(awaited.wait(channel.deadline)), []

@@ -27,20 +27,23 @@ def _dtype_name(field: str, dtype: Any) -> str:
     return name
 
 
-def require_int(field: str, value: Any, minimum: int) -> int:
+MAX_RANK = 2**31 - 1  # native code looks ranks up as numbers of 32 bits with a sign
+
+
+def require_int(field: str, value: Any, minimum: int, maximum: int = 2**31 - 1) -> int:
+    """An int within the limits, which are those of native code."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{field}: expected an int, got {value!r}")
     number = int(value.__index__())
     if number < minimum:
         raise ValueError(f"{field}: expected at least {minimum}, got {number}")
+    if number > maximum:
+        raise ValueError(f"{field}: expected at most {maximum}, got {number}")
     return number
 
 
 def require_version(version: Any) -> int:
-    number = require_int("version", version, 0)
-    if number >= 2**32:
-        raise ValueError(f"version: expected an int below 2**32, got {number}")
-    return number
+    return require_int("version", version, 0, 2**32 - 1)
 
 
 @dataclasses.dataclass(frozen=True)

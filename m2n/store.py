@@ -5,13 +5,19 @@ from __future__ import annotations
 
 import datetime
 import os
+import socket
 import tempfile
-import time
 import urllib.parse
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from ._C import SetupError
+from .channel import Again, join_address
+from .deadline import Deadline
+from .notes import say
+
+_PAUSE_S = 0.2
+_MAX_VALUE_BYTES = 1 << 20
 
 
 @runtime_checkable
@@ -32,7 +38,7 @@ class PathStore:
     """A directory that all ranks see: one small file per key."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = Path(path)
+        self._path = Path(os.path.abspath(path))  # the working directory may change later
         try:
             self._path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -52,17 +58,19 @@ class PathStore:
             raise SetupError(f"store: cannot write to the directory {self._path}: {error}") from error
 
     def get(self, key: str) -> bytes:
-        """The value of a key that is there."""
-        return self._file(key).read_bytes()
+        """The value of a key that is there; its beginning, where somebody has left more than any value has."""
+        # What lies there may be anything: not to wait for the writer of a pipe.
+        with open(os.open(self._file(key), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            return file.read(_MAX_VALUE_BYTES) or b""
 
     def wait(self, keys: list[str], timeout: datetime.timedelta) -> None:
         """Looks every few milliseconds until all keys are there."""
-        deadline = time.monotonic() + timeout.total_seconds()
+        deadline = Deadline(timeout.total_seconds())
         pause = 0.001
         while not all(self._file(key).exists() for key in keys):
-            if time.monotonic() >= deadline:
+            if deadline.has_expired:
                 raise TimeoutError(f"no {keys} in {self._path}")
-            time.sleep(pause)
+            deadline.sleep(pause)
             pause = min(2 * pause, 0.05)
 
 
@@ -77,30 +85,58 @@ def _split_url(url: str) -> tuple[str, int]:
     return parts.hostname, port
 
 
-def _tcp_store(url: str, is_master: bool, timeout_s: float) -> Any:
-    host, port = _split_url(url)
+def _torch_store(url: str, **options: Any) -> Any:
     try:
         from torch.distributed import TCPStore
     except ImportError as error:
         raise SetupError(
             f"store: {url} is served by torch, which is not installed; install torch, or use a path as the store"
         ) from error
-    timeout = datetime.timedelta(seconds=timeout_s)
-    try:
-        return TCPStore(host, port, is_master=is_master, timeout=timeout, wait_for_workers=False)
-    except (RuntimeError, ValueError) as error:
-        doing = "cannot serve" if is_master else f"cannot reach, within {timeout_s:g} s,"
-        hint = "" if is_master else f"; serve it with `python -m m2n store {url}` or m2n.host_store()"
-        raise SetupError(f"store: {doing} {url}: {str(error).splitlines()[0]}{hint}") from error
+    return TCPStore(wait_for_workers=False, **options)
+
+
+def _reach(url: str, deadline: Deadline, attempt_s: float, who: str) -> Store:
+    """A store that is served somewhere, now or by the deadline; each attempt may take `attempt_s`."""
+    host, port = _split_url(url)
+    while True:
+        attempt = deadline.cut(attempt_s)
+        try:
+            # torch's client has no quiet way to find nobody there, and keeps its deadline roughly.
+            socket.create_connection((host, port), timeout=max(attempt.remaining(), 1e-3)).close()
+            timeout = datetime.timedelta(seconds=max(attempt.remaining(), 0.05))
+            store: Store = _torch_store(url, host_name=host, port=port, is_master=False, timeout=timeout)
+            return store
+        except SetupError:
+            raise
+        except (OSError, RuntimeError, ValueError) as error:
+            problem = (
+                f"store: cannot reach, within {deadline.seconds:.3g} s, {url}: {str(error).splitlines()[0]}; serve it "
+                f"with `python -m m2n store {url}` or m2n.host_store()"
+            )
+            if deadline.has_expired:
+                raise SetupError(problem) from error
+            say(f"{who} waits for its store, {deadline.passed:.0f} s so far: {problem}")
+            attempt.sleep(_PAUSE_S)
 
 
 class HostedStore:
     """A store that this process serves. Close it after the last rank has joined; `url` is what the ranks take."""
 
     def __init__(self, url: str) -> None:
-        self._store: Any = _tcp_store(url, is_master=True, timeout_s=30.0)
-        host, _ = _split_url(url)
-        self.url = f"tcp://{host}:{self._store.port}"
+        host, port = _split_url(url)
+        try:
+            family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            listening = socket.create_server(address[:2], family=family, backlog=1024)
+        except OSError as error:
+            raise SetupError(f"store: cannot serve {url}: {error}") from error
+        port = listening.getsockname()[1]
+        self.url = f"tcp://{join_address(host, port)}"
+        try:
+            self._store: Any = _serve(self.url, host, port, listening)
+        except RuntimeError as error:
+            raise SetupError(f"store: cannot serve {url}: {str(error).splitlines()[0]}") from error
+        finally:
+            listening.close()
 
     def close(self) -> None:
         """Ends the service."""
@@ -113,8 +149,23 @@ class HostedStore:
         self.close()
 
 
+def _serve(url: str, host: str, port: int, listening: socket.socket) -> Any:
+    """torch's server at this socket: by itself it would listen on every interface."""
+    fd = os.dup(listening.fileno())
+    options = {"host_name": host, "port": port, "is_master": True, "master_listen_fd": fd}
+    options["timeout"] = datetime.timedelta(seconds=30)
+    try:
+        return _torch_store(url, **options)
+    except RuntimeError as error:
+        if "listen fd" not in str(error):
+            raise
+        return _torch_store(
+            url, use_libuv=False, **options
+        )  # some versions of torch know it of their older server only
+
+
 def host_store(url: str = "tcp://127.0.0.1:0") -> HostedStore:
-    """Serves a store from this process, by torch's TCPStore; port 0 takes a free one.
+    """Serves a store from this process, by torch's TCPStore, at this address alone; port 0 takes a free one.
 
     Raises:
         SetupError: torch is missing or the port is taken. ValueError: not a tcp:// URL.
@@ -122,19 +173,18 @@ def host_store(url: str = "tcp://127.0.0.1:0") -> HostedStore:
     return HostedStore(url)
 
 
-def open_store(store: Any, timeout_s: float) -> Store:
+def open_store(store: Any, deadline: Deadline, attempt_s: float, who: str = "this process") -> Store:
     """The store behind what a user gave: a path, a tcp:// URL, or an object with set, get and wait.
 
     Raises:
-        SetupError: it cannot be reached within `timeout_s`. TypeError: it is none of these.
+        SetupError: it cannot be reached by the deadline. TypeError: it is none of these.
     """
     if isinstance(store, str) and "://" in store:
-        opened: Store = _tcp_store(store, is_master=False, timeout_s=timeout_s)
-        return opened
+        return _reach(store, deadline, attempt_s, who)
     if isinstance(store, (str, os.PathLike)):
         return PathStore(store)
     if isinstance(store, HostedStore):
-        return open_store(store.url, timeout_s)
+        return open_store(store.url, deadline, attempt_s, who)
     if isinstance(store, Store):
         return store
     raise TypeError(
@@ -142,21 +192,37 @@ def open_store(store: Any, timeout_s: float) -> Store:
     )
 
 
-def look_up(store: Store, key: str, timeout_s: float) -> bytes | None:
-    """The value of a key, or None when it is not there after `timeout_s`.
+def describe_store(store: Any) -> str:
+    """What a user gave as a store, so that two processes can tell whether they have the same one."""
+    if isinstance(store, HostedStore):
+        return store.url
+    if isinstance(store, (str, os.PathLike)):
+        path = os.fspath(store)
+        return path if "://" in path else os.path.abspath(path)
+    host, port = getattr(store, "host", None), getattr(store, "port", None)
+    return type(store).__name__ + (f" at {host}:{port}" if host and port else "")
+
+
+def look_up(store: Store, key: str, deadline: Deadline) -> bytes | None:
+    """The value of a key, or None when it is not there by the deadline.
 
     Raises:
-        SetupError: the store failed.
+        SetupError: the store failed. Again: the value is neither str nor bytes.
     """
-    began = time.monotonic()
+    began = deadline.passed
+    timeout_s = max(deadline.remaining(), 0.01)
     try:
-        store.wait([key], datetime.timedelta(seconds=max(timeout_s, 0.01)))
+        store.wait([key], datetime.timedelta(seconds=timeout_s))
         value = store.get(key)
     except SetupError:
         raise
     except Exception as error:
         # Stores differ in what they raise at a timeout; one that fails at once has failed for another reason.
-        if time.monotonic() - began >= 0.5 * timeout_s:
+        if deadline.passed - began >= 0.5 * timeout_s:
             return None
-        raise SetupError(f"store: cannot be read any more: {str(error).splitlines()[0]}") from error
-    return value.encode() if isinstance(value, str) else bytes(value)
+        raise SetupError(f"store: cannot be read any more: {(str(error).splitlines() or [repr(error)])[0]}") from error
+    if isinstance(value, str):
+        return value.encode(errors="replace")
+    if not isinstance(value, (bytes, bytearray, memoryview)):
+        raise Again(f"store: the value of {key!r} is neither str nor bytes, but {type(value).__name__}")
+    return bytes(value)

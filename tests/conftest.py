@@ -278,6 +278,14 @@ def _one_torch_thread() -> Iterator[None]:
     yield
 
 
+@pytest.fixture(autouse=True)
+def _nothing_was_said() -> None:
+    """What is said once a process is said once a test."""
+    notes = sys.modules.get("m2n.notes")
+    if notes is not None:
+        notes.clear()
+
+
 def over(*transports: str) -> list[pytest.MarkDecorator]:
     """As a module's pytestmark: its tests run over each of these transports."""
     params = [pytest.param(name, marks=[pytest.mark.ucx] * (name == "ucx")) for name in transports]

@@ -275,7 +275,7 @@ def test_versions_that_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with m2n.ExpertComm(0, SHAPE, PLACEMENT, tmp_path, config=FAST):
         introduction = bootstrap.introduction
         monkeypatch.setattr(bootstrap, "introduction", lambda *about: {**introduction(*about), "m2n": 99})
-        with pytest.raises(m2n.SetupError, match="speaks version 99 of the protocol, expert rank 0 speaks 3"):
+        with pytest.raises(m2n.SetupError, match="speaks version 99 of the protocol, expert rank 0 speaks 4"):
             m2n.AttentionComm(0, SHAPE, PLACEMENT, tmp_path, config=FAST)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hmac
 import json
 import os
 import re
@@ -23,9 +24,12 @@ import pytest
 from test_faults import SHAPE
 
 import m2n
-from m2n import bootstrap, channel, interfaces
-from m2n.bootstrap import Address, Identity
+from m2n import bootstrap, interfaces
+from m2n import listener as listener_module
+from m2n.bootstrap import Address
 from m2n.channel import PROTOCOL_VERSION, Refused, TcpChannel, join_address, split_address
+from m2n.deadline import Deadline
+from m2n.handshake import Identity
 from m2n.listener import Listener
 from m2n.store import PathStore
 
@@ -39,12 +43,15 @@ class FakeNative:
     def __init__(self) -> None:
         self.offered: list[tuple[int, int]] = []
         self.watched: list[tuple[int, float, float]] = []
+        self.withdrawn: list[int] = []
+        self.displaces: list[str] = []
         self.is_watched = threading.Event()
 
-    def offer(self, rank: int, life: int, is_over_network: bool) -> dict[str, Any]:
+    def offer(self, rank: int, life: int, is_over_network: bool, link: int) -> dict[str, Any]:
         assert is_over_network
         self.offered.append((rank, life))
         return {
+            "link": link or 3,
             "peer_idx": 0,
             "process": 5,
             "device": "",
@@ -54,10 +61,16 @@ class FakeNative:
         }
 
     def attach(self, *about: Any) -> None:
-        pass
+        self.data = socket.socket(fileno=about[-1])
 
-    def watch(self, peer_idx: int, fd: int, pidfd: int, send_every_s: float, lost_after_s: float) -> None:
+    def withdraw(self, peer_idx: int) -> None:
+        self.withdrawn.append(peer_idx)
+
+    def watch(
+        self, peer_idx: int, fd: int, pidfd: int, send_every_s: float, lost_after_s: float, displaces: str
+    ) -> None:
         socket.socket(fileno=fd).close()
+        self.displaces.append(displaces)
         self.watched.append((pidfd, send_every_s, lost_after_s))
         self.is_watched.set()
 
@@ -84,7 +97,7 @@ def listener(bind: str = "127.0.0.1", **about: Any) -> Iterator[tuple[Listener, 
 
 def greet(address: Address, **about: Any) -> FakeNative:
     native = FakeNative()
-    bootstrap._greet(native, identity("attention", **about), address, 0)
+    bootstrap._greet(native, identity("attention", **about), address, 0, Deadline(SOON_S))
     return native
 
 
@@ -144,18 +157,35 @@ def frame(data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + data
 
 
+NEAR_SPEAKS = (True, False, True, False, False, True)  # hello, hello, introduction, token, introduction, "joined"
+
+
 @contextlib.contextmanager
 def between(address: Address, change: Callable[[int, bytes], bytes]) -> Iterator[tuple[Address, list[bytes]]]:
-    """Somebody on the way who passes on frames, changed by change(number, frame); the address to use, what was seen."""
+    """Somebody on the way who passes on frames, changed by change(number, frame); the address to use, what was seen:
+    those of NEAR_SPEAKS, then the hello of the data connection."""
     seen: list[bytes] = []
+    there = split_address(address.network_address)
+
+    def pass_on_data(near: socket.socket, far: socket.socket) -> bytes:
+        hello = near.recv(52, socket.MSG_WAITALL)
+        far.sendall(change(len(NEAR_SPEAKS), hello))
+        near.sendall(far.recv(32, socket.MSG_WAITALL))
+        return hello
+
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def pass_on() -> None:
-            with server.accept()[0] as near, socket.create_connection(split_address(address.network_address)) as far:
-                for number in range(4):  # hello, hello, introduction, introduction
-                    source, to = (near, far) if number % 2 == 0 else (far, near)
+            with server.accept()[0] as near, socket.create_connection(there) as far:
+                hello = b""
+                for number, near_speaks in enumerate(NEAR_SPEAKS):
+                    source, to = (near, far) if near_speaks else (far, near)
                     seen.append(read_frame(source))
                     to.sendall(frame(change(number, seen[-1])))
+                    if number == 3:
+                        with server.accept()[0] as near_data, socket.create_connection(there) as far_data:
+                            hello = pass_on_data(near_data, far_data)
+                seen.append(hello)
 
         def run() -> None:
             with contextlib.suppress(OSError, struct.error):
@@ -167,15 +197,19 @@ def between(address: Address, change: Callable[[int, bytes], bytes]) -> Iterator
         thread.join(SOON_S)
 
 
-@pytest.mark.parametrize("number", [2, 3], ids=["to the listener", "from the listener"])
+@pytest.mark.parametrize("number", [2, 3, 4, 5], ids=["introduction", "token", "reply", "joined"])
 def test_what_is_changed_on_the_way_is_refused(number: int, capfd: pytest.CaptureFixture[str]) -> None:
     def change(at: int, data: bytes) -> bytes:
-        return data.replace(b'"process": 5', b'"process": 6') if at == number else data
+        return data[:-1] + b" }" if at == number else data  # the same to who reads it
 
     with listener(job_key=KEY) as (_, native, address), between(address, change) as (middle, seen):
-        with pytest.raises(Refused, match="does not sign with this job's key|refused by expert rank 0"):
-            greet(middle, job_key=KEY)
-    assert len(seen) == 4 and (not native.offered) == (number == 2)
+        if number == 5:
+            greet(middle, job_key=KEY)  # it cannot know yet
+        else:
+            with pytest.raises(Refused, match="does not sign with this job's key|refused by expert rank 0"):
+                greet(middle, job_key=KEY)
+    assert native.watched == [] and (not native.offered) == (number < 4)
+    assert len(native.withdrawn) == len(native.offered)
     assert KEY.encode() not in b"".join(seen)
 
 
@@ -184,13 +218,47 @@ def test_what_was_said_before_cannot_be_said_again(capfd: pytest.CaptureFixture[
         with between(address, lambda at, data: data) as (middle, seen):
             greet(middle, job_key=KEY)
         assert native.is_watched.wait(SOON_S) and len(native.offered) == 1
-        with socket.create_connection(split_address(address.network_address)) as again:
+        where = split_address(address.network_address)
+        with socket.create_connection(where) as again:
             again.sendall(frame(seen[0]))  # the same nonce: the listener's is another one
             read_frame(again)
             again.sendall(frame(seen[2]))
             read_frame(again)
+        with socket.create_connection(where) as again:
+            again.sendall(seen[-1])  # the hello of a data connection, whose token has been used
+            assert again.recv(1) == b""
         assert len(native.offered) == 1
-    assert "does not sign with this job's key" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "does not sign with this job's key" in said and "belongs to no handshake that is under way" in said
+
+
+@pytest.mark.parametrize("security", [{"job_key": KEY}, {"insecure": True}], ids=["key", "no key"])
+def test_both_ends_get_one_data_connection_and_a_forged_one_nothing(
+    security: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    forged: list[bytes] = []
+
+    def change(at: int, data: bytes) -> bytes:
+        if at != len(NEAR_SPEAKS):
+            return data
+        for wrong in (bytes(32), hmac.digest(b"", b"data" + data[4:20], "sha256")):
+            with socket.create_connection(split_address(address.network_address)) as stranger:
+                stranger.sendall(data[:20] + wrong)  # it has seen the token, and has no secret of the session
+                forged.append(stranger.recv(1))
+        return data
+
+    with listener(**security) as (_, native, address), between(address, change) as (middle, _):
+        ours = greet(middle, **security)
+        assert native.is_watched.wait(SOON_S) and forged == [b"", b""]
+    with listener(**security) as (_, native, address):
+        ours = greet(address, **security)
+        assert native.is_watched.wait(SOON_S)
+        with ours.data, native.data:
+            assert ours.data.getpeername() == native.data.getsockname()
+            ours.data.sendall(b"x")
+            assert native.data.recv(2) == b"x"
+            for end in (ours.data, native.data):
+                assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) and end.gettimeout() is None
 
 
 @pytest.mark.parametrize(
@@ -208,7 +276,7 @@ def test_a_hello_that_is_none_is_told(change: dict[str, Any], words: str) -> Non
     hello = {"m2n": PROTOCOL_VERSION, "nonce": "00" * 32, "is_keyed": True, **change}
     theirs.sendall(frame(json.dumps(hello).encode()))
     with ours, theirs, pytest.raises(m2n.SetupError, match=words):
-        TcpChannel(_with_a_name(ours), KEY, is_listener=True)
+        TcpChannel(_with_a_name(ours), KEY, is_listener=True, deadline=Deadline(SOON_S))
 
 
 @pytest.mark.parametrize("text", [b"GET / HTTP/1.1\r\n\r\n", frame(b"[" * 60000), frame(b"\xff"), b""], ids=repr)
@@ -217,7 +285,7 @@ def test_what_is_no_hello_is_told(text: bytes) -> None:
     theirs.sendall(text)
     theirs.shutdown(socket.SHUT_WR)
     with ours, theirs, pytest.raises(m2n.SetupError, match="does not speak m2n|closed the connection"):
-        TcpChannel(_with_a_name(ours), KEY, is_listener=True)
+        TcpChannel(_with_a_name(ours), KEY, is_listener=True, deadline=Deadline(SOON_S))
 
 
 def _with_a_name(connection: socket.socket) -> Any:
@@ -237,12 +305,11 @@ def _with_a_name(connection: socket.socket) -> Any:
 
 
 def test_a_peer_that_says_nothing_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(channel, "HANDSHAKE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(listener_module, "HANDSHAKE_TIMEOUT_S", 0.2)
     with listener(job_key=KEY) as (_, native, address):
         with socket.create_connection(split_address(address.network_address)) as mute:
             mute.settimeout(SOON_S)
-            read_frame(mute)
-            assert mute.recv(1) == b""  # it has hung up
+            assert mute.recv(1) == b""  # it has hung up, and said nothing
         greet(address, job_key=KEY)
 
 

@@ -23,9 +23,11 @@ from test_faults import SHAPE, SOON_S, answer, attention, dispatch, expert
 import m2n
 from m2n import _C, bootstrap
 from m2n.channel import UnixChannel, close_all
+from m2n.deadline import Deadline
 from m2n.interfaces import host_name
 from m2n.listener import Listener
 from m2n.store import PathStore
+from m2n.waiting_room import WaitingRoom
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -60,7 +62,7 @@ json_values = st.recursive(
 def introduction(role: str) -> dict[str, Any]:
     """What a proper peer of that role says; another process, so that its descriptors are looked at."""
     identity = bootstrap.Identity("default", "default", role, 0, SHAPE, life=LIFE)
-    offer = {"process": 1, "device": "", "wakes": True, "objects": [(0, 1), (0, 2), (0, 3)], "door": b""}
+    offer = {"process": 1, "device": "", "wakes": True, "objects": [(0, 1), (0, 2), (0, 3)], "door": b"", "link": 1}
     return {**bootstrap.introduction(identity, offer, "shm"), "to_life": LIFE}
 
 
@@ -101,6 +103,10 @@ def messages(role: str) -> st.SearchStrategy[bytes]:
         st.integers(1, 1100).map(lambda depth: b'{"m2n": 1, "role": ' + b"[" * depth + b"]" * depth + b"}"),
         st.sampled_from([b"", b"[" * 60000, b"1" * 60000, b'{"rank": ' + b"9" * 60000 + b"}", b" " * 65536]),
     )
+
+
+JOINED = b'{"joined": true}'
+last_words = st.just(JOINED) | st.sampled_from([b"", b"{}", b'{"error": "no memory"}']) | st.binary(max_size=20)
 
 
 def sealed_object(num_bytes: int) -> int:
@@ -176,7 +182,7 @@ def test_what_is_received_is_a_message_or_a_setup_error(text: bytes, kinds: list
         send(theirs, text, make_fds(kinds, "attention"))
         theirs.shutdown(socket.SHUT_WR)
         try:
-            message, fds = UnixChannel(ours).receive()
+            message, fds = UnixChannel(ours, Deadline(SOON_S)).receive()
         except m2n.SetupError:
             pass
         else:
@@ -206,7 +212,13 @@ def _watcher() -> None:
 @pytest.fixture
 def pidfds_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks that are threads of one process watch no pidfd: here they do, so that one that is left behind is seen."""
-    monkeypatch.setattr(UnixChannel, "pidfd", lambda channel: os.pidfd_open(channel._pid))
+    init = UnixChannel.__init__
+
+    def with_pidfd(self: UnixChannel, *about: Any) -> None:
+        init(self, *about)
+        self.pidfd = os.pidfd_open(os.getpid())
+
+    monkeypatch.setattr(UnixChannel, "__init__", with_pidfd)
 
 
 @pytest.fixture
@@ -215,10 +227,10 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> list[BaseException | None]:
     ends: list[BaseException | None] = []
     welcome = Listener._welcome
 
-    def watched(self: Any, channel: UnixChannel) -> None:
+    def watched(self: Any, channel: Any, room: WaitingRoom) -> None:
         end: BaseException | None = None
         try:
-            welcome(self, channel)
+            welcome(self, channel, room)
         except BaseException as error:
             end = error
             raise
@@ -244,13 +256,13 @@ def test_whatever_knocks_at_the_listener_leaves_nothing_and_keeps_nobody_out(
 ) -> None:
     with expert(tmp_path, max_peers=MAX_PEERS) as server:
         key = bootstrap.Identity("default", "default", "attention", 0, SHAPE).store_key("expert", 0)
-        entry = json.loads(bootstrap.look_up(PathStore(tmp_path), key, 5.0))
+        entry = json.loads(bootstrap.look_up(PathStore(tmp_path), key, Deadline(5.0)))
         joined = 0
 
         @fuzz(20, without=(Phase.shrink, Phase.explain))  # each look at a leak takes seconds
-        @given(messages("attention"), descriptors, st.booleans())
-        @example(json.dumps(introduction("attention")).encode(), ["right"] * 3, True)
-        def knock(text: bytes, kinds: list[str], is_patient: bool) -> None:
+        @given(messages("attention"), descriptors, st.booleans(), last_words)
+        @example(json.dumps(introduction("attention")).encode(), ["right"] * 3, True, JOINED)
+        def knock(text: bytes, kinds: list[str], is_patient: bool, joined_by: bytes) -> None:
             nonlocal joined
             before, num_ended = num_fds(), len(ended)
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
@@ -258,12 +270,15 @@ def test_whatever_knocks_at_the_listener_leaves_nothing_and_keeps_nobody_out(
                 connection.connect("\0" + entry["address"])
                 text = text.replace(b'"to_life": %d' % LIFE, b'"to_life": %d' % entry["life"])
                 send(connection, text, make_fds(kinds, "attention"))
-                connection.shutdown(socket.SHUT_WR)
-                if is_patient:
+                if not is_patient:
+                    connection.shutdown(socket.SHUT_WR)
+                else:
                     reply, fds, _, _ = socket.recv_fds(connection, 65536, 3)
                     close_all(fds)
                     joined += len(fds) == 3
                     assert not fds or "error" not in json.loads(reply)
+                    if fds:
+                        send(connection, joined_by, [])
             await_end(ended, num_ended)
             await_fds(before)
 
@@ -296,14 +311,16 @@ def test_whatever_answers_a_joiner_leaves_nothing(pidfds_count: None) -> None:
 
             def serve() -> None:
                 connection, _ = listening.accept()
-                with connection:
-                    close_all(UnixChannel(connection).receive()[1])
+                with UnixChannel(connection, Deadline(SOON_S)) as channel:
+                    close_all(channel.receive()[1])
                     send(connection, text, make_fds(kinds, "expert"))
+                    connection.shutdown(socket.SHUT_WR)
+                    connection.recv(65536)  # what it says to that
 
             server = threading.Thread(target=serve)
             server.start()
             try:
-                bootstrap._greet(native, identity, address, 0)
+                bootstrap._greet(native, identity, address, 0, Deadline(SOON_S))
                 joined += 1
             except m2n.SetupError:
                 pass

@@ -19,6 +19,7 @@ from test_faults import SHAPE, SOON_S, answer, attention, dispatch, expert
 import m2n
 from m2n import _C, bootstrap
 from m2n.channel import UnixChannel
+from m2n.deadline import Deadline
 from m2n.store import PathStore
 
 
@@ -28,16 +29,19 @@ class FakePeer:
     def __init__(self, server: m2n.ExpertComm, store: Path) -> None:
         self._native = _C.AttentionComm(SHAPE._native(), 0, 4, "shm")
         identity = bootstrap.Identity("default", "default", "attention", 0, SHAPE)
-        entry = bootstrap.json.loads(bootstrap.look_up(PathStore(store), identity.store_key("expert", 0), 5.0))
+        entry = bootstrap.json.loads(
+            bootstrap.look_up(PathStore(store), identity.store_key("expert", 0), Deadline(5.0))
+        )
         self.connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.connection.connect("\0" + entry["address"])
-        channel = UnixChannel(self.connection)
+        channel = UnixChannel(self.connection, Deadline(5.0))
         offer = self._native.offer(0, entry["life"])
         fds = [fd for fd, _ in offer["objects"]]
         introduction = {**bootstrap.introduction(identity, offer, "shm"), "to_life": entry["life"]}
         channel.send(introduction, fds)
         message, theirs = channel.receive()
         assert "error" not in message
+        channel.send({"joined": True}, [])
         self.small = mmap.mmap(theirs[1], 0)
         for fd in [*fds, *theirs]:
             os.close(fd)
@@ -116,14 +120,16 @@ def test_a_message_before_the_reply_is_a_protocol_error(device: str, tmp_path: P
 
 def introduced(**changes: Any) -> bytes:
     identity = bootstrap.Identity("default", "default", "attention", 0, SHAPE)
-    offer = {"process": 1, "device": "", "wakes": True, "objects": [(0, 1), (0, 2), (0, 3)], "door": b""}
+    offer = {"process": 1, "device": "", "wakes": True, "objects": [(0, 1), (0, 2), (0, 3)], "door": b"", "link": 1}
     return json.dumps({**bootstrap.introduction(identity, offer, "shm"), **changes}).encode()
 
 
 def test_garbage_at_the_listener_keeps_nobody_out(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with expert(tmp_path) as server:
         identity = bootstrap.Identity("default", "default", "attention", 0, SHAPE)
-        entry = bootstrap.json.loads(bootstrap.look_up(PathStore(tmp_path), identity.store_key("expert", 0), 5.0))
+        entry = bootstrap.json.loads(
+            bootstrap.look_up(PathStore(tmp_path), identity.store_key("expert", 0), Deadline(5.0))
+        )
         for garbage in (
             b"",
             b"\xff\xfe",

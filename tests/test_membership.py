@@ -64,7 +64,7 @@ def test_the_next_life_of_an_expert_rank_is_joined_while_the_others_go_on(tmp_pa
             until(lambda: comm.peers()[0].state == "left")  # the goodbye takes a moment
             with pytest.raises(m2n.PeerLost, match="expert rank 0"):
                 exchange(comm, other)
-            with pytest.raises(m2n.SetupError, match="the life that it has published is lost or has left"):
+            with pytest.raises(m2n.SetupError, match="the life that it has published has left"):
                 comm.set_placement(TWO, timeout=0.5)
             assert comm.placement is TWO
             with expert(tmp_path, TWO) as second:
