@@ -76,7 +76,8 @@ class AttentionComm(Comm):
             on the caller's stream and return at once, what goes wrong in one is raised by the next call or check(); or
             "emulated": the kernels on CPU threads, to test without a GPU.
         name: separates several comms of one job.
-        max_peers: expert ranks that can ever join, restarted ones counted again.
+        max_peers: expert ranks at one time. One that is gone counts until what it owed is combined, and if it was lost
+            until recover() or its next life.
         config: deadlines and more.
 
     Raises:

@@ -339,18 +339,6 @@ def test_ctrl_c_ends_a_wait(tmp_path: Path) -> None:
     assert "KeyboardInterrupt" in errors and process.returncode != 0
 
 
-def test_peer_indices_are_never_used_again(tmp_path: Path) -> None:
-    with expert(tmp_path, max_peers=2) as comm:
-        for _ in range(2):
-            with attention(tmp_path) as other:
-                dispatch(other)
-                answer(comm)
-                other.combine_recv()
-        with pytest.raises(m2n.SetupError, match="used up its max_peers=2"):
-            attention(tmp_path)
-        assert [peer.state for peer in comm.peers()] == ["left", "left"]
-
-
 def test_a_new_life_of_a_rank_replaces_the_old_one(start: Any, tmp_path: Path) -> None:
     with expert(tmp_path) as comm:
         start(bodies.attention_main, 0, ONE, "hold")

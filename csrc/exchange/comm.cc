@@ -134,17 +134,17 @@ uint32_t Comm::take_index(uint32_t peer_rank) {
   return peer_idx;
 }
 
-std::string Comm::why_not_returned() const {
-  uint32_t num_lost = 0, num_held = 0;
+std::string Comm::why_not_returned() {
+  uint32_t num_lost = 0, num_held = 0, num_mapped = 0;
   for (uint32_t i = 0; i < peers_.size(); ++i) {
-    num_lost += is_lost(i);
-    num_held += is_gone(i) && !is_lost(i);
+    if (!is_gone(i)) continue;
+    (is_lost(i) ? num_lost : is_held(i) ? num_held : num_mapped) += 1;
   }
-  std::string why;
-  if (num_lost != 0)
-    why += ", " + std::to_string(num_lost) + " of them by peers that are lost: call recover() for each";
-  if (num_held != 0) why += ", " + std::to_string(num_held) + " by links that are gone but " + why_held();
-  return why;
+  const auto part = [](uint32_t count, const std::string& text) {
+    return count == 0 ? "" : ", " + std::to_string(count) + " by peers that " + text;
+  };
+  return part(num_lost, "are lost: call recover() for each") + part(num_held, "are gone but " + why_held()) +
+         part(num_mapped, "are gone, but whose comms in this process still have their memory: close and drop them");
 }
 
 Comm::Offer Comm::offer(uint32_t peer_rank, uint64_t life, bool is_over_network, uint32_t link_number) {
@@ -385,6 +385,18 @@ void Comm::close() {
     }
   }
   if (network != nullptr) network->close();
+  let_go_of_peers();
+}
+
+// A peer of this process can have its index back only when nobody here has its memory any more.
+void Comm::let_go_of_peers() {
+  keep_verbs_out([this] {
+    std::lock_guard lock(membership_mutex_);
+    for (uint32_t i = 0; i < peers_.size(); ++i) {
+      if (peers_.is_live(i)) set_gone(i, PeerState::kLeft, LossCause::kNone);  // before the look at the holds
+      if (!is_held(i)) links_[i].mappings.clear();
+    }
+  });
 }
 
 void Comm::check() {

@@ -252,9 +252,10 @@ class Comm : public PeerListener, public LinkListener, public std::enable_shared
   uint32_t last_link_of(uint64_t life) const;
   bool is_full() const;
   uint32_t take_index(uint32_t peer_rank);
-  std::string why_not_returned() const;
+  std::string why_not_returned();
   std::vector<Handle> make_objects(uint32_t peer_idx);
   std::string make_door(uint32_t peer_idx);
+  void let_go_of_peers();
   void withdraw_locked(uint32_t peer_idx);
   bool give_back(uint32_t peer_idx);
   const PeerInfo* find_remembered(uint32_t peer_rank) const;

@@ -121,9 +121,7 @@ class DeviceAttentionComm final : public DeviceComm<AttentionSide> {
   void raise_trouble() override;
   bool is_between_rounds() override;
   // By the last link of a rank verbs tell that it is gone.
-  bool is_held(uint32_t peer_idx) override {
-    return peers_.find(rank_of(peer_idx)) == static_cast<int32_t>(peer_idx);
-  }
+  bool is_held(uint32_t peer_idx) override { return peers_.find(rank_of(peer_idx)) == static_cast<int32_t>(peer_idx); }
   void reset_peer(uint32_t peer_idx) override;
 
  private:

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lives of a rank come and go: what a gone one had is given back, and its peer index serves the next."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+import os
+import socket
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import over
+from test_faults import IDS, ONE, SOON_S, WEIGHTS, X, answer, attention, dispatch, expert
+
+import m2n
+from m2n.testing import expert_outputs
+
+pytestmark = over("auto", "ucx")
+context = multiprocessing.get_context("spawn")
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SOON_S
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def objects_mapped() -> list[tuple[int, int]]:
+    """(address, bytes) of each memory object of m2n that this process has mapped, its own and those of peers."""
+    found = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if "memfd:m2n" in line:
+            begin, end = (int(word, 16) for word in line.split()[0].split("-"))
+            found.append((begin, end - begin))
+    return found
+
+
+def exchange(comm: m2n.AttentionComm, server: m2n.ExpertComm) -> np.ndarray:
+    dispatch(comm)
+    answer(server)
+    y: np.ndarray = comm.combine_recv(timeout=SOON_S)
+    return y
+
+
+def test_a_rank_comes_back_more_often_than_there_are_peer_indices(tmp_path: Path) -> None:
+    with expert(tmp_path, max_peers=2) as server:
+        for life in range(9):
+            with attention(tmp_path, max_peers=1) as comm:
+                exchange(comm, server)
+                assert [peer.state for peer in server.peers()] == ["left"] * life + ["live"]
+            until(lambda: server.peers()[-1].state == "left")
+        assert len({peer.life for peer in server.peers()}) == 9  # what was is another thing than what may come
+
+
+def test_an_expert_rank_comes_back_more_often_than_there_are_peer_indices(tmp_path: Path) -> None:
+    first = expert(tmp_path)
+    with attention(tmp_path, max_peers=1) as comm:
+        expected = exchange(comm, first)
+        first.close()
+        for _ in range(5):
+            until(lambda: comm.peers()[-1].state == "left")
+            with expert(tmp_path) as server:
+                comm.set_placement(ONE, timeout=SOON_S)
+                assert np.array_equal(exchange(comm, server), expected)
+        assert len(comm.peers()) == 6
+
+
+def test_the_memory_of_a_life_that_is_gone_goes_back(tmp_path: Path) -> None:
+    with expert(tmp_path) as server:
+        alone = len(objects_mapped())
+        for _ in range(3):
+            with attention(tmp_path) as comm:
+                exchange(comm, server)
+                assert len(objects_mapped()) > alone
+            until(lambda: server.peers()[-1].state == "left")
+            del comm
+            gc.collect()
+            assert server.dispatch_recv(timeout=0) is None  # whoever is in a verb gives it back
+            assert len(objects_mapped()) == alone
+
+
+def test_rows_that_are_not_answered_stay_though_their_rank_has_left(tmp_path: Path) -> None:
+    with expert(tmp_path, max_peers=1) as server:
+        with attention(tmp_path) as comm:
+            dispatch(comm)
+            batch = server.dispatch_recv(timeout=SOON_S)
+            assert batch is not None
+        del comm
+        until(lambda: server.peers()[0].state == "left")
+        with pytest.raises(m2n.SetupError, match="max_peers=1 peer indices in use, 1 by peers that are gone but sent"):
+            attention(tmp_path)
+        assert np.array_equal(batch.x[batch.row_index_by_expert], X[[0, 2, 0, 1, 1, 2]])
+        server.combine_send(batch, expert_outputs(batch, batch.experts))
+        with attention(tmp_path) as comm:
+            exchange(comm, server)
+
+
+def test_a_batch_that_nobody_will_answer_keeps_nothing(tmp_path: Path) -> None:
+    with expert(tmp_path, max_peers=1) as server:
+        with attention(tmp_path) as comm:
+            dispatch(comm)
+            batch = server.dispatch_recv(timeout=SOON_S)
+            assert batch is not None
+        until(lambda: server.peers()[0].state == "left")
+        del batch, comm
+        with attention(tmp_path) as comm:
+            exchange(comm, server)
+
+
+def test_an_index_of_a_lost_rank_is_free_once_the_caller_knows(tmp_path: Path) -> None:
+    with expert(tmp_path, max_peers=1) as server:
+        comm = attention(tmp_path)
+        comm._native.drop_peer(0)
+        until(lambda: server.peers()[0].state == "lost")
+        comm.close()
+        with pytest.raises(m2n.SetupError, match=r"1 by peers that are lost: call recover\(\) for each"):
+            attention(tmp_path, rank=1)
+        server.recover(0)
+        with attention(tmp_path, rank=1) as other:
+            exchange(other, server)
+
+
+def test_of_two_overlapping_handshakes_of_a_rank_the_later_one_wins(tmp_path: Path) -> None:
+    with expert(tmp_path) as server:
+        native = server._native
+        older, newer = native.offer(0, 11), native.offer(0, 12)
+        ends = [socket.socketpair() for _ in range(2)]
+        native.watch(newer["peer_idx"], ends[1][0].detach(), -1, 0.0, 0.0)
+        with pytest.raises(m2n.SetupError, match="a newer link of attention rank 0 was made meanwhile"):
+            native.watch(older["peer_idx"], ends[0][0].detach(), -1, 0.0, 0.0)
+        native.withdraw(older["peer_idx"])
+        assert [(peer.life, peer.state) for peer in server.peers()] == [(12, "live")]
+        for offer in (older, newer):
+            for fd, _ in offer["objects"]:
+                if fd >= 0:
+                    os.close(fd)
+
+
+def test_a_link_whose_number_is_not_newer_is_refused(tmp_path: Path) -> None:
+    with expert(tmp_path) as server:
+        native = server._native
+        first = native.offer(0, 11)
+        assert first["link"] == 1
+        with pytest.raises(m2n.SetupError, match="wants to make its link 1 with expert rank 0, which has had 1"):
+            native.offer(0, 11, link=1)
+        native.withdraw(first["peer_idx"])  # it came to nothing, so it never was
+        again = native.offer(0, 11, link=1)
+        assert again["peer_idx"] == first["peer_idx"]
+        for offer in (first, again):
+            for fd, _ in offer["objects"]:
+                if fd >= 0:
+                    os.close(fd)
+
+
+def test_a_life_on_an_emulated_device_gives_its_index_back(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"device": "emulated", "max_peers": 2}
+    with expert(tmp_path, **options) as server:
+        for _ in range(5):
+            with attention(tmp_path, **options) as comm:
+                dispatch(comm)
+                batch = server.dispatch_recv(timeout=SOON_S)
+                assert batch is not None
+                server.combine_send(batch, batch.gather())
+                comm.combine_recv(timeout=SOON_S)
+            until(lambda: server.peers()[-1].state == "left")
+
+
+def late_writer(store: str, connection: Connection) -> None:
+    """An attention rank that writes where it may long after another life has taken its place."""
+    comm = attention(Path(store))
+    connection.send("joined")
+    connection.recv()
+    for address, num_bytes in objects_mapped():
+        ctypes.memset(address, 0xFF, num_bytes)
+    connection.send("written")
+    connection.recv()
+    comm.abort()
+
+
+def test_late_writes_of_an_old_life_land_where_nobody_reads(tmp_path: Path, transport: str) -> None:
+    if transport == "ucx":
+        pytest.skip("nothing of the peer is mapped there: a message of an ended link is nobody's")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=late_writer, args=(str(tmp_path), theirs))
+    with expert(tmp_path, max_peers=2) as server:
+        process.start()
+        try:
+            assert ours.poll(60)
+            ours.recv()
+            with attention(tmp_path):  # displaces it, at the second index
+                pass
+            until(lambda: server.peers()[-1].state == "left")
+            with attention(tmp_path) as comm:  # at the index that the process had
+                expected = exchange(comm, server)
+                dispatch(comm)
+                ours.send("write")
+                assert ours.poll(SOON_S) and ours.recv() == "written"
+                answer(server)
+                assert np.array_equal(comm.combine_recv(timeout=SOON_S), expected)
+                assert np.array_equal(exchange(comm, server), expected)
+        finally:
+            ours.send("end")
+            process.join()
+
+
+def resources() -> tuple[int, int, int]:
+    """Resident KB, mappings, descriptors of this process."""
+    gc.collect()
+    resident_kb = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
+    return resident_kb, len(Path("/proc/self/maps").read_text().splitlines()), len(os.listdir("/proc/self/fd"))
+
+
+def restart(store: str, restarts: int, connection: Connection) -> None:
+    """Attention rank 0 with so many lives; tells its resources after a fifth of them and at the end."""
+    for life in range(restarts):
+        with attention(Path(store)) as comm:
+            comm.dispatch_send(X, comm.route(IDS, WEIGHTS))
+            comm.combine_recv(timeout=SOON_S)
+        if life in (restarts // 5, restarts - 1):
+            connection.send((life, resources()))
+            connection.recv()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_500_restarts_of_a_rank_leave_nothing_at_either_side(tmp_path: Path) -> None:
+    restarts = int(os.environ.get("M2N_TEST_RESTARTS", "500"))
+    ours, theirs = context.Pipe()
+    process = context.Process(target=restart, args=(str(tmp_path), restarts, theirs), daemon=True)
+    seen = []
+    with expert(tmp_path, max_peers=2) as server:
+        process.start()
+        while len(seen) < 2:
+            batch = server.dispatch_recv(timeout=0.05)
+            if batch is not None:
+                server.combine_send(batch, expert_outputs(batch, batch.experts))
+            if ours.poll(0):
+                life, peer = ours.recv()
+                own = resources()
+                print(f"after {life + 1} lives: expert rank {own}, attention rank {peer} (KB, mappings, descriptors)")
+                seen.append((own, peer))
+                ours.send("go on")
+        process.join()
+        for before, after in zip(*seen):
+            assert after[0] - before[0] < 3000 + restarts  # allocators keep some, and peers() remembers
+            assert after[1] - before[1] <= 8 and after[2] - before[2] <= 4
