@@ -11,6 +11,7 @@
 #include "exchange/comm.h"
 #include "exchange/inbox.h"
 #include "exchange/layout.h"
+#include "lock.h"
 #include "tensor.h"
 
 namespace m2n::bindings {

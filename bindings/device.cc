@@ -46,7 +46,7 @@ std::shared_ptr<DeviceRoute> make_route(DeviceAttentionComm& comm, const py::obj
     topk.num_so_far = so_far->data();
     topk.num_type = so_far->id_type();
   }
-  const py::gil_scoped_release release;
+  const WithoutLock release;
   return comm.make_route(topk, splits, std::move(out), to_stream(stream));
 }
 
@@ -55,7 +55,7 @@ void dispatch_send(DeviceAttentionComm& comm, const py::object& x, std::shared_p
   const Tensor rows(x, "x", tensors_of(comm.device()));
   const DType dtype = require_x_rows(rows, comm.shape(), route->view.num_tokens);
   const int64_t wait_ns = launch_timeout_ns(timeout_s);
-  const py::gil_scoped_release release;
+  const WithoutLock release;
   comm.dispatch_send(rows.data(), rows.row_stride_bytes(), dtype, std::move(route), microbatch, layer, wait_ns, num_sms,
                      to_stream(stream));
 }
@@ -65,14 +65,14 @@ void combine_recv(DeviceAttentionComm& comm, const py::object& y, uint32_t micro
   const Tensor rows(y, "out", tensors_of(comm.device()));
   require_out_rows(rows, comm.shape(), comm.num_tokens(microbatch));
   const int64_t wait_ns = launch_timeout_ns(timeout_s);
-  const py::gil_scoped_release release;
+  const WithoutLock release;
   comm.combine_recv(rows.data(), rows.row_stride_bytes(), microbatch, wait_ns, num_sms, to_stream(stream));
 }
 
 int wait_ready(DeviceAttentionComm& comm, const std::vector<uint32_t>& microbatches, double timeout_s,
                uint64_t stream) {
   const int64_t deadline_ns = deadline_after(timeout_s);
-  const py::gil_scoped_release release;
+  const WithoutLock release;
   return comm.wait_ready(microbatches, deadline_ns, to_stream(stream));
 }
 
@@ -84,17 +84,17 @@ std::shared_ptr<DeviceBatch> dispatch_recv(DeviceExpertComm& comm, std::optional
   if (!sync) {
     if (!layer || !microbatch) throw py::value_error("dispatch_recv: with sync=False name layer and microbatch");
     const int64_t wait_ns = launch_timeout_ns(timeout_s);
-    const py::gil_scoped_release release;
+    const WithoutLock release;
     return comm.launch_recv(wanted, wait_ns, to_stream(stream));
   }
   const int64_t deadline_ns = deadline_after(timeout_s);
-  const py::gil_scoped_release release;
+  const WithoutLock release;
   return comm.dispatch_recv(wanted, deadline_ns, to_stream(stream));
 }
 
 std::optional<std::pair<uint32_t, uint32_t>> wait_work(DeviceExpertComm& comm, double timeout_s, uint64_t stream) {
   const int64_t deadline_ns = deadline_after(timeout_s);
-  const py::gil_scoped_release release;
+  const WithoutLock release;
   const auto work = comm.wait_work(deadline_ns, to_stream(stream));
   if (!work) return std::nullopt;
   return std::pair{work->layer, work->microbatch};
@@ -104,7 +104,7 @@ void combine_send(DeviceExpertComm& comm, const std::shared_ptr<DeviceBatch>& ba
                   uint32_t num_sms, uint64_t stream) {
   const Tensor rows(y, "y", tensors_of(comm.device()));
   const DType dtype = require_y_rows(rows, comm.shape(), batch->num_rows, batch->num_pairs, reduced);
-  const py::gil_scoped_release release;
+  const WithoutLock release;
   comm.combine_send(*batch, rows.data(), rows.row_stride_bytes(), dtype, reduced, num_sms, to_stream(stream));
 }
 
@@ -124,11 +124,11 @@ void bind_device_attention(py::module_& module) {
       .def_property_readonly("num_tokens", [](const DeviceRoute& route) { return route.view.num_tokens; })
       .def_property_readonly("num_rows",
                              [](const DeviceRoute& route) {
-                               const py::gil_scoped_release release;  // it waits until the route is built
+                               const WithoutLock release;  // it waits until the route is built
                                return route.num_rows();
                              })
       .def_property_readonly("rows_per_rank", [](const DeviceRoute& route) {
-        const py::gil_scoped_release release;
+        const WithoutLock release;
         return route.read_rows_per_rank();
       });
   py::class_<DeviceAttentionComm, Comm, std::shared_ptr<DeviceAttentionComm>> type(module, "DeviceAttentionComm");
@@ -155,7 +155,7 @@ void bind_device_attention(py::module_& module) {
       "idle",
       [](DeviceAttentionComm& comm, double timeout_s, uint64_t stream) {
         const int64_t wait_ns = timeout_ns(timeout_s);
-        const py::gil_scoped_release release;
+        const WithoutLock release;
         comm.idle(wait_ns, to_stream(stream));
       },
       py::arg("timeout_s"), py::arg("stream"));
@@ -204,7 +204,7 @@ void bind_device_expert(py::module_& module) {
   type.def(
       "placement_versions",
       [](DeviceExpertComm& comm, uint64_t stream) {
-        const py::gil_scoped_release release;
+        const WithoutLock release;
         return comm.placement_versions(to_stream(stream));
       },
       py::arg("stream"));
@@ -212,7 +212,7 @@ void bind_device_expert(py::module_& module) {
       "wait_placement",
       [](DeviceExpertComm& comm, uint32_t version, double timeout_s, uint64_t stream) {
         const int64_t deadline_ns = deadline_after(timeout_s);
-        const py::gil_scoped_release release;
+        const WithoutLock release;
         comm.wait_placement(version, deadline_ns, to_stream(stream));
       },
       py::arg("version"), py::arg("timeout_s"), py::arg("stream"));

@@ -8,6 +8,7 @@
 #include "bind.h"
 #include "exchange/attention.h"
 #include "exchange/expert.h"
+#include "transport/memory_limit.h"
 
 namespace m2n::bindings {
 namespace {
@@ -22,7 +23,7 @@ class MaybeRelease {
   }
 
  private:
-  std::optional<py::gil_scoped_release> release_;
+  std::optional<WithoutLock> release_;
 };
 
 Shape make_shape(uint32_t hidden, uint32_t num_experts, uint32_t top_k, uint32_t max_tokens, uint32_t microbatches,
@@ -98,7 +99,7 @@ std::shared_ptr<Batch> expert_dispatch_recv(ExpertComm& comm, std::optional<uint
   const Wanted wanted = make_wanted(layer, microbatch, linger_us, attention_ranks);
   const int64_t deadline_ns = deadline_after(timeout_s);
   if (timeout_s == 0) return comm.dispatch_recv(wanted, 0);
-  const py::gil_scoped_release release;
+  const WithoutLock release;
   return comm.dispatch_recv(wanted, deadline_ns);
 }
 
@@ -145,7 +146,7 @@ void attach_peer(Comm& comm, uint32_t peer_idx, const std::vector<std::pair<int,
   std::vector<Handle> handles;
   for (const auto& [fd, id] : objects) handles.push_back({Fd(fd), 0, id});
   const std::string door_bytes = door;
-  const py::gil_scoped_release release;
+  const WithoutLock release;
   comm.attach(peer_idx, std::move(handles), {process, device}, wakes, door_bytes, std::move(data));
 }
 
@@ -192,14 +193,14 @@ py::list peers_list(const Comm& comm) {
 
 bool wait_peer(Comm& comm, uint32_t rank, double timeout_s) {
   const int64_t deadline_ns = deadline_after(timeout_s);
-  const py::gil_scoped_release release;
+  const WithoutLock release;
   return comm.wait_peer(rank, deadline_ns);
 }
 
 // A wait in a verb must not hide Ctrl-C.
 void check_interrupt() {
-  const py::gil_scoped_acquire acquire;
-  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  if (WithoutLock* const guard = WithoutLock::of_this_thread(); guard != nullptr) return guard->check_signals();
+  if (PyGILState_Check() != 0 && PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
 
 void bind_comm(py::module_& module) {
@@ -208,7 +209,7 @@ void bind_comm(py::module_& module) {
       "offer",
       [](Comm& comm, uint32_t rank, uint64_t life, bool is_over_network, uint32_t link) {
         auto offer = [&] {
-          const py::gil_scoped_release release;  // it allocates the peer's memory
+          const WithoutLock release;  // it allocates the peer's memory
           return comm.offer(rank, life, is_over_network, link);
         }();
         return offer_to_dict(std::move(offer));
@@ -218,13 +219,12 @@ void bind_comm(py::module_& module) {
            py::arg("wakes"), py::arg("door"), py::arg("data_fd") = -1);
   type.def("withdraw", &Comm::withdraw, py::arg("peer_idx"));
   type.def("watch", &watch_peer_of, py::arg("peer_idx"), py::arg("connection_fd"), py::arg("pidfd"),
-           py::arg("send_every_s"), py::arg("lost_after_s"), py::arg("displaces") = "",
-           py::call_guard<py::gil_scoped_release>());
+           py::arg("send_every_s"), py::arg("lost_after_s"), py::arg("displaces") = "", py::call_guard<WithoutLock>());
   type.def(  // for tests
       "drop_peer", [](Comm& comm, uint32_t peer_idx) { comm.drop_peer(peer_idx, LossCause::kProtocol); },
       py::arg("peer_idx"));
-  type.def("close", &Comm::close, py::call_guard<py::gil_scoped_release>());  // it may wait for what is held back
-  type.def("abort", &Comm::abort, py::call_guard<py::gil_scoped_release>());
+  type.def("close", &Comm::close, py::call_guard<WithoutLock>());  // it may wait for what is held back
+  type.def("abort", &Comm::abort, py::call_guard<WithoutLock>());
   type.def("check", &Comm::check);
   type.def("peers", &peers_list);
   type.def("clock_offsets", &clock_offsets_list);
@@ -247,7 +247,7 @@ void bind_attention(py::module_& module) {
       "wait_ready",
       [](AttentionComm& comm, const std::vector<uint32_t>& microbatches, double timeout_s) {
         const int64_t deadline_ns = deadline_after(timeout_s);
-        const py::gil_scoped_release release;
+        const WithoutLock release;
         return comm.wait_ready(microbatches, deadline_ns);
       },
       py::arg("microbatches"), py::arg("timeout_s"));
@@ -255,7 +255,7 @@ void bind_attention(py::module_& module) {
       "idle",
       [](AttentionComm& comm, double timeout_s, uint32_t placement_version) {
         const int64_t deadline_ns = deadline_after(timeout_s);
-        const py::gil_scoped_release release;
+        const WithoutLock release;
         comm.idle(deadline_ns, placement_version);
       },
       py::arg("timeout_s"), py::arg("placement_version"));
@@ -272,7 +272,7 @@ void bind_expert(py::module_& module) {
       "wait_work",
       [](ExpertComm& comm, double timeout_s) -> std::optional<std::pair<uint32_t, uint32_t>> {
         const int64_t deadline_ns = deadline_after(timeout_s);
-        const py::gil_scoped_release release;
+        const WithoutLock release;
         const auto work = comm.wait_work(deadline_ns);
         if (!work) return std::nullopt;
         return std::pair{work->layer, work->microbatch};
@@ -286,7 +286,7 @@ void bind_expert(py::module_& module) {
       "wait_placement",
       [](ExpertComm& comm, uint32_t version, double timeout_s) {
         const int64_t deadline_ns = deadline_after(timeout_s);
-        const py::gil_scoped_release release;
+        const WithoutLock release;
         comm.wait_placement(version, deadline_ns);
       },
       py::arg("version"), py::arg("timeout_s"));
@@ -362,6 +362,8 @@ PYBIND11_MODULE(_C, module) {
   bind_device(module);
   module.def("start_seq_at", [](uint32_t seq) { g_first_seq = seq; }, py::arg("seq"));                   // for tests
   module.def("fault_delays", &fault_delays, py::arg("transport"), py::arg("stream"), py::arg("count"));  // for tests
+  module.def("require_memory", &require_memory, py::arg("what"), py::arg("bytes"),
+             py::arg("proc") = "/proc");  // for tests
   module.def("describe_transport", &describe_transport, py::arg("name"));
   module.attr("max_microbatches") = kMaxSlots - 1;
   module.attr("has_cuda") = bool{M2N_HAS_CUDA};

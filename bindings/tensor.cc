@@ -5,6 +5,8 @@
 #include <cstring>
 #include <limits>
 
+#include "lock.h"
+
 namespace m2n::bindings {
 namespace {
 
@@ -27,10 +29,19 @@ void require_device(const char* argument, DLDevice found, DLDevice expected) {
                         name_of(found) + "; move it there first");
 }
 
+py::object attribute_of(const py::object& object, const char* name) {
+  return call_python([&] { return PyObject_GetAttrString(object.ptr(), name); });
+}
+
+py::object call(const py::object& callable, const py::dict& options = py::dict()) {
+  const py::tuple no_arguments;
+  return call_python([&] { return PyObject_Call(callable.ptr(), no_arguments.ptr(), options.ptr()); });
+}
+
 // What a tensor says of itself, where it has to be known before __dlpack__ is called.
 DLDevice device_of(const py::object& object, const char* argument) {
   try {
-    const auto [type, number] = py::cast<std::pair<int32_t, int32_t>>(object.attr("__dlpack_device__")());
+    const auto [type, number] = py::cast<std::pair<int32_t, int32_t>>(call(attribute_of(object, "__dlpack_device__")));
     return {type, number};
   } catch (const std::exception& error) {
     throw py::type_error(std::string(argument) + ": DLPack does not know its device: " + error.what());
@@ -42,6 +53,7 @@ py::object call_dlpack(const py::object& object, const char* argument, DLDevice 
     throw py::type_error(std::string(argument) + ": expected a torch, numpy or other DLPack tensor, got " +
                          std::string(py::str(py::type::of(object).attr("__name__"))));
   }
+  const py::object dlpack = attribute_of(object, "__dlpack__");
   py::dict options;
   if (device.device_type != kCpu) {
     require_device(argument, device_of(object, argument), device);  // no CPU tensor understands the next line
@@ -50,13 +62,13 @@ py::object call_dlpack(const py::object& object, const char* argument, DLDevice 
   py::dict versioned(options.attr("copy")());
   versioned["max_version"] = py::make_tuple(1, 0);
   try {
-    return object.attr("__dlpack__")(**versioned);
+    return call(dlpack, versioned);
   } catch (py::error_already_set& error) {
     if (!error.matches(PyExc_TypeError)) {
       throw py::type_error(std::string(argument) + ": cannot be read through DLPack: " + error.what());
     }
   }
-  return object.attr("__dlpack__")(**options);  // a library from before DLPack 1.0
+  return call(dlpack, options);  // a library from before DLPack 1.0
 }
 
 // The C functions of a type, or nullptr. The last type asked for is remembered, under the GIL.

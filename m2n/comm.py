@@ -151,15 +151,18 @@ class Comm:
                 )
             _open_ranks.add(key)
         self._native = native
-        if self.device != "cpu":
-            native.set_timeout(self._timeout_s)
-            if self.config.stream_waits:
-                native.use_stream_waits()
+        # Runs on an error, and at the end of a program that ends meanwhile.
+        undo = weakref.finalize(self, _shut_down, native, None, key)
         try:
+            if self.device != "cpu":
+                native.set_timeout(self._timeout_s)
+                if self.config.stream_waits:
+                    native.use_stream_waits()
             yield key
         except BaseException:
-            _shut_down(native, None, key)
+            undo()
             raise
+        undo.detach()
 
     def close(self) -> None:
         """Says goodbye to every peer, after any signals that are still held back by `Config.faults`.

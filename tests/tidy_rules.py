@@ -35,10 +35,14 @@ FLOORS = (
         ),
         ("shm", "ucx", "ipc"),
     ),
-    Floor("bindings/", ("exchange/", "core/error.h", "tensor.h", "bind.h"), ("shm", "ucx", "ipc")),
+    Floor(
+        "bindings/",
+        ("exchange/", "core/error.h", "transport/memory_limit.h", "tensor.h", "bind.h", "lock.h"),
+        ("shm", "ucx", "ipc"),
+    ),
 )
 # Files that implement one transport each: none knows another.
-TRANSPORT_CONTRACT = ("transport", "host_exec", "own_thread", "team_exec", "watcher", "local")
+TRANSPORT_CONTRACT = ("transport", "host_exec", "own_thread", "team_exec", "watcher", "local", "memory_limit")
 # Headers of the C++ library have no dot; `.h` means an operating system, which floor 0 does not know.
 CORE_SYSTEM_INCLUDE = re.compile(r"[a-z_]+|cuda/atomic")
 

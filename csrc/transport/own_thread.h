@@ -5,24 +5,36 @@
 #include <pthread.h>
 #include <signal.h>
 
+#include <string>
+#include <system_error>
 #include <thread>
 #include <utility>
+
+#include "core/error.h"
 
 namespace m2n {
 
 // Runs body() on a thread of that name (at most 15 characters). Signals of the operating system belong to the program's
-// threads.
+// threads. Throws Error(kSetup) where there can be no more threads.
 template <class Body>
 std::thread start_own_thread(const char* name, Body&& body) {
   sigset_t all, before;
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);
-  std::thread thread([name, body = std::forward<Body>(body)]() mutable {
-    pthread_setname_np(pthread_self(), name);
-    body();
-  });
+  std::thread thread;
+  std::string failure;
+  try {
+    thread = std::thread([name, body = std::forward<Body>(body)]() mutable {
+      pthread_setname_np(pthread_self(), name);
+      body();
+    });
+  } catch (const std::system_error& error) {
+    failure = error.what();
+  }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
-  return thread;
+  if (failure.empty()) return thread;
+  throw Error(Failure::kSetup, std::string("cannot start the thread ") + name + ": " + failure +
+                                   "; is the limit of threads (ulimit -u, or pids.max of the cgroup) too low?");
 }
 
 }  // namespace m2n

@@ -6,6 +6,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <new>
@@ -14,6 +15,7 @@
 #include "core/atomic.h"
 #include "core/error.h"
 #include "transport/local.h"
+#include "transport/memory_limit.h"
 #include "transport/transport.h"
 
 namespace m2n {
@@ -23,18 +25,35 @@ namespace {
   throw Error(Failure::kSetup, "shm: " + what + ": " + std::strerror(error_number));
 }
 
-int make_sealed_memfd(uint64_t bytes) {
-  const int fd = memfd_create("m2n", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-  if (fd < 0) fail("memfd_create", errno);
-  // Allocated up front: running out of memory is an error here, not a SIGBUS at the first write.
-  int error_number = posix_fallocate(fd, 0, static_cast<off_t>(bytes));
-  if (error_number == 0 && fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
+constexpr const char* kWhat = "the memory that one peer writes";
+
+// Takes the memory up front: running out of it is an error here, not a signal at the first write. In pieces: each ends
+// before the next signal of a timer comes, after which it would begin anew; and others may take memory at the same
+// time. 0, or an error number.
+int allocate(int fd, uint64_t bytes) {
+  constexpr uint64_t kPieceBytes = 2 << 20;
+  constexpr uint64_t kCheckedBytes = 64 << 20;
+  for (uint64_t at = 0; at < bytes; at += kPieceBytes) {
+    if (at % kCheckedBytes == 0) require_memory(kWhat, bytes - at);
+    int error_number;
+    do {
+      const auto length = static_cast<off_t>(std::min(kPieceBytes, bytes - at));
+      error_number = posix_fallocate(fd, static_cast<off_t>(at), length);
+    } while (error_number == EINTR);
+    if (error_number != 0) return error_number;
+  }
+  return 0;
+}
+
+Fd make_sealed_memfd(uint64_t bytes) {
+  require_file_size(kWhat, bytes);
+  Fd fd(memfd_create("m2n", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  if (fd.get() < 0) fail("memfd_create", errno);
+  int error_number = allocate(fd.get(), bytes);
+  if (error_number == 0 && fcntl(fd.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
     error_number = errno;
   }
-  if (error_number != 0) {
-    close(fd);
-    fail("cannot allocate " + std::to_string(bytes) + " bytes of shared memory", error_number);
-  }
+  if (error_number != 0) fail("cannot allocate " + std::to_string(bytes) + " bytes of shared memory", error_number);
   return fd;
 }
 
@@ -110,7 +129,7 @@ class ShmWindow final : public Window, public std::enable_shared_from_this<ShmWi
     if (peer_idx >= ids_.size()) throw Error(Failure::kSetup, "shm: peer index beyond max_peers");
     Handle handle;
     handle.bytes = object_bytes_;
-    handle.fd = Fd(make_sealed_memfd(object_bytes_));
+    handle.fd = make_sealed_memfd(object_bytes_);
     const uint64_t offset = stride_bytes_ * peer_idx;
     if (const int error_number = range_.map(offset, handle.fd.get(), object_bytes_); error_number != 0) {
       fail("cannot map an object", error_number);
@@ -174,6 +193,9 @@ class ShmTransport final : public Transport {
   }
 
   std::shared_ptr<Window> make_window(uint64_t object_bytes, uint64_t stride_bytes, uint32_t max_peers) override {
+    // With no room for one peer it is of no use: said when the comm is made, not when the first one joins.
+    require_file_size(kWhat, object_bytes);
+    require_memory(kWhat, object_bytes);
     return std::make_shared<ShmWindow>(object_bytes, stride_bytes, max_peers);
   }
 

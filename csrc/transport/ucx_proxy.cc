@@ -27,11 +27,11 @@ void ring(const Fd& event) {
   const uint64_t one = 1;
   (void)!write(event.get(), &one, sizeof one);
 }
-// Until one of both is readable, or the time is over; below 0: it never is.
-void wait_for(int first_fd, int second_fd, int64_t most_ns) {
+// Until one of both is readable, a signal's handler has run, or the time is over; below 0: it never is. True: readable.
+bool wait_for(int first_fd, int second_fd, int64_t most_ns) {
   pollfd fds[] = {{first_fd, POLLIN, 0}, {second_fd, POLLIN, 0}};
   const timespec most{most_ns / 1'000'000'000, most_ns % 1'000'000'000};
-  ppoll(fds, 2, most_ns < 0 ? nullptr : &most, nullptr);
+  return ppoll(fds, 2, most_ns < 0 ? nullptr : &most, nullptr) > 0;
 }
 void reset(const Fd& event) {
   uint64_t count;
@@ -78,7 +78,8 @@ void Proxy::rest(bool is_idle, int64_t most_ns) {
 void Proxy::stop() {
   store_seq_cst(&is_stopped_, 1u);  // SYNC: ucx-stopped
   kick(false);
-  wait_for(ended_fd_.get(), -1, -1);
+  while (!wait_for(ended_fd_.get(), -1, -1)) {
+  }
 }
 
 void Proxy::kick(bool urgent) {

@@ -78,7 +78,7 @@ bool has_died(int pidfd) {
 class Watcher {
  public:
   Watcher() : epoll_fd_(epoll_create1(EPOLL_CLOEXEC)), wake_fd_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
-    if (epoll_fd_ < 0 || wake_fd_ < 0 || !listen(wake_fd_, EPOLLIN, kWakeKey)) {
+    if (epoll_fd_.get() < 0 || wake_fd_.get() < 0 || !listen(wake_fd_.get(), EPOLLIN, kWakeKey)) {
       throw Error(Failure::kSetup, std::string("watcher: epoll_create1: ") + std::strerror(errno));
     }
     start_own_thread("m2n-watcher", [this] { run(); }).detach();
@@ -97,7 +97,7 @@ class Watcher {
     watched.heard_ns = watched.send_at_ns = now_ns();
     const bool has_heartbeats = watched.heartbeats.send_every_ns != 0;
     watched_.emplace(ticket, std::move(watched));
-    if (has_heartbeats) eventfd_write(wake_fd_, 1);  // the thread may be sleeping for longer
+    if (has_heartbeats) eventfd_write(wake_fd_.get(), 1);  // the thread may be sleeping for longer
     return ticket;
   }
 
@@ -127,16 +127,16 @@ class Watcher {
     epoll_event event{};
     event.events = events;
     event.data.u64 = key;
-    return epoll_ctl(epoll_fd_, EPOLL_CTL_ADD, fd, &event) == 0;
+    return epoll_ctl(epoll_fd_.get(), EPOLL_CTL_ADD, fd, &event) == 0;
   }
 
   // Removed by hand: a duplicate held by a forked child would keep a closed descriptor in the set.
   void close_both(const Watched& watched) {
-    epoll_ctl(epoll_fd_, EPOLL_CTL_DEL, watched.connection_fd, nullptr);
+    epoll_ctl(epoll_fd_.get(), EPOLL_CTL_DEL, watched.connection_fd, nullptr);
     shutdown(watched.connection_fd, SHUT_RDWR);
     close(watched.connection_fd);
     if (watched.pidfd >= 0) {
-      epoll_ctl(epoll_fd_, EPOLL_CTL_DEL, watched.pidfd, nullptr);
+      epoll_ctl(epoll_fd_.get(), EPOLL_CTL_DEL, watched.pidfd, nullptr);
       close(watched.pidfd);
     }
   }
@@ -157,11 +157,11 @@ class Watcher {
   // True when there may be more.
   bool look(int timeout_ms) {
     epoll_event events[16];
-    const int num_events = epoll_wait(epoll_fd_, events, 16, timeout_ms);
+    const int num_events = epoll_wait(epoll_fd_.get(), events, 16, timeout_ms);
     for (int i = 0; i < num_events; ++i) {
       eventfd_t count;
       if (events[i].data.u64 == kWakeKey) {
-        eventfd_read(wake_fd_, &count);
+        eventfd_read(wake_fd_.get(), &count);
       } else {
         handle(events[i].data.u64);
       }
@@ -224,7 +224,7 @@ class Watcher {
 
   static constexpr int64_t kForever = int64_t{1} << 62;
 
-  int epoll_fd_, wake_fd_;
+  Fd epoll_fd_, wake_fd_;  // closed where the rest of a watcher cannot be had
   std::mutex mutex_;
   std::unordered_map<uint64_t, Watched> watched_;
   uint64_t next_ticket_ = 0;
@@ -247,7 +247,9 @@ Watcher& watcher() {
 
 uint64_t watch_peer(std::shared_ptr<PeerListener> listener, uint32_t peer_idx, int connection_fd, int pidfd,
                     const Heartbeats& heartbeats) {
-  return watcher().add({std::move(listener), peer_idx, connection_fd, pidfd, heartbeats});
+  Fd connection(connection_fd), process(pidfd);  // closed where there is no watcher
+  Watcher& there = watcher();
+  return there.add({std::move(listener), peer_idx, connection.release(), process.release(), heartbeats});
 }
 
 bool unwatch_peer(uint64_t ticket, bool say_goodbye) { return watcher().remove(ticket, say_goodbye); }

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A program may end while daemon threads of it are in verbs: it ends well, and does not wait for them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import exits
+import pytest
+
+TESTS = Path(__file__).parent
+# Most of these ended otherwise, one in a few processes not: by an abort, or where the lock was missing by a bad access.
+PROCESSES = {exits.in_traffic: 6, exits.in_python_code_that_a_verb_calls: 6}
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        exits.in_traffic,
+        exits.in_long_waits,
+        exits.in_long_waits_on_a_device,
+        exits.in_long_waits_and_the_main_thread_in_a_call,
+        exits.in_run_ranks,
+        exits.in_connects,
+        exits.in_python_code_that_a_verb_calls,
+    ],
+    ids=lambda program: program.__name__,
+)
+def test_a_program_ends_well_while_daemon_threads_are(program: object) -> None:
+    command = [sys.executable, "-c", f"import exits; exits.{program.__name__}()"]
+    processes = [
+        subprocess.Popen(command, cwd=TESTS, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(PROCESSES.get(program, 3))
+    ]
+    try:
+        # The verbs' own deadlines are far later.
+        said = [process.communicate(timeout=60)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [(process.returncode, text) for process, text in zip(processes, said)] == [(0, "")] * len(processes)
