@@ -88,9 +88,10 @@ class Case:
             "experts": self.num_experts, "dtype": self.dtype, "reduce_at": self.reduce_at,
             "transport": native_transport(self.transport), "seconds": seconds, "max_rounds": max_rounds,
             "deadline_s": self.deadline_s,
-            "cores": " ".join(map(str, self.cores)), "contenders": " ".join(contenders),
+            "cores": " ".join(map(str, self.cores)),
         }  # fmt: skip
-        (folder / "case.txt").write_text("".join(f"{key} {value}\n" for key, value in lines.items()))
+        items = [*lines.items(), *(("contender", name) for name in contenders)]
+        (folder / "case.txt").write_text("".join(f"{key} {value}\n" for key, value in items), encoding="utf-8")
 
     def describe(self) -> dict[str, Any]:
         """The fields that a row of results repeats. `mean_bytes`: what a pair moves on average."""

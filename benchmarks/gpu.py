@@ -9,6 +9,7 @@ one GPU allows, and writes benchmarks/results/<device>-<date>.json. Without a GP
 from __future__ import annotations
 
 import argparse
+import atexit
 import datetime
 import importlib.util
 import json
@@ -18,6 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,17 @@ def find_gpu() -> dict[str, str] | None:
     if len(parts) != 3 or not re.fullmatch(r"\d+\.\d+", parts[2]):
         return None
     return dict(zip(("name", "driver", "compute_capability"), parts))
+
+
+def preloadable(library: Path) -> str:
+    """For LD_PRELOAD, where a path ends at a space or colon: its own path, else that of a link to it."""
+    path = library.resolve()
+    if not re.search(r"[\s:]", str(path)):
+        return str(path)
+    folder = Path(tempfile.mkdtemp(prefix="m2n-", dir="/tmp"))
+    atexit.register(shutil.rmtree, folder)
+    (folder / path.name).symlink_to(path)
+    return str(folder / path.name)
 
 
 class Run:
@@ -203,7 +216,7 @@ def time_it(run: Run, nccl: Path | None = None, timeline: Path | None = None) ->
     # Last: ranks that several processes have on one GPU are an experiment of NCCL's, and may hang.
     ranks_share_a_gpu = {"CUDA_MODULE_LOADING": "EAGER", "NCCL_MULTI_RANK_GPU_ENABLE": "1"}
     if nccl is not None:  # torch finds its own by its RPATH, before any LD_LIBRARY_PATH
-        ranks_share_a_gpu["LD_PRELOAD"] = str(nccl.resolve())
+        ranks_share_a_gpu["LD_PRELOAD"] = preloadable(nccl)
     put = ["nccl-put", *(["--nccl", str(nccl.resolve())] if nccl is not None else [])]
     for name, options in (
         ("processes, m2n and NCCL", ["nccl"]),

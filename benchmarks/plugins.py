@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -64,7 +65,7 @@ def native_transport(name: str) -> str:
     options = ["TLS=tcp,self", *([f"library={library}"] if library else [])]
     wheel = importlib.util.find_spec("libucx")
     folders = (wheel.submodule_search_locations or ()) if wheel else ()
-    return ";".join(["ucx", *options, *(f"beside={folder}/lib/libucp.so.0" for folder in folders)])
+    return ";".join(["ucx", *options, *(f"beside={folder}/lib/libucp.so.0" for folder in folders if ";" not in folder)])
 
 
 def _ucx_compiler() -> tuple[str, list[str]]:
@@ -76,11 +77,19 @@ def _ucx_compiler() -> tuple[str, list[str]]:
     for folder in map(Path, (wheel.submodule_search_locations or ()) if wheel else ()):
         if (folder / "include/ucp/api/ucp.h").exists():
             lib = folder / "lib"
-            return compiler, [f"-I{folder / 'include'}", f"-L{lib}", f"-Wl,-rpath,{lib}", "-lucp"]
+            return compiler, [
+                f"-I{folder / 'include'}",
+                f"-L{lib}",
+                "-Xlinker",
+                "-rpath",
+                "-Xlinker",
+                str(lib),
+                "-lucp",
+            ]
     if shutil.which("pkg-config") is not None:
         found = _run(["pkg-config", "--cflags", "--libs", "ucx"])
         if found.returncode == 0:
-            return compiler, found.stdout.split()
+            return compiler, shlex.split(found.stdout)
     if Path("/usr/include/ucp/api/ucp.h").exists():
         return compiler, ["-lucp"]
     raise _Missing(_NO_UCX)

@@ -87,7 +87,7 @@ class Job:
 
 def read_job(folder: str, process: int) -> Job:
     """Reads case.txt."""
-    lines = (Path(folder) / "case.txt").read_text(encoding="ascii").splitlines()
+    lines = (Path(folder) / "case.txt").read_text(encoding="utf-8").splitlines()
     return Job(Path(folder), process, {key: value for key, _, value in (line.partition(" ") for line in lines)})
 
 

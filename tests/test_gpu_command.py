@@ -98,6 +98,18 @@ def test_the_package_of_a_run_holds_what_its_steps_import(
     assert str(stage) in done.stdout
 
 
+@pytest.mark.parametrize("name", ["plain", "a space", "a:colon"])
+def test_a_library_is_loaded_first_wherever_it_lies(gpu: ModuleType, name: str, tmp_path: Path) -> None:
+    """LD_PRELOAD ends a path at spaces and colons, and then only warns."""
+    (tmp_path / name).mkdir()
+    library = tmp_path / name / "libfirst.so"
+    made = subprocess.run(["cc", "-shared", "-fPIC", "-xc", "/dev/null", "-o", library], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    environment = {**os.environ, "LD_PRELOAD": gpu.preloadable(library)}
+    done = subprocess.run(["cat", "/proc/self/maps"], capture_output=True, text=True, env=environment)
+    assert str(library) in done.stdout and not done.stderr
+
+
 def test_lines_of_the_timing_program_become_rows(
     gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,11 +29,6 @@ DType parse_dtype(const std::string& name) {
   return name == "float32" ? DType::kFloat32 : name == "float16" ? DType::kFloat16 : DType::kBFloat16;
 }
 
-template <class T>
-std::vector<T> read_list(std::istream& line) {
-  return {std::istream_iterator<T>(line), {}};
-}
-
 }  // namespace
 
 Case read_case(const std::string& folder) {
@@ -41,15 +36,15 @@ Case read_case(const std::string& folder) {
   job.folder = folder;
   std::istringstream lines(read_file(folder + "/case.txt"));
   for (std::string text; std::getline(lines, text);) {
-    std::istringstream line(text);
-    std::string key, value;
-    line >> key;
+    const size_t space = std::min(text.find(' '), text.size());
+    const std::string key = text.substr(0, space);
+    const std::string value = space == text.size() ? "" : text.substr(space + 1);  // a path may have spaces too
     if (key == "cores") {
-      job.cores = read_list<int>(line);
-    } else if (key == "contenders") {
-      job.contenders = read_list<std::string>(line);
+      std::istringstream line(value);
+      job.cores = {std::istream_iterator<int>(line), {}};
+    } else if (key == "contender") {
+      job.contenders.push_back(value);
     } else {
-      line >> value;
       const auto number = [&] { return static_cast<uint32_t>(std::stoul(value)); };
       if (key == "m")
         job.num_attention = number();

@@ -16,8 +16,8 @@
 
 namespace m2n::bench {
 
-// As the command line has written it, in a folder in memory: `case.txt` (lines "key value") and `topk.i32`, the expert
-// ids int32 [M][T][top_k].
+// As the command line has written it, in a folder in memory: `case.txt` (lines "key value", one for each contender) and
+// `topk.i32`, the expert ids int32 [M][T][top_k].
 struct Case {
   std::string folder;
   uint32_t num_attention = 1;
