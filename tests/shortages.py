@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import signal
@@ -84,14 +85,21 @@ def with_little_in_dev_shm() -> None:
     print(size, offered(64))
 
 
-def under_a_timer(interval_s: str) -> None:
-    """Signals come faster than the memory of one peer can be had."""
-    comm = expert(256)
-    signal.signal(signal.SIGALRM, lambda *_: None)
-    signal.setitimer(signal.ITIMER_REAL, float(interval_s), float(interval_s))
-    told = outcome(lambda: comm._native.offer(0, 1))
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    print(told)
+def with_interrupted_calls() -> None:
+    print(offered(64))
+
+
+def without_threads() -> None:
+    """Of a comm of each kind that has threads of its own; then whether this thread's signals are still its own."""
+    store, no_more_threads = tempfile.mkdtemp(), ctypes.c_int.in_dll(ctypes.CDLL(None), "no_more_threads")
+    two = m2n.Placement.block(4, 2)
+    emulated = m2n.ExpertComm(0, shape_of(1 << 20), two, store, device="emulated")
+    late = m2n.Config(faults=m2n.Faults(delay_us=1))
+    no_more_threads.value = 1
+    print(outcome(lambda: m2n.ExpertComm(1, shape_of(1 << 20), two, store, config=late)))
+    print(outcome(lambda: emulated.wait_work(0.1)))
+    no_more_threads.value = 0
+    print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])))
 
 
 if __name__ == "__main__":

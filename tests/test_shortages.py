@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -225,6 +227,23 @@ def test_dev_shm_may_be_small() -> None:
     assert run("with_little_in_dev_shm", prefix=prefix) == f"{MB} made"
 
 
-@pytest.mark.parametrize("interval_s", [0.02, 0.002])
-def test_signals_do_not_keep_a_comm_from_its_memory(interval_s: float) -> None:
-    assert run("under_a_timer", interval_s) == "made"
+@pytest.fixture(scope="module")
+def preloaded() -> Iterator[tuple[str, ...]]:
+    """Command words by which a program is short of something now and then (short_of.c)."""
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler: apt-get install gcc")
+    with tempfile.TemporaryDirectory(prefix="m2n-", dir="/tmp") as folder:  # LD_PRELOAD takes no path with a space
+        command = ["cc", "-O1", "-shared", "-fPIC", "short_of.c", "-o", f"{folder}/short_of.so", "-ldl"]
+        subprocess.run(command, cwd=TESTS, check=True, timeout=60)
+        yield "env", f"LD_PRELOAD={folder}/short_of.so"
+
+
+def test_a_signal_does_not_keep_a_comm_from_its_memory(preloaded: tuple[str, ...]) -> None:
+    assert run("with_interrupted_calls", prefix=preloaded) == "made"
+
+
+def test_a_comm_that_can_have_no_thread_is_refused(preloaded: tuple[str, ...]) -> None:
+    late, emulated, blocked = run("without_threads", prefix=preloaded).splitlines()
+    assert late.startswith("SetupError: cannot start the thread m2n-faulty: Resource temporarily unavailable"), late
+    assert emulated.startswith("SetupError: cannot start the thread of an emulated device"), emulated
+    assert blocked == "[]"

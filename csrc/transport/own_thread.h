@@ -14,6 +14,11 @@
 
 namespace m2n {
 
+inline Error no_thread(const std::string& name, const std::string& why) {
+  return Error(Failure::kSetup, "cannot start the thread " + name + ": " + why +
+                                    "; is the limit of threads (ulimit -u, or pids.max of the cgroup) too low?");
+}
+
 // Runs body() on a thread of that name (at most 15 characters). Signals of the operating system belong to the program's
 // threads. Throws Error(kSetup) where there can be no more threads.
 template <class Body>
@@ -33,8 +38,7 @@ std::thread start_own_thread(const char* name, Body&& body) {
   }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
   if (failure.empty()) return thread;
-  throw Error(Failure::kSetup, std::string("cannot start the thread ") + name + ": " + failure +
-                                   "; is the limit of threads (ulimit -u, or pids.max of the cgroup) too low?");
+  throw no_thread(name, failure);
 }
 
 }  // namespace m2n

@@ -7,11 +7,15 @@
 #include <atomic>
 #include <barrier>
 #include <cstdint>
+#include <latch>
 #include <memory>
+#include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
 #include "transport/host_exec.h"
+#include "transport/own_thread.h"
 
 namespace m2n {
 
@@ -62,6 +66,7 @@ class TeamExec {
 };
 
 // Calls body(exec), with an `Exec` made from a TeamExec, on every thread of every block; returns when all are done.
+// Throws Error(kSetup), and has called nothing, where there can be no more threads.
 template <class Exec = TeamExec, class Body>
 void run_team(uint32_t num_blocks, uint32_t num_threads, uint32_t num_shared_words, const Body& body) {
   std::vector<std::unique_ptr<TeamExec::Block>> blocks;
@@ -69,13 +74,23 @@ void run_team(uint32_t num_blocks, uint32_t num_threads, uint32_t num_shared_wor
     blocks.push_back(std::make_unique<TeamExec::Block>(num_threads, num_shared_words));
   }
   std::vector<std::thread> threads;
-  for (uint32_t i = 0; i < num_blocks * num_threads; ++i) {
-    threads.emplace_back([&, i] {
-      Exec exec{TeamExec(i / num_threads, num_blocks, i % num_threads, num_threads, *blocks[i / num_threads])};
-      body(exec);
-    });
+  std::latch is_decided(1);  // bodies wait for each other: none begins before all are there
+  std::string failure;
+  try {
+    for (uint32_t i = 0; i < num_blocks * num_threads; ++i) {
+      threads.emplace_back([&, i] {
+        is_decided.wait();
+        if (!failure.empty()) return;
+        Exec exec{TeamExec(i / num_threads, num_blocks, i % num_threads, num_threads, *blocks[i / num_threads])};
+        body(exec);
+      });
+    }
+  } catch (const std::system_error& error) {
+    failure = error.what();
   }
+  is_decided.count_down();
   for (std::thread& thread : threads) thread.join();
+  if (!failure.empty()) throw no_thread("of an emulated device", failure);
 }
 
 }  // namespace m2n
