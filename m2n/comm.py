@@ -117,12 +117,12 @@ class Comm:
         self._transport = transport
         if is_on_gpu:
             self._transport = self.device if transport == "cuda" else f"pinned:{self.device}"
-        if transport in ("auto", "ucx"):
+        if transport in ("auto", *bootstrap.NETWORKS):
             self._transport = self.config._network(transport, self.device)
         if self.config.faults is not None:
-            if transport == "ucx":
+            if transport in bootstrap.NETWORKS:
                 raise ValueError(
-                    "config.faults: signals over 'ucx' cannot be held back yet; use transport='shm', or no faults "
+                    f"config.faults: signals over {transport!r} cannot be held back yet; use transport='shm', or no faults "
                     "(M2N_FAULTS)"
                 )
             if self.device != "cpu":

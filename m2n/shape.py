@@ -316,7 +316,7 @@ class Config:
             raise ValueError("insecure: a job_key is set too (M2N_JOB_KEY); leave one of them out")
         require_int("num_sms", self.num_sms, 1)
         for field, known in (
-            ("transport", ("auto", "shm", "cuda", "ucx")),
+            ("transport", ("auto", "shm", "cuda", "tcp", "ucx")),
             ("arrays", ("auto", "torch", "numpy", "cupy")),
             ("ucx_way", ("auto", "message", "put")),
         ):
@@ -334,12 +334,14 @@ class Config:
                 )
 
     def _network(self, transport: str, device: str = "cpu") -> str:
-        """The native name of the transport `ucx` or `auto` with these settings; `device` uses its windows too."""
-        options = {"way": self.ucx_way, "library": self.ucx_library, "beside": _ucx_of_package()}
-        options |= {"device": device} if device.startswith("cuda") else {}
-        if self.gpu_direct:  # on "emulated" rows lie in memory of the host too, apart from the rest
-            options["rows"] = f"gpudirect:{device}" if device.startswith("cuda") else "shm"
-        options |= {key.removeprefix("UCX_"): value for key, value in self.ucx_variables.items()}
+        """The native name of the transport `tcp`, `ucx` or `auto` with these settings; `device` uses its windows too."""
+        options = {"device": device} if device.startswith("cuda") else {}
+        if transport == "ucx":
+            options |= {"way": self.ucx_way, "library": self.ucx_library or "", "beside": _ucx_of_package()}
+            options |= {"insecure": "1"} if self.insecure else {}
+            if self.gpu_direct:  # on "emulated" rows lie in memory of the host too, apart from the rest
+                options["rows"] = f"gpudirect:{device}" if device.startswith("cuda") else "shm"
+            options |= {key.removeprefix("UCX_"): value for key, value in self.ucx_variables.items()}
         return ";".join([transport, *(f"{key}={value}" for key, value in options.items() if value)])
 
 

@@ -265,13 +265,13 @@ bool Comm::give_back(uint32_t peer_idx) {
 }
 
 void Comm::attach(uint32_t peer_idx, std::vector<Handle> handles, const Origin& origin, bool wakes,
-                  const std::string& door, Fd /*data*/) {
+                  const std::string& door, Fd data) {
   require_usable();
   if (handles.size() != 3) throw Error(Failure::kSetup, "handshake: expected 3 memory objects");
   const uint64_t expected[] = {peer_rows().object_bytes, peer_small().object_bytes, kPageBytes};
   Link& link = links_.at(peer_idx);
   if (link.is_over_network) {
-    const Areas send = network_owner_->connect(peer_idx, door, &wakes);
+    const Areas send = network_owner_->connect(peer_idx, door, std::move(data), &wakes);
     if (!wakes) exec_.look_often();
     link.exposed = transport_->expose(send);
     peers_.entries[peer_idx].view = {send.rows, send.small, nullptr, doorbell()};

@@ -20,6 +20,7 @@ Fd::~Fd() {
 
 std::unique_ptr<Transport> make_shm_transport();
 std::unique_ptr<Transport> make_faulty_transport(const std::string& name);
+std::unique_ptr<Transport> make_tcp_transport(const std::string& name);
 std::unique_ptr<Transport> make_ucx_transport(const std::string& name);
 std::string describe_ucx(const std::string& name);
 #if M2N_HAS_CUDA
@@ -33,18 +34,20 @@ std::string why_no_cuda() { return "not compiled in: no CUDA compiler was found 
 std::unique_ptr<Transport> make_transport(const std::string& name) {
   if (name == "shm") return make_shm_transport();
   if (name.rfind("faulty", 0) == 0) return make_faulty_transport(name);
-  if (name.rfind("ucx", 0) == 0 || name.rfind("auto", 0) == 0) return make_ucx_transport(name);
+  if (name.rfind("tcp", 0) == 0 || name.rfind("auto", 0) == 0) return make_tcp_transport(name);
+  if (name.rfind("ucx", 0) == 0) return make_ucx_transport(name);
 #if M2N_HAS_CUDA
   if (name.rfind("cuda", 0) == 0) return make_cuda_transport(name);
   if (name.rfind("pinned:", 0) == 0) return make_pinned_transport(name.substr(7));
   if (name.rfind("gpudirect:", 0) == 0) return make_gpu_direct_transport(name.substr(10));
   throw Error(
       Failure::kSetup,
-      "transport: '" + name + "' is not known to this build; known: shm, auto, faulty, ucx, cuda, pinned, gpudirect");
+      "transport: '" + name +
+          "' is not known to this build; known: shm, auto, faulty, tcp, ucx, cuda, pinned, gpudirect");
 #else
   throw Error(Failure::kSetup,
               "transport: '" + name +
-                  "' is not known to this build; known: shm, auto, faulty, ucx; cuda, pinned and gpudirect are " +
+                  "' is not known to this build; known: shm, auto, faulty, tcp, ucx; cuda, pinned and gpudirect are " +
                   why_no_cuda());
 #endif
 }

@@ -3,8 +3,6 @@
 #include "transport/ucx_links.h"
 
 #include <sched.h>
-#include <sys/mman.h>
-#include <sys/random.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -28,35 +26,6 @@ constexpr int64_t kDrainNs = 5'000'000'000;
 // TCP, from there on UCX's rendezvous.
 constexpr const char* kVariables[][2] = {
     {"TCP_TX_SEG_SIZE", "1m"}, {"TCP_RX_SEG_SIZE", "1m"}, {"RNDV_THRESH", "512k"}, {"TCP_MAX_IOV", "256"}};
-
-// From the beginning of a page to that of the send areas. The kernel copies what is sent to where its own pages begin,
-// behind a short head; from the same place of another page that takes twice as long or longer, since the processor
-// takes each load for one of the bytes just stored, whose addresses end alike.
-constexpr uint64_t kAreasAt = 256;
-
-uint64_t random_number() {
-  uint64_t number = 0;
-  while (getrandom(&number, sizeof number, 0) != sizeof number) {
-  }
-  return number;
-}
-
-std::shared_ptr<unsigned char> reserve(uint64_t num_bytes) {
-  num_bytes += kAreasAt;
-  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-  void* data = mmap(nullptr, num_bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
-  if (data == MAP_FAILED) fail("cannot reserve " + std::to_string(num_bytes) + " bytes of addresses for send areas");
-  madvise(data, num_bytes, MADV_DONTFORK);
-  return {static_cast<unsigned char*>(data) + kAreasAt,
-          [num_bytes](unsigned char* areas) { munmap(areas - kAreasAt, num_bytes); }};
-}
-
-// The system may have the memory of an area again, but for its first and last page.
-void give_back(unsigned char* area, uint64_t num_bytes) {
-  const uint64_t behind = reinterpret_cast<uintptr_t>(area) % kPageBytes;
-  if (num_bytes <= kPageBytes) return;
-  madvise(area + kPageBytes - behind, (num_bytes - (kPageBytes - behind)) / kPageBytes * kPageBytes, MADV_DONTNEED);
-}
 
 // Is this list of UCX_TLS one of shared memory alone, a GPU's too? That never tells that a peer is gone, and refuses to
 // be asked.
@@ -150,9 +119,7 @@ void Links::require_cuda() {
 void Links::open(const Network::Peers& peers, std::shared_ptr<Window> rows_areas, std::function<void()> on_signal,
                  std::function<void()> on_report) {
   std::lock_guard lock(mutex_);
-  peers_ = peers;
-  rows_areas_ = std::move(rows_areas);
-  send_areas_ = reserve(peers.max_peers * area_bytes());
+  areas_.open(peers, std::move(rows_areas));
   on_signal_ = std::move(on_signal);
   on_report_ = std::move(on_report);
 }
@@ -187,7 +154,7 @@ std::string Links::make_door(uint32_t peer_idx, const Areas& own) {
   return write_door(door);
 }
 
-Areas Links::connect(uint32_t peer_idx, const std::string& bytes, bool* wakes) {
+Areas Links::connect(uint32_t peer_idx, const std::string& bytes, Fd /*data*/, bool* wakes) {
   Door door;
   if (!read_door(bytes, &door) || door.way > static_cast<uint32_t>(Way::kPut)) {
     fail("the peer's address is none of this version, on a machine of this byte order");
@@ -212,7 +179,7 @@ Areas Links::connect(uint32_t peer_idx, const std::string& bytes, bool* wakes) {
   link.peer_link = door.link;
   link.is_put = puts(link, way_);
   *wakes = !puts(link, static_cast<Way>(door.way));
-  if (rows_areas_ != nullptr && (!link.is_put || *wakes)) {
+  if (areas_.has_rows_apart() && (!link.is_put || *wakes)) {
     refuse(
         "gpu_direct needs puts in both directions, and this link would carry messages (ucx_way, or a network without "
         "remote memory access); leave it out, or use ucx_way='put' on both sides");
@@ -223,13 +190,7 @@ Areas Links::connect(uint32_t peer_idx, const std::string& bytes, bool* wakes) {
     require(api_, api_.ep_rkey_unpack(link.endpoint, door.objects[i].key.data(), &link.remote_keys[i]),
             "ucp_ep_rkey_unpack: the peer's memory cannot be reached by puts");
   }
-  unsigned char* area = send_areas_.get() + peer_idx * area_bytes();
-  unsigned char* rows = area;
-  if (rows_areas_ != nullptr) {
-    (void)rows_areas_->add_object(peer_idx);
-    rows = rows_areas_->data() + peer_idx * peers_.rows_bytes;
-  }
-  return {rows, peers_.rows_bytes, area + rows_bytes_on_host(), peers_.small_bytes};
+  return areas_.add(peer_idx);
 }
 
 void Links::make_endpoint(Link& link, const std::string& address) {
@@ -331,8 +292,7 @@ bool Links::release(uint32_t peer_idx) {
   }
   if (link->num_sending != 0 || link->num_receiving != 0) return false;
   unmap(*link);
-  if (rows_areas_ != nullptr) (void)rows_areas_->remove_object(peer_idx);
-  give_back(send_areas_.get() + peer_idx * area_bytes(), rows_bytes_on_host() + peers_.small_bytes);
+  areas_.remove(peer_idx);
   links_[peer_idx].reset();
   return true;
 }

@@ -10,9 +10,10 @@
 #include <utility>
 #include <vector>
 
-#include "transport/transport.h"
+#include "transport/network_areas.h"
+#include "transport/network_links.h"
 #include "transport/ucx_api.h"
-#include "transport/ucx_message.h"
+#include "transport/ucx_door.h"
 
 namespace m2n::ucx {
 
@@ -23,47 +24,38 @@ struct Settings {
   std::string library, beside;  // see load()
   std::string device;           // a GPU that uses the windows too; "": none
   std::string rows;             // the transport in whose memory rows lie; "": in that of the host
-  bool shares_memory = false;   // with peers of this host
+  bool is_insecure = false;     // TCP may be taken, by which anybody on the network reaches this process
   Way way = Way::kAuto;
   std::vector<std::pair<std::string, std::string>> variables;  // of UCX, without their UCX_
 };
 
-class Links {
+class Links final : public NetworkLinks {
  public:
   explicit Links(const Settings& settings);
-  ~Links();
+  ~Links() override;
   Links(const Links&) = delete;
   Links& operator=(const Links&) = delete;
 
-  // `rows_areas`: send areas for rows, a peer's object each, where they do not lie in memory of the host. Nothing here
-  // touches their bytes, so rows can only be put, in both directions.
-  // The calls are made where a signal was stored, and where somebody must come and report(); with the lock held.
+  // With rows elsewhere nothing here touches their bytes, so rows can only be put, in both directions.
   void open(const Network::Peers& peers, std::shared_ptr<Window> rows_areas, std::function<void()> on_signal,
-            std::function<void()> on_report);
-  std::string make_door(uint32_t peer_idx, const Areas& own);
-  Areas connect(uint32_t peer_idx, const std::string& bytes, bool* wakes);
-  void end(uint32_t peer_idx);
-  void end_now(uint32_t peer_idx);
-  bool release(uint32_t peer_idx);
-  void drain();
-  void close();
+            std::function<void()> on_report) override;
+  std::string make_door(uint32_t peer_idx, const Areas& own) override;
+  Areas connect(uint32_t peer_idx, const std::string& bytes, Fd data, bool* wakes) override;
+  void end(uint32_t peer_idx) override;
+  void end_now(uint32_t peer_idx) override;
+  bool release(uint32_t peer_idx) override;
+  void drain() override;
+  void close() override;
 
-  bool covers(const void* at) const {
-    const auto* byte = static_cast<const unsigned char*>(at);
-    const bool is_on_host = byte >= send_areas_.get() && byte < send_areas_.get() + peers_.max_peers * area_bytes();
-    return is_on_host || is_in_rows_areas(byte);
-  }
-  void send(const std::vector<Piece>& pieces, const Signal* word, Signal value, bool is_free_after);
-  void finish(const Signal* word);
-  uint32_t num_sending() const { return load_acquire(&num_sending_); }  // SYNC: ucx-sending
+  bool covers(const void* at) const override { return areas_.covers(at); }
+  void send(const std::vector<Piece>& pieces, const Signal* word, Signal value, bool is_free_after) override;
+  void finish(const Signal* word) override;
+  uint32_t num_sending() const override { return load_acquire(&num_sending_); }  // SYNC: network-sending
 
-  // Makes the progress of a moment, unless another thread is at it.
-  void look();
-  // Makes all the progress there is. True: from now on event_fd() tells when there is more.
-  bool settle_and_arm();
-  int event_fd() const { return event_fd_; }
-  // Tells of links that have broken or ended; in how many ns to come again, -1: when told to.
-  int64_t report(LinkListener& listener);
+  void look() override;
+  bool settle_and_arm() override;
+  int event_fd() const override { return event_fd_; }
+  int64_t report(LinkListener& listener) override;
 
  private:
   struct Link {
@@ -107,22 +99,10 @@ class Links {
 
   void make_worker(const Settings& settings);
   void require_cuda();
-  // From one peer's send area to the next, on pages of their own.
-  uint64_t area_bytes() const { return rows_bytes_on_host() + peers_.small_bytes + kPageBytes; }
-  uint64_t rows_bytes_on_host() const { return rows_areas_ == nullptr ? peers_.rows_bytes : 0; }
-  bool is_in_rows_areas(const unsigned char* at) const {
-    return rows_areas_ != nullptr && at >= rows_areas_->data() && at < rows_areas_->data() + rows_areas_->bytes();
-  }
   Link* find(uint32_t peer_idx) { return peer_idx < links_.size() ? links_[peer_idx].get() : nullptr; }
   void make_endpoint(Link& link, const std::string& address);
   std::vector<std::string> transports_of(const Link& link) const;
   bool puts(const Link& link, Way way) const;
-  // Where an address in the send areas lies in the objects of a peer.
-  struct Place {
-    uint32_t peer_idx, area;
-    uint64_t offset;
-  };
-  Place place_of(const void* at) const;
   void post_message(Link& link, const std::vector<Piece>& pieces, const Signal* word, Signal value, bool is_free_after);
   void post_puts(Link& link, const std::vector<Piece>& pieces, const Signal* word, Signal value, bool is_free_after);
   void write_message(Sending& sending, const std::vector<Piece>& pieces);
@@ -157,10 +137,8 @@ class Links {
   int event_fd_ = -1;
   std::mutex mutex_;  // of the worker and of all below
   bool is_closed_ = false;
-  Network::Peers peers_{};
-  std::shared_ptr<unsigned char> send_areas_;  // by peer index: rows, then small
-  std::shared_ptr<Window> rows_areas_;         // where given, rows, and none of them above
-  std::vector<std::unique_ptr<Link>> links_;   // by peer index
+  SendAreas areas_;
+  std::vector<std::unique_ptr<Link>> links_;  // by peer index
   std::vector<std::unique_ptr<Sending>> sending_, idle_;
   uint32_t num_sending_ = 0;
   bool is_reporting_ = false;   // the listener is being told of links by their indices

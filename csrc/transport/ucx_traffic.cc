@@ -27,31 +27,11 @@ constexpr int64_t kGraceNs = 200'000'000;
 // After a goodbye or a death: how long the rest of what was sent may take where UCX does not tell of the end.
 constexpr int64_t kEndingNs = 100'000'000;
 
-uint64_t bytes_of(const std::vector<Piece>& pieces) {
-  uint64_t num_bytes = 0;
-  for (const Piece& piece : pieces) num_bytes += piece.num_bytes;
-  return num_bytes;
-}
-
-unsigned char* data_of(const Areas& areas, uint32_t area) { return area == 0 ? areas.rows : areas.small; }
-
 }  // namespace
-
-Links::Place Links::place_of(const void* at) const {
-  const auto* byte = static_cast<const unsigned char*>(at);
-  if (is_in_rows_areas(byte)) {
-    const auto offset = static_cast<uint64_t>(byte - rows_areas_->data());
-    return {static_cast<uint32_t>(offset / peers_.rows_bytes), 0, offset % peers_.rows_bytes};
-  }
-  const auto offset = static_cast<uint64_t>(byte - send_areas_.get());
-  const uint64_t in_link = offset % area_bytes(), rows_bytes = rows_bytes_on_host();
-  const bool is_small = in_link >= rows_bytes;
-  return {static_cast<uint32_t>(offset / area_bytes()), is_small, in_link - (is_small ? rows_bytes : 0)};
-}
 
 void Links::send(const std::vector<Piece>& pieces, const Signal* word, Signal value, bool is_free_after) {
   std::lock_guard lock(mutex_);
-  Link* link = find(place_of(word).peer_idx);
+  Link* link = find(areas_.place_of(word).peer_idx);
   // To a peer that is gone nothing is sent; its state says so.
   if (is_closed_ || link == nullptr || link->endpoint == nullptr || link->is_broken) return;
   if (link->is_put) {
@@ -62,25 +42,18 @@ void Links::send(const std::vector<Piece>& pieces, const Signal* word, Signal va
 }
 
 void Links::write_message(Sending& sending, const std::vector<Piece>& pieces) {
-  MessageHead head{sending.link->peer_key, sending.link->peer_link, 0, 0, place_of(sending.word).offset, sending.value};
+  MessageHead head{sending.link->peer_key, sending.link->peer_link, 0, 0, areas_.place_of(sending.word).offset,
+                   sending.value};
   MessagePart parts[kMaxParts];
   unsigned char inline_bytes[kMaxInlineBytes];
   uint64_t num_inline_bytes = 0;
   sending.iov.clear();
   const auto add = [&](const Piece& piece) {
-    const Place place = place_of(piece.to);
-    MessagePart* last = head.num_parts == head.num_inline ? nullptr : &parts[head.num_parts - 1];
-    if (last != nullptr && last->area == place.area && last->offset + last->num_bytes == place.offset) {
-      last->num_bytes += piece.num_bytes;
-    } else if (head.num_parts == kMaxParts) {
-      throw Error(Failure::kSetup, "ucx: a message of too many parts");
-    } else {
-      parts[head.num_parts++] = {place.area, 0, place.offset, piece.num_bytes};
-    }
+    areas_.add_part(head, parts, head.num_inline, piece.to, piece.num_bytes);
   };
   // What goes beside the rows travels in the header where it is short, so that the data is rows alone.
   const auto is_inline = [&](const Piece& piece) {
-    return place_of(piece.to).area != 0 && piece.num_bytes <= max_inline_bytes_ / kMaxParts;
+    return areas_.place_of(piece.to).area != 0 && piece.num_bytes <= max_inline_bytes_ / kMaxParts;
   };
   for (const Piece& piece : pieces) {
     if (!is_inline(piece)) continue;
@@ -154,7 +127,7 @@ void Links::post_puts(Link& link, const std::vector<Piece>& pieces, const Signal
     param.field_mask = RequestParam::kCallback | RequestParam::kUserData;
     param.callback.send = &on_sent;
     param.user_data = &sending;
-    const Place place = place_of(to);
+    const SendAreas::Place place = areas_.place_of(to);
     note_request(sending, api_.put_nbx(link.endpoint, from, num_bytes, link.remote[place.area] + place.offset,
                                        link.remote_keys[place.area], &param));
   };
@@ -177,7 +150,7 @@ Links::Sending& Links::keep(Link& link, const Signal* word) {
   sending.word = word;
   sending.num_requests = 1;  // of the caller, which ends it when it has posted all
   ++link.num_sending;
-  store_release(&num_sending_, num_sending_ + 1);  // SYNC: ucx-sending
+  store_release(&num_sending_, num_sending_ + 1);  // SYNC: network-sending
   return sending;
 }
 
@@ -202,7 +175,7 @@ void Links::end_request(Sending& sending, Status status) {
       std::find_if(sending_.begin(), sending_.end(), [&](const auto& one) { return one.get() == &sending; });
   idle_.push_back(std::move(*at));
   sending_.erase(at);
-  store_release(&num_sending_, num_sending_ - 1);  // SYNC: ucx-sending
+  store_release(&num_sending_, num_sending_ - 1);  // SYNC: network-sending
 }
 
 void Links::finish(const Signal* word) {
@@ -237,7 +210,7 @@ Status Links::receive(const void* header, size_t header_bytes, void* data, size_
     break_link(*link, "it sent a message with " + wrong);
     return Status::kOk;
   }
-  if (rows_areas_ != nullptr) {  // rows here are no memory of the host either
+  if (areas_.has_rows_apart()) {  // rows here are no memory of the host either
     break_link(*link, "it sent a message where all must be put");
     return Status::kOk;
   }

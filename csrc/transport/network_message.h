@@ -1,17 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// What peers read of each other. A door: how a rank is reached. And the header of an active message: which bytes go
-// where in the receiver's objects for this link, and the signal that is stored once they are there. Short ones lie in
-// the header itself, the others are its data. Nothing in it is believed before it is checked.
+// The header of a message over a network: which bytes go where in the receiver's objects for this link, and the signal
+// that is stored once they are there. Short ones may lie in the header itself, the others are its data. Nothing in it
+// is believed before it is checked.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <string>
-#include <vector>
 
 #include "core/platform.h"
 
-namespace m2n::ucx {
+namespace m2n {
 
 inline constexpr uint32_t kNumAreas = 2;
 inline constexpr uint32_t kMaxParts = 8;
@@ -40,21 +39,6 @@ struct Message {
   const unsigned char* inline_bytes = nullptr;  // in the header
 };
 
-// In this machine's byte order.
-struct Door {
-  uint32_t link = 0;  // the number and the key that messages to it carry
-  uint64_t key = 0;
-  uint32_t way = 0;
-  std::string address;  // of UCX's worker
-  struct Object {
-    uint64_t address = 0;
-    std::string key;  // of UCX, packed
-  } objects[kNumAreas];
-};
-std::string write_door(const Door& door);
-// False: it is none of this version, or of a machine of another byte order.
-bool read_door(const std::string& bytes, Door* door);
-
 // Copies what a header says of itself; false: it is too short to be one, and nobody's.
 bool read_head(const void* header, size_t header_bytes, MessageHead* head);
 // The whole header of a message with `data_bytes` of data, for areas of these sizes. Returns what is wrong with it, or
@@ -62,4 +46,4 @@ bool read_head(const void* header, size_t header_bytes, MessageHead* head);
 std::string read_message(const void* header, size_t header_bytes, size_t data_bytes,
                          const uint64_t (&area_bytes)[kNumAreas], Message* message);
 
-}  // namespace m2n::ucx
+}  // namespace m2n

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The proxy's loop, and how waiting threads sleep on UCX's events.
-#include "transport/ucx_proxy.h"
+// The proxy's loop, and how waiting threads sleep on the network's events.
+#include "transport/network_proxy.h"
 
 #include <poll.h>
 #include <sys/eventfd.h>
@@ -13,14 +13,14 @@
 #include "core/error.h"
 #include "transport/host_exec.h"
 
-namespace m2n::ucx {
+namespace m2n {
 namespace {
 
 constexpr int64_t kRestNs = 1'000'000;  // after a wait has ended, the next may begin soon
 
 Fd make_event() {
   Fd fd(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
-  if (fd.get() < 0) throw Error(Failure::kSetup, std::string("ucx: eventfd: ") + std::strerror(errno));
+  if (fd.get() < 0) throw Error(Failure::kSetup, std::string("network: eventfd: ") + std::strerror(errno));
   return fd;
 }
 void ring(const Fd& event) {
@@ -40,85 +40,85 @@ void reset(const Fd& event) {
 
 }  // namespace
 
-Proxy::Proxy(Links& links)
+NetworkProxy::NetworkProxy(NetworkLinks& links)
     : links_(links), kick_fd_(make_event()), interrupt_fd_(make_event()), ended_fd_(make_event()) {}
 
-void Proxy::run(LinkListener& listener) {
+void NetworkProxy::run(LinkListener& listener) {
   uint32_t seen_entries = 0;
-  while (load_seq_cst(&is_stopped_) == 0) {  // SYNC: ucx-stopped
+  while (load_seq_cst(&is_stopped_) == 0) {  // SYNC: network-stopped
     const int64_t report_ns = links_.report(listener);
-    const bool is_urgent = load_seq_cst(&is_urgent_) != 0;    // SYNC: ucx-urgent
-    const uint32_t entries = load_seq_cst(&num_entries_);     // SYNC: ucx-drivers
-    const bool is_driven = load_seq_cst(&num_drivers_) != 0;  // SYNC: ucx-drivers
+    const bool is_urgent = load_seq_cst(&is_urgent_) != 0;    // SYNC: network-urgent
+    const uint32_t entries = load_seq_cst(&num_entries_);     // SYNC: network-drivers
+    const bool is_driven = load_seq_cst(&num_drivers_) != 0;  // SYNC: network-drivers
     if (is_driven || (entries != seen_entries && !is_urgent)) {
       // Somebody makes progress, or has a moment ago. Where one wait goes on and on, nothing but its end matters.
       rest(is_driven && entries == seen_entries, report_ns);
       seen_entries = entries;
       continue;
     }
-    store_seq_cst(&is_urgent_, 0u);  // SYNC: ucx-urgent
+    store_seq_cst(&is_urgent_, 0u);  // SYNC: network-urgent
     if (links_.settle_and_arm()) wait_for(links_.event_fd(), kick_fd_.get(), report_ns);
     reset(kick_fd_);
   }
   ring(ended_fd_);
 }
 
-void Proxy::rest(bool is_idle, int64_t most_ns) {
+void NetworkProxy::rest(bool is_idle, int64_t most_ns) {
   if (!is_idle) {
     most_ns = kRestNs;
   } else {
-    store_seq_cst(&rests_long_, 1u);  // SYNC: ucx-rest
+    store_seq_cst(&rests_long_, 1u);  // SYNC: network-rest
   }
   // Where the last wait has just ended, a long rest would have no end.
-  if (!is_idle || load_seq_cst(&num_drivers_) != 0) wait_for(kick_fd_.get(), -1, most_ns);  // SYNC: ucx-drivers
+  if (!is_idle || load_seq_cst(&num_drivers_) != 0) wait_for(kick_fd_.get(), -1, most_ns);  // SYNC: network-drivers
   reset(kick_fd_);
-  store_seq_cst(&rests_long_, 0u);  // SYNC: ucx-rest
+  store_seq_cst(&rests_long_, 0u);  // SYNC: network-rest
 }
 
-void Proxy::stop() {
-  store_seq_cst(&is_stopped_, 1u);  // SYNC: ucx-stopped
+void NetworkProxy::stop() {
+  store_seq_cst(&is_stopped_, 1u);  // SYNC: network-stopped
   kick(false);
   while (!wait_for(ended_fd_.get(), -1, -1)) {
   }
 }
 
-void Proxy::kick(bool urgent) {
-  if (urgent) store_seq_cst(&is_urgent_, 1u);  // SYNC: ucx-urgent
+void NetworkProxy::kick(bool urgent) {
+  if (urgent) store_seq_cst(&is_urgent_, 1u);  // SYNC: network-urgent
   ring(kick_fd_);
 }
 
-void Proxy::sent() {
-  if (links_.num_sending() != 0 && load_seq_cst(&num_drivers_) == 0) kick(true);  // SYNC: ucx-drivers
+void NetworkProxy::sent() {
+  if (links_.num_sending() != 0 && load_seq_cst(&num_drivers_) == 0) kick(true);  // SYNC: network-drivers
 }
 
-void Proxy::enter() {
-  add_seq_cst(&num_drivers_, 1u);  // SYNC: ucx-drivers
-  add_seq_cst(&num_entries_, 1u);  // SYNC: ucx-drivers
+void NetworkProxy::enter() {
+  add_seq_cst(&num_drivers_, 1u);  // SYNC: network-drivers
+  add_seq_cst(&num_entries_, 1u);  // SYNC: network-drivers
 }
 
-void Proxy::leave(WakeWord* own_wake, Network* network) {
-  if (add_seq_cst(&num_drivers_, static_cast<uint32_t>(-1)) != 1) {  // SYNC: ucx-drivers
+void NetworkProxy::leave(WakeWord* own_wake, Network* network) {
+  if (add_seq_cst(&num_drivers_, static_cast<uint32_t>(-1)) != 1) {  // SYNC: network-drivers
     wake_sleepers(own_wake, network);  // one of those who wait may have to sleep here in this thread's place
   } else if (links_.num_sending() != 0) {
     kick(true);
-  } else if (load_seq_cst(&rests_long_) != 0) {  // SYNC: ucx-rest
+  } else if (load_seq_cst(&rests_long_) != 0) {  // SYNC: network-rest
     kick(false);
   }
 }
 
-bool Proxy::sleep(const uint32_t* events, uint32_t seen, int64_t most_ns) {
-  if (!replace_seq_cst(&is_sleeper_, 0u, 1u)) return false;  // SYNC: ucx-sleeper
+bool NetworkProxy::sleep(const uint32_t* events, uint32_t seen, int64_t most_ns) {
+  if (!replace_seq_cst(&is_sleeper_, 0u, 1u)) return false;  // SYNC: network-sleeper
   // A wake before this thread could be interrupted has changed the word: wake_sleepers().
   if (load_seq_cst(events) == seen && links_.settle_and_arm()) {  // SYNC: wake-event
     wait_for(links_.event_fd(), interrupt_fd_.get(), most_ns);
   }
   reset(interrupt_fd_);
-  store_seq_cst(&is_sleeper_, 0u);  // SYNC: ucx-sleeper
+  store_seq_cst(&is_sleeper_, 0u);  // SYNC: network-sleeper
   return true;
 }
 
-void Proxy::interrupt() {
-  if (load_seq_cst(&is_sleeper_) != 0) ring(interrupt_fd_);  // SYNC: ucx-sleeper
+void NetworkProxy::interrupt() {
+  if (load_seq_cst(&is_sleeper_) != 0) ring(interrupt_fd_);  // SYNC: network-sleeper
 }
 
-}  // namespace m2n::ucx
+}  // namespace m2n

@@ -1,63 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // Reading what a peer has written: each offset and length within what there is, without overflow.
-#include "transport/ucx_message.h"
+#include "transport/network_message.h"
 
 #include <cstring>
 
-namespace m2n::ucx {
+namespace m2n {
 namespace {
 
 bool is_within(uint64_t offset, uint64_t num_bytes, uint64_t area_bytes) {
   return num_bytes <= area_bytes && offset <= area_bytes - num_bytes;
 }
 
-struct DoorHead {
-  static constexpr uint32_t kMagic = 0x6D326E01;
-  uint32_t magic = kMagic;
-  uint32_t link = 0;
-  uint64_t key = 0;
-  uint32_t way = 0;
-  uint32_t address_bytes = 0;
-  uint64_t objects[kNumAreas] = {};
-  uint32_t key_bytes[kNumAreas] = {};
-};
-
 }  // namespace
-
-std::string write_door(const Door& door) {
-  DoorHead head;
-  head.link = door.link;
-  head.key = door.key;
-  head.way = door.way;
-  head.address_bytes = static_cast<uint32_t>(door.address.size());
-  std::string keys;
-  for (uint32_t i = 0; i < kNumAreas; ++i) {
-    head.objects[i] = door.objects[i].address;
-    head.key_bytes[i] = static_cast<uint32_t>(door.objects[i].key.size());
-    keys += door.objects[i].key;
-  }
-  return std::string(reinterpret_cast<const char*>(&head), sizeof head) + door.address + keys;
-}
-
-bool read_door(const std::string& bytes, Door* door) {
-  DoorHead head;
-  if (bytes.size() < sizeof head) return false;
-  std::memcpy(&head, bytes.data(), sizeof head);
-  uint64_t num_bytes = sizeof head + uint64_t{head.address_bytes};
-  for (uint32_t key_bytes : head.key_bytes) num_bytes += key_bytes;
-  if (head.magic != DoorHead::kMagic || num_bytes != bytes.size()) return false;
-  door->link = head.link;
-  door->key = head.key;
-  door->way = head.way;
-  size_t at = sizeof head;
-  const auto take = [&](uint32_t count) {
-    at += count;
-    return bytes.substr(at - count, count);
-  };
-  door->address = take(head.address_bytes);
-  for (uint32_t i = 0; i < kNumAreas; ++i) door->objects[i] = {head.objects[i], take(head.key_bytes[i])};
-  return true;
-}
 
 bool read_head(const void* header, size_t header_bytes, MessageHead* head) {
   if (header_bytes < sizeof *head) return false;
@@ -95,4 +49,4 @@ std::string read_message(const void* header, size_t header_bytes, size_t data_by
   return "";
 }
 
-}  // namespace m2n::ucx
+}  // namespace m2n

@@ -5,14 +5,13 @@
 #include <cstdint>
 
 #include "core/wake.h"
-#include "transport/transport.h"
-#include "transport/ucx_links.h"
+#include "transport/network_links.h"
 
-namespace m2n::ucx {
+namespace m2n {
 
-class Proxy {
+class NetworkProxy {
  public:
-  explicit Proxy(Links& links);
+  explicit NetworkProxy(NetworkLinks& links);
 
   // The thread: until stop(), which returns when it has ended.
   void run(LinkListener& listener);
@@ -32,7 +31,7 @@ class Proxy {
  private:
   void rest(bool is_idle, int64_t most_ns);
 
-  Links& links_;
+  NetworkLinks& links_;
   Fd kick_fd_, interrupt_fd_, ended_fd_;
   uint32_t num_drivers_ = 0;  // threads in a wait
   uint32_t num_entries_ = 0;  // how many waits there have been
@@ -42,4 +41,4 @@ class Proxy {
   uint32_t is_sleeper_ = 0;  // a waiting thread sleeps on the network's events
 };
 
-}  // namespace m2n::ucx
+}  // namespace m2n

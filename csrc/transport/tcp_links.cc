@@ -1,0 +1,218 @@
+// SPDX-License-Identifier: Apache-2.0
+// Making and ending links.
+#include "transport/tcp_links.h"
+
+#include <fcntl.h>
+#include <linux/sockios.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <sched.h>
+#include <sys/epoll.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+#include "core/error.h"
+#include "transport/host_exec.h"
+
+namespace m2n::tcp {
+namespace {
+
+constexpr int64_t kDrainNs = 5'000'000'000;
+// For the peer's host to say that it has what it was sent: a socket that closes before its owner has read everything
+// takes back what is still under way.
+constexpr int64_t kAcknowledgedNs = 1'000'000'000;
+// The watcher of processes knows better why a connection broke, a moment later.
+constexpr int64_t kGraceNs = 200'000'000;
+// After a goodbye or a death: how long the rest of what was sent may take where the connection does not end.
+constexpr int64_t kEndingNs = 100'000'000;
+
+struct Door {
+  static constexpr uint64_t kMagic = 0x3170637432326D32;  // of this version and byte order
+  uint64_t magic = kMagic;
+  uint64_t key = 0;
+};
+
+// Does the other host have all that the socket was given?
+bool is_acknowledged(int socket) {
+  int num_bytes = 0;
+  return ioctl(socket, SIOCOUTQ, &num_bytes) != 0 || num_bytes == 0;
+}
+
+}  // namespace
+
+void fail(const std::string& text) { throw Error(Failure::kSetup, "tcp: " + text); }
+
+Links::Links() : epoll_(epoll_create1(EPOLL_CLOEXEC)) {
+  if (epoll_.get() < 0) fail(std::string("epoll_create1: ") + std::strerror(errno));
+}
+
+void Links::open(const Network::Peers& peers, std::shared_ptr<Window> rows_areas, std::function<void()> on_signal,
+                 std::function<void()> on_report) {
+  std::lock_guard lock(mutex_);
+  areas_.open(peers, std::move(rows_areas));
+  on_signal_ = std::move(on_signal);
+  on_report_ = std::move(on_report);
+}
+
+std::string Links::make_door(uint32_t peer_idx, const Areas& own) {
+  std::lock_guard lock(mutex_);
+  if (is_closed_) fail("the comm is closed");
+  if (links_.size() <= peer_idx) links_.resize(peer_idx + 1);
+  links_[peer_idx] = std::make_unique<Link>();
+  Link& link = *links_[peer_idx];
+  link.peer_idx = peer_idx;
+  link.key = random_number();
+  link.own = own;
+  const Door door{Door::kMagic, link.key};
+  return {reinterpret_cast<const char*>(&door), sizeof door};
+}
+
+Areas Links::connect(uint32_t peer_idx, const std::string& bytes, Fd data, bool* wakes) {
+  Door door;
+  if (bytes.size() != sizeof door) fail("the peer's address is none of this version");
+  std::memcpy(&door, bytes.data(), sizeof door);
+  if (door.magic != Door::kMagic) fail("the peer's address is none of this version, on a machine of this byte order");
+  int type = 0;
+  socklen_t type_bytes = sizeof type;
+  if (getsockopt(data.get(), SOL_SOCKET, SO_TYPE, &type, &type_bytes) != 0 || type != SOCK_STREAM) {
+    fail("this link has no connection for its rows");
+  }
+  const int yes = 1;
+  (void)setsockopt(data.get(), IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);  // of a Unix socket there is no such thing
+  (void)fcntl(data.get(), F_SETFD, FD_CLOEXEC);
+  std::lock_guard lock(mutex_);
+  if (is_closed_) fail("the comm is closed");
+  Link& link = *links_.at(peer_idx);
+  link.peer_key = door.key;
+  link.socket = std::move(data);
+  link.staged = std::make_unique<unsigned char[]>(kStagedBytes);
+  watch_socket(link, EPOLL_CTL_ADD);
+  link.is_open = true;
+  open_links_.push_back(&link);
+  *wakes = true;
+  return areas_.add(peer_idx);
+}
+
+void Links::watch_socket(const Link& link, int operation) {
+  epoll_event event{};
+  event.events = EPOLLIN | (link.sending.empty() ? 0u : static_cast<uint32_t>(EPOLLOUT));
+  event.data.u32 = link.peer_idx;
+  if (epoll_ctl(epoll_.get(), operation, link.socket.get(), &event) != 0 && operation == EPOLL_CTL_ADD) {
+    fail(std::string("epoll_ctl: ") + std::strerror(errno));
+  }
+}
+
+void Links::stop(Link& link) {
+  forget_sending(link);
+  if (!std::exchange(link.is_open, false)) return;
+  open_links_.erase(std::find(open_links_.begin(), open_links_.end(), &link));
+  epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, link.socket.get(), nullptr);
+  shutdown(link.socket.get(), SHUT_RDWR);  // a forked child may have a copy of the descriptor, which changes nothing
+  link.socket = Fd();
+  link.staged.reset();
+}
+
+void Links::lose(Link& link, const std::string& violation) {
+  stop(link);
+  if (link.is_broken) return;
+  link.is_broken = true;
+  link.violation = violation;
+  link.tell_ns = now_ns() + (violation.empty() ? kGraceNs : 0);
+  if (on_report_) on_report_();
+}
+
+void Links::end(uint32_t peer_idx) {
+  std::lock_guard lock(mutex_);
+  Link* link = find(peer_idx);
+  if (link == nullptr || is_closed_) return;
+  link->ending_ns = now_ns();
+  on_report_();
+}
+
+void Links::end_now(uint32_t peer_idx) {
+  std::lock_guard lock(mutex_);
+  Link* link = find(peer_idx);
+  if (link == nullptr || link->is_ended || is_closed_) return;
+  const int64_t until_ns = now_ns() + kEndingNs;  // what has arrived still counts, but a peer may send and send
+  while (receive(*link) && now_ns() < until_ns) {
+  }
+  link->is_ended = true;
+  stop(*link);
+}
+
+bool Links::release(uint32_t peer_idx) {
+  std::lock_guard lock(mutex_);
+  Link* link = find(peer_idx);
+  if (link == nullptr) return true;
+  if (is_closed_ || is_reporting_) return false;
+  stop(*link);
+  areas_.remove(peer_idx);
+  links_[peer_idx].reset();
+  return true;
+}
+
+void Links::drain() {
+  const int64_t began_ns = now_ns();
+  while (num_sending() != 0 && now_ns() < began_ns + kDrainNs) {
+    look();
+    sched_yield();
+  }
+  const auto is_all_acknowledged = [this] {
+    std::lock_guard lock(mutex_);
+    return std::all_of(open_links_.begin(), open_links_.end(),
+                       [](const Link* link) { return is_acknowledged(link->socket.get()); });
+  };
+  const int64_t until_ns = now_ns() + kAcknowledgedNs;
+  while (!is_all_acknowledged() && now_ns() < until_ns) usleep(50);
+}
+
+void Links::close() {
+  std::lock_guard lock(mutex_);
+  if (is_closed_) return;
+  is_closed_ = true;
+  while (!open_links_.empty()) {
+    open_links_.back()->is_ended = true;
+    stop(*open_links_.back());
+  }
+}
+
+int64_t Links::report(LinkListener& listener) {
+  int64_t next_ns = -1;
+  std::vector<std::pair<uint32_t, std::string>> broken;
+  std::vector<uint32_t> ended;
+  {
+    std::lock_guard lock(mutex_);
+    if (is_closed_) return -1;
+    is_reporting_ = true;
+    const int64_t now = now_ns();
+    const auto is_due = [&](int64_t at_ns) {
+      if (now >= at_ns) return true;
+      if (next_ns < 0 || at_ns - now < next_ns) next_ns = at_ns - now;
+      return false;
+    };
+    for (const auto& link : links_) {
+      if (link == nullptr || link->is_ended) continue;
+      if (link->ending_ns >= 0) {
+        if (link->is_broken || is_due(link->ending_ns + kEndingNs)) ended.push_back(link->peer_idx);
+      } else if (link->is_broken && !link->is_told && is_due(link->tell_ns)) {
+        link->is_told = true;
+        broken.emplace_back(link->peer_idx, link->violation);
+      }
+    }
+  }
+  for (const auto& [peer_idx, violation] : broken) listener.link_broke(peer_idx, violation);
+  for (uint32_t peer_idx : ended) {
+    end_now(peer_idx);
+    listener.link_ended(peer_idx);
+  }
+  std::lock_guard lock(mutex_);
+  is_reporting_ = false;
+  return next_ns;
+}
+
+}  // namespace m2n::tcp
