@@ -312,8 +312,6 @@ class Config:
             raise ValueError(
                 f"job_key: expected at least {_MIN_KEY_CHARS} characters, as `openssl rand -hex 16` prints"
             )
-        if self.job_key is not None and self.insecure:
-            raise ValueError("insecure: a job_key is set too (M2N_JOB_KEY); leave one of them out")
         require_int("num_sms", self.num_sms, 1)
         for field, known in (
             ("transport", ("auto", "shm", "cuda", "tcp", "ucx")),

@@ -30,7 +30,7 @@ def config_of(transport: str) -> m2n.Config:
     if transport == "gpu-direct":
         return dataclasses.replace(config_of("ucx-put"), gpu_direct=True)
     if transport == "ucx":
-        return m2n.Config(transport="ucx", ucx_variables={"TLS": "tcp,self"}, **common)
+        return m2n.Config(transport="ucx", ucx_variables={"TLS": "tcp,self"}, insecure=True, **common)
     if transport == "stream-waits":
         return m2n.Config(transport="shm", stream_waits=True, **common)
     return m2n.Config(transport=transport, **common)

@@ -28,7 +28,7 @@ import m2n
 from m2n import arrays, testing
 from m2n.testing import expert_outputs
 
-pytestmark = over("auto", "stream-waits", "ucx")
+pytestmark = over("auto", "stream-waits", "tcp", "ucx")
 on_devices = pytest.mark.parametrize("device", ("emulated", pytest.param("cuda:0", marks=pytest.mark.cuda)))
 
 

@@ -22,9 +22,9 @@ SHAPE = m2n.Shape(
     hidden=72, num_experts=8, top_k=3, max_tokens=17, microbatches=2, dispatch_dtype="float32", combine_dtype="float32"
 )
 # The host's own verbs; the same over UCX, by messages and by puts; kernels on CPU threads; and kernels.
-UCX = tuple(pytest.param(name, marks=pytest.mark.ucx) for name in ("ucx", "ucx-put"))
+NETWORKS = ("tcp", *(pytest.param(name, marks=pytest.mark.ucx) for name in ("ucx", "ucx-put")))
 OWN_MEMORY = ("cpu", "emulated", pytest.param("cuda:0", marks=pytest.mark.cuda))
-DEVICES = (*OWN_MEMORY, *UCX)
+DEVICES = (*OWN_MEMORY, *NETWORKS)
 DTYPES = ("float32", "bfloat16", "float16")
 FLOAT8 = "float8_e4m3fn"
 # Replicated experts, uneven ranks.
@@ -68,8 +68,8 @@ def check(
     """Runs the workloads [rank][layer] through the library and compares every result with the oracle."""
     place = to_numpy if in_numpy else functools.partial(to_device, device=device)
     given_workloads = [[place(w) for w in layers] for layers in workloads]
-    is_ucx = device.startswith("ucx")
-    config = bodies.config_of(device) if is_ucx else bodies.NUMPY
+    is_network = device.startswith(("tcp", "ucx"))
+    config = bodies.config_of(device) if is_network else bodies.NUMPY
     config = dataclasses.replace(config, arrays="numpy" if in_numpy else "torch", faults=faults)
     results = run_ranks(
         bodies.pair(given_workloads, **options),
@@ -78,7 +78,7 @@ def check(
         shape=shape,
         placement=placement,
         processes=processes,
-        device="cpu" if is_ucx else device,
+        device="cpu" if is_network else device,
         config=config,
     )
     for rank, layers in enumerate(workloads):
@@ -150,7 +150,7 @@ def test_several_microbatches_in_flight(device: str, microbatches: int) -> None:
 
 
 @pytest.mark.parametrize("dtype, reduce_at", [("bfloat16", "expert"), ("float32", "attention"), (FLOAT8, "expert")])
-@pytest.mark.parametrize("device", ["cpu", *UCX, "emulated"])
+@pytest.mark.parametrize("device", ["cpu", *NETWORKS, "emulated"])
 def test_ranks_as_processes(device: str, dtype: str, reduce_at: str) -> None:
     shape = of_dtype(dataclasses.replace(SHAPE, reduce_at=reduce_at), dtype)
     check(shape, REPLICAS, all_kinds(shape, 2), processes=True, in_numpy=True, device=device)
@@ -202,5 +202,5 @@ def test_random_shapes_equal_the_oracle(data: st.DataObject) -> None:
         testing.make_workload(shape, data.draw(st.sampled_from(testing.KINDS)), seed + i)
         for i in range(data.draw(st.integers(1, 4), "layers"))
     ]
-    devices = ["cpu", "emulated", *(["ucx", "ucx-put"] if m2n.features()["ucx"] else [])]
+    devices = ["cpu", "emulated", "tcp", *(["ucx", "ucx-put"] if m2n.features()["ucx"] else [])]
     check(shape, placement, [layers, layers[::-1]], device=data.draw(st.sampled_from(devices), "device"))

@@ -30,7 +30,7 @@ from m2n import _C
 from m2n.ranks import run_ranks
 from m2n.testing import expert_outputs
 
-pytestmark = over("auto", "ucx")
+pytestmark = over("auto", "tcp", "ucx")
 SHAPE = m2n.Shape(
     hidden=64, num_experts=4, top_k=2, max_tokens=8, microbatches=2, dispatch_dtype="float32", combine_dtype="float32"
 )

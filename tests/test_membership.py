@@ -21,7 +21,7 @@ import m2n
 from m2n import testing
 from m2n.testing import expert_outputs
 
-pytestmark = over("auto", "ucx")
+pytestmark = over("auto", "tcp", "ucx")
 LATER = m2n.Placement([[1], [1], [0], [0]])
 # Expert 1 moves from rank 0 to rank 1: hosted by both, then by the new one alone.
 BOTH = m2n.Placement([[0], [0, 1], [1], [1]])

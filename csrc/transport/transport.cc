@@ -40,10 +40,9 @@ std::unique_ptr<Transport> make_transport(const std::string& name) {
   if (name.rfind("cuda", 0) == 0) return make_cuda_transport(name);
   if (name.rfind("pinned:", 0) == 0) return make_pinned_transport(name.substr(7));
   if (name.rfind("gpudirect:", 0) == 0) return make_gpu_direct_transport(name.substr(10));
-  throw Error(
-      Failure::kSetup,
-      "transport: '" + name +
-          "' is not known to this build; known: shm, auto, faulty, tcp, ucx, cuda, pinned, gpudirect");
+  throw Error(Failure::kSetup,
+              "transport: '" + name +
+                  "' is not known to this build; known: shm, auto, faulty, tcp, ucx, cuda, pinned, gpudirect");
 #else
   throw Error(Failure::kSetup,
               "transport: '" + name +

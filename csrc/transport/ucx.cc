@@ -5,6 +5,7 @@
 #include "transport/network.h"
 #include "transport/transport.h"
 #include "transport/ucx_links.h"
+#include "transport/ucx_tls.h"
 
 namespace m2n {
 namespace {
@@ -42,10 +43,22 @@ ucx::Settings parse_settings(const std::string& name) {
   return settings;
 }
 
+void require_no_tcp(const ucx::Settings& settings) {
+  const std::string transports = ucx::tls_of(settings.variables);
+  if (settings.is_insecure || transports.empty() || !ucx::lets_tcp_in(transports)) return;
+  throw Error(
+      Failure::kArgument,
+      "ucx: TLS='" + transports +
+          "' (ucx_variables, UCX_TLS) lets TCP in, by which whoever reaches this host can read and write all "
+          "memory of this process; leave it unset or use '^tcp', take transport='tcp', or Config(insecure=True) "
+          "where the network is yours alone");
+}
+
 }  // namespace
 
 std::unique_ptr<Transport> make_ucx_transport(const std::string& name) {
   const ucx::Settings settings = parse_settings(name);
+  require_no_tcp(settings);
   auto transport = make_network_transport({settings.device, settings.rows, false},
                                           [settings] { return std::make_unique<ucx::Links>(settings); });
   ucx::load(settings.library, settings.beside);

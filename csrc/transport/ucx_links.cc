@@ -13,6 +13,7 @@
 #include "core/error.h"
 #include "transport/host_exec.h"
 #include "transport/memory_limit.h"
+#include "transport/ucx_tls.h"
 
 namespace m2n::ucx {
 namespace {
@@ -26,19 +27,6 @@ constexpr int64_t kDrainNs = 5'000'000'000;
 // TCP, from there on UCX's rendezvous.
 constexpr const char* kVariables[][2] = {
     {"TCP_TX_SEG_SIZE", "1m"}, {"TCP_RX_SEG_SIZE", "1m"}, {"RNDV_THRESH", "512k"}, {"TCP_MAX_IOV", "256"}};
-
-// Is this list of UCX_TLS one of shared memory alone, a GPU's too? That never tells that a peer is gone, and refuses to
-// be asked.
-bool is_within_host(std::string_view transports) {
-  constexpr std::string_view kWithin[] = {"posix", "sysv", "cma", "xpmem",     "knem",     "self",
-                                          "shm",   "sm",   "mm",  "cuda_copy", "cuda_ipc", "gdr_copy"};
-  while (!transports.empty()) {
-    const size_t end = std::min(transports.find(','), transports.size());
-    if (std::find(std::begin(kWithin), std::end(kWithin), transports.substr(0, end)) == std::end(kWithin)) return false;
-    transports.remove_prefix(std::min(end + 1, transports.size()));
-  }
-  return true;
-}
 
 // UCX has threads and locks of its own, which a forked child gets in whatever state they were.
 void require_same_process() {
@@ -80,11 +68,12 @@ void Links::make_worker(const Settings& settings) {
   for (const auto& [name, value] : settings.variables) {
     require(api_, api_.config_modify(config, name.c_str(), value.c_str()), "setting " + name + "=" + value);
   }
-  const char* transports = std::getenv("UCX_TLS");
-  for (const auto& [name, value] : settings.variables) {
-    if (name == "TLS") transports = value.c_str();
+  const std::string transports = tls_of(settings.variables);
+  if (transports.empty() && !settings.is_insecure) {
+    require(api_, api_.config_modify(config, "TLS", kWithoutTcp), std::string("setting TLS=") + kWithoutTcp);
   }
-  is_within_host_ = transports != nullptr && is_within_host(transports);
+  is_within_host_ = is_within_host(transports);
+  has_tcp_ = lets_tcp_in(transports) && settings.is_insecure;
   Params params;
   params.features = Params::kAm | Params::kRma | Params::kWakeup;
   require(api_, api_.init_version(kMajor, kMinor, &params, config, &context_), "ucp_init");
@@ -206,7 +195,8 @@ void Links::make_endpoint(Link& link, const std::string& address) {
   if (status != Status::kOk) {
     link.endpoint = nullptr;
     fail(std::string("no connection to the peer: ") + api_.status_string(status) +
-         "; do both sides have the same UCX_TLS and a network in common?");
+         "; do both sides have the same UCX_TLS and a network in common?" +
+         (has_tcp_ ? "" : " Without Config(insecure=True) UCX gets no TCP: transport='tcp' needs no UCX"));
   }
 }
 

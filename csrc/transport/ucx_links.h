@@ -130,6 +130,7 @@ class Links final : public NetworkLinks {
   const Api& api_;
   const Way way_;
   bool is_within_host_ = false;  // only transports that do not tell of errors
+  bool has_tcp_ = false;
   Context* context_ = nullptr;
   Worker* worker_ = nullptr;
   std::string address_;
