@@ -29,10 +29,11 @@ class M2n:
             dispatch_dtype=job.dtype, combine_dtype=job.dtype, reduce_at=job.values["reduce_at"],
         )  # fmt: skip
         placement = m2n.Placement.block(job.experts, job.n)
-        variables = {"TLS": "tcp,self"} if job.values["transport"].startswith("ucx") else {}
+        transport = job.values["transport"].partition(";")[0]
+        variables = {"TLS": "tcp,self"} if transport == "ucx" else {}
         config = m2n.Config(
             timeout_s=_TIMEOUT_S, connect_timeout_s=_TIMEOUT_S, arrays="numpy",
-            transport="ucx" if variables else "shm", ucx_variables=variables,
+            transport=transport, ucx_variables=variables, insecure=bool(variables),
         )  # fmt: skip
         options: dict[str, Any] = {"shape": shape, "placement": placement, "store": str(job.folder / "store")}
         x = encode(np.zeros((job.tokens, job.x_stride_rows, job.hidden)), job.dtype)

@@ -62,7 +62,7 @@ def native_transport(name: str) -> str:
     if name != "ucx":
         return name
     library = m2n.Config().ucx_library
-    options = ["TLS=tcp,self", *([f"library={library}"] if library else [])]
+    options = ["insecure=1", "TLS=tcp,self", *([f"library={library}"] if library else [])]
     wheel = importlib.util.find_spec("libucx")
     folders = (wheel.submodule_search_locations or ()) if wheel else ()
     return ";".join(["ucx", *options, *(f"beside={folder}/lib/libucp.so.0" for folder in folders if ";" not in folder)])

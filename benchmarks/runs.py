@@ -29,7 +29,9 @@ from . import plugins, stats
 from .cases import SHARED_FOLDER, Case
 from .contenders import PYTHON_CONTENDERS, why_not
 
-NATIVE = ("m2n", "memcpy", "non-temporal", "hop", "m2n-pack", "ucx-shm", "ucx-tcp", "mpi")
+NATIVE = (
+    "m2n", "memcpy", "non-temporal", "hop", "socket", "m2n-pack", "m2n-tcp", "m2n-ucx", "ucx-shm", "ucx-tcp", "mpi",
+)  # fmt: skip
 DIRECTIONS = ("dispatch", "combine", "roundtrip")
 _MAX_ROUNDS = 20000
 _SEEN = "another process has failed"  # as ranks say at both boundaries

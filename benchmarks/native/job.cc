@@ -66,6 +66,8 @@ Case read_case(const std::string& folder) {
         job.shape.reduce_at = value == "attention" ? ReduceAt::kAttention : ReduceAt::kExpert;
       else if (key == "transport")
         job.transport = value;
+      else if (key == "ucx_transport")
+        job.ucx_transport = value;
       else if (key == "seconds")
         job.seconds = std::stod(value);
       else if (key == "max_rounds")
@@ -220,7 +222,8 @@ void sum_replies(const Job& job, Contender& contender, unsigned char* y) {
 std::unique_ptr<Contender> make_contender(const Job& job, Board& board, const std::string& name) {
   const size_t split = name.find('=');
   if (split == std::string::npos) {
-    if (name == "m2n" || name == "m2n-pack") return make_m2n(job, name);
+    if (name.rfind("m2n", 0) == 0) return make_m2n(job, name);
+    if (name == "socket") return make_socket(job, board);
     return make_limit(job, board, name);
   }
   const std::string path = name.substr(split + 1);

@@ -26,6 +26,7 @@ struct Case {
   uint32_t x_stride_rows = 1;  // 2: every other row of x is somebody else's
   Shape shape;
   std::string transport = "shm";
+  std::string ucx_transport;  // of "m2n-ucx"
   double seconds = 1;
   uint32_t max_rounds = 20000;
   int64_t deadline_ns = 20'000'000'000;  // of one wait
@@ -105,9 +106,10 @@ std::vector<uint32_t> experts_of(const Case& job, uint32_t expert_rank);
 // y of the attention rank: the sum of the replies, by the arithmetic of combine_recv.
 void sum_replies(const Job& job, Contender& contender, unsigned char* y);
 
-// Known by name: m2n, memcpy, non-temporal, hop; else a plug-in.
+// Known by name: m2n, m2n-pack, m2n-tcp, m2n-ucx, memcpy, non-temporal, hop, socket; else a plug-in.
 std::unique_ptr<Contender> make_contender(const Job& job, Board& board, const std::string& name);
 std::unique_ptr<Contender> make_m2n(const Job& job, const std::string& name);
+std::unique_ptr<Contender> make_socket(const Job& job, Board& board);
 std::unique_ptr<Contender> make_limit(const Job& job, Board& board, const std::string& name);
 
 }  // namespace m2n::bench

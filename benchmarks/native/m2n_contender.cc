@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// m2n itself, by the calls that its Python verbs make; "m2n-pack" with routes that pack.
+// m2n itself, by the calls that its Python verbs make; "m2n-pack" with routes that pack, "m2n-tcp" and "m2n-ucx" over a
+// transport of their own.
+#include <arpa/inet.h>
+#include <netinet/in.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -22,29 +25,29 @@ struct Hello {
   uint32_t rank;
 };
 
-// The way to a rank over a network follows it; else its descriptors go along.
+// The way to a rank over a network follows it, with one descriptor or none, of the connection that carries rows; else
+// those of its memory go along.
 constexpr size_t kMaxDoorBytes = 32 * 1024;
 
-void send_offer(int connection, uint32_t rank, Comm::Offer offer) {
+void send_offer(int connection, uint32_t rank, Comm::Offer offer, Fd data_end = Fd()) {
   alignas(cmsghdr) char control[CMSG_SPACE(3 * sizeof(int))] = {};
   Hello hello{offer.origin.process, rank};
+  const bool is_over_network = !offer.door.empty();
+  std::vector<int> fds;
+  if (data_end.get() >= 0) fds.push_back(data_end.get());
+  for (size_t i = 0; i < 3 && !is_over_network; ++i) fds.push_back(offer.handles[i].fd.get());
   iovec data[] = {{&hello, sizeof hello}, {offer.door.data(), offer.door.size()}};
   msghdr message{};
   message.msg_iov = data;
   message.msg_iovlen = 2;
-  if (!offer.door.empty()) {
-    if (sendmsg(connection, &message, 0) < 0) raise_socket("sendmsg");
-    return;
-  }
-  message.msg_control = control;
-  message.msg_controllen = sizeof control;
-  cmsghdr* header = CMSG_FIRSTHDR(&message);
-  header->cmsg_level = SOL_SOCKET;
-  header->cmsg_type = SCM_RIGHTS;
-  header->cmsg_len = CMSG_LEN(3 * sizeof(int));
-  for (size_t i = 0; i < 3; ++i) {
-    const int fd = offer.handles[i].fd.get();
-    std::memcpy(CMSG_DATA(header) + i * sizeof(int), &fd, sizeof fd);
+  if (!fds.empty()) {
+    message.msg_control = control;
+    message.msg_controllen = CMSG_SPACE(fds.size() * sizeof(int));
+    cmsghdr* header = CMSG_FIRSTHDR(&message);
+    header->cmsg_level = SOL_SOCKET;
+    header->cmsg_type = SCM_RIGHTS;
+    header->cmsg_len = CMSG_LEN(fds.size() * sizeof(int));
+    std::memcpy(CMSG_DATA(header), fds.data(), fds.size() * sizeof(int));
   }
   if (sendmsg(connection, &message, 0) < 0) raise_socket("sendmsg");
 }
@@ -52,6 +55,7 @@ void send_offer(int connection, uint32_t rank, Comm::Offer offer) {
 struct Received {
   std::vector<Handle> handles = std::vector<Handle>(3);
   std::string door;
+  Fd data;
 };
 
 Received receive_offer(int connection, Hello* hello) {
@@ -67,11 +71,12 @@ Received receive_offer(int connection, Hello* hello) {
   const ssize_t num_bytes = recvmsg(connection, &message, 0);
   if (num_bytes < static_cast<ssize_t>(sizeof *hello)) raise_socket("recvmsg");
   received.door.resize(static_cast<size_t>(num_bytes) - sizeof *hello);
-  if (!received.door.empty()) return received;
-  for (size_t i = 0; i < 3; ++i) {
+  const cmsghdr* header = CMSG_FIRSTHDR(&message);
+  const size_t num_fds = header == nullptr ? 0 : (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+  for (size_t i = 0; i < num_fds; ++i) {
     int fd = -1;
-    std::memcpy(&fd, CMSG_DATA(CMSG_FIRSTHDR(&message)) + i * sizeof(int), sizeof fd);
-    received.handles[i].fd = Fd(fd);
+    std::memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof fd);
+    (received.door.empty() ? received.handles.at(i).fd : received.data) = Fd(fd);
   }
   return received;
 }
@@ -92,6 +97,23 @@ sockaddr_un address_of(const Case& job, const std::string& contender, uint32_t e
   return address;
 }
 
+// Both ends of a TCP connection by loopback.
+std::pair<Fd, Fd> make_data_pair() {
+  const Fd listening(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  Fd ours(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t num_bytes = sizeof address;
+  auto* any = reinterpret_cast<sockaddr*>(&address);
+  if (bind(listening.get(), any, num_bytes) != 0 || listen(listening.get(), 1) != 0) raise_socket("listen");
+  if (getsockname(listening.get(), any, &num_bytes) != 0) raise_socket("getsockname");
+  if (connect(ours.get(), any, num_bytes) != 0) raise_socket("connect");
+  Fd theirs(accept4(listening.get(), nullptr, nullptr, SOCK_CLOEXEC));
+  if (theirs.get() < 0) raise_socket("accept");
+  return {std::move(ours), std::move(theirs)};
+}
+
 struct Arrived {
   int connection;
   Hello hello;
@@ -103,15 +125,17 @@ class M2n final : public Contender {
   M2n(const Job& job, const std::string& name)
       : job_(job), traffic_(job.traffic), name_(name), peer_idx_of_rank_(traffic_.num_peers()) {
     const Case& options = job.options;
+    const std::string& transport = name == "m2n-tcp"   ? kTcp
+                                   : name == "m2n-ucx" ? options.ucx_transport
+                                                       : options.transport;
+    is_tcp_ = transport == kTcp;
     if (traffic_.is_attention()) {
-      attention_ =
-          std::make_shared<AttentionComm>(options.shape, traffic_.rank(), options.num_expert, options.transport);
+      attention_ = std::make_shared<AttentionComm>(options.shape, traffic_.rank(), options.num_expert, transport);
       for (uint32_t rank = 0; rank < options.num_expert; ++rank) connect_to(rank);
       return;
     }
     const std::vector<uint32_t> experts = experts_of(options, traffic_.rank());
-    expert_ =
-        std::make_shared<ExpertComm>(options.shape, traffic_.rank(), options.num_attention, options.transport, experts);
+    expert_ = std::make_shared<ExpertComm>(options.shape, traffic_.rank(), options.num_attention, transport, experts);
     for (uint32_t rank = 0; rank < options.num_attention; ++rank) ranks_.push_back(rank);
     wanted_.attention_ranks = ranks_.data();
     wanted_.num_attention_ranks = options.num_attention;
@@ -131,7 +155,10 @@ class M2n final : public Contender {
     for (Arrived& peer : arrived) {
       Comm::Offer offer = expert_->offer(peer.hello.rank, 1);
       const uint32_t peer_idx = offer.peer_idx;
-      send_offer(peer.connection, traffic_.rank(), std::move(offer));
+      std::pair<Fd, Fd> data;
+      if (is_tcp_) data = make_data_pair();
+      peer.offer.data = std::move(data.first);
+      send_offer(peer.connection, traffic_.rank(), std::move(offer), std::move(data.second));
       link(*expert_, peer_idx, peer.hello, std::move(peer.offer), peer.connection);
     }
   }
@@ -183,14 +210,16 @@ class M2n final : public Contender {
   }
 
   void link(Comm& comm, uint32_t peer_idx, const Hello& hello, Received offer, int connection) {
-    comm.attach(peer_idx, std::move(offer.handles), {hello.process_nonce}, true, offer.door);
+    comm.attach(peer_idx, std::move(offer.handles), {hello.process_nonce}, true, offer.door, std::move(offer.data));
     comm.watch(peer_idx, connection, -1);
     peer_idx_of_rank_.at(hello.rank) = peer_idx;
   }
 
+  inline static const std::string kTcp = "tcp";
   const Job& job_;
   const Traffic& traffic_;
   const std::string name_;
+  bool is_tcp_ = false;
   std::shared_ptr<AttentionComm> attention_;
   std::shared_ptr<ExpertComm> expert_;
   std::vector<uint32_t> peer_idx_of_rank_, ranks_;
