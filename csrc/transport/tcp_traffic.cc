@@ -26,6 +26,8 @@ constexpr int64_t kTakenNs = 10'000'000;
 // Up to so many sockets are asked one by one: for more it takes less time to ask which of them have something.
 constexpr size_t kFewLinks = 4;
 constexpr int kMaxEvents = 64;
+// What is taken with the header of a message that is likely long.
+constexpr size_t kFirstBytes = 512;
 constexpr int kSettleRounds = 64;  // of one call, while each finds something
 
 bool is_for_later(int error_number) {
@@ -212,6 +214,7 @@ bool Links::begin_message(Link& link) {
     link.places[link.num_places++] = {data_of(link.own, part.area) + part.offset, part.num_bytes};
   }
   link.is_in_message = true;
+  link.is_long = data_bytes > kStagedBytes - kMaxHeaderBytes;
   return true;
 }
 
@@ -230,8 +233,9 @@ bool Links::receive_staged(Link& link) {
   if (left != 0) std::memmove(link.staged.get(), link.staged.get() + link.staged_begin, left);
   link.staged_begin = 0;
   link.staged_end = left;
+  const size_t room = (link.is_long ? kFirstBytes : kStagedBytes) - left;
   while (true) {
-    const ssize_t num_bytes = recv(link.socket.get(), link.staged.get() + left, kStagedBytes - left, MSG_DONTWAIT);
+    const ssize_t num_bytes = recv(link.socket.get(), link.staged.get() + left, room, MSG_DONTWAIT);
     if (num_bytes > 0) {
       link.staged_end += static_cast<size_t>(num_bytes);
       num_moved_ += static_cast<uint64_t>(num_bytes);
