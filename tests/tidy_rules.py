@@ -42,7 +42,10 @@ FLOORS = (
     ),
 )
 # Files that implement one transport each: none knows another.
-TRANSPORT_CONTRACT = ("transport", "host_exec", "own_thread", "team_exec", "watcher", "local", "memory_limit")
+TRANSPORT_CONTRACT = (
+    *("transport", "host_exec", "own_thread", "team_exec", "watcher", "local", "memory_limit"),
+    *("network", "network_areas", "network_links", "network_message", "network_proxy"),
+)
 # Headers of the C++ library have no dot; `.h` means an operating system, which floor 0 does not know.
 CORE_SYSTEM_INCLUDE = re.compile(r"[a-z_]+|cuda/atomic")
 

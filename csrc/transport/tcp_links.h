@@ -115,7 +115,7 @@ class Links final : public NetworkLinks {
   std::vector<std::unique_ptr<Sending>> idle_;
   uint32_t num_sending_ = 0;
   bool is_reporting_ = false;  // the listener is being told of links by their indices
-  uint64_t num_moved_ = 0;  // bytes, both ways
+  uint64_t num_moved_ = 0;     // bytes, both ways
   std::function<void()> on_signal_, on_report_;
 };
 
