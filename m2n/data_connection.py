@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-<<<<<<< HEAD
 """The data connection of a link over TCP: a second connection beside the control connection, which carries rows.
 
 Between hosts the attention rank makes it, to the address that it has joined at. It shows that it belongs to the
@@ -167,28 +166,3 @@ def received(fds: list[int]) -> socket.socket:
 def _make_ready(connection: socket.socket) -> None:
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.settimeout(None)
-=======
-"""The data connection of a link over TCP: it carries rows, beside the control connection. Within a host the expert rank
-makes both ends of it."""
-
-from __future__ import annotations
-
-import socket
-
-
-def pair() -> tuple[socket.socket, socket.socket]:
-    """Both ends of a TCP connection within this host. Raises OSError."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen(8)
-        ours = socket.create_connection(listening.getsockname(), timeout=4.0)
-        while True:  # anybody on this host may connect too
-            theirs, address = listening.accept()
-            if address == ours.getsockname():
-                break
-            theirs.close()
-    for end in (ours, theirs):
-        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        end.settimeout(None)
-    return ours, theirs
->>>>>>> 3236657 (A transport over connected sockets, tcp; what networks share is theirs no longer UCX's)

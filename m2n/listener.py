@@ -12,7 +12,6 @@ import threading
 
 from . import data_connection
 from ._C import SetupError
-<<<<<<< HEAD
 from .channel import (
     HANDSHAKE_TIMEOUT_S,
     MAX_ERROR_CHARS,
@@ -39,19 +38,6 @@ from .handshake import (
     link_transport,
     offered,
 )
-=======
-from .bootstrap import (
-    NETWORKS,
-    Identity,
-    NativeComm,
-    check_introduction,
-    descriptors,
-    introduction,
-    join,
-    link_transport,
-)
-from .channel import HANDSHAKE_TIMEOUT_S, Channel, TcpChannel, UnixChannel, close_all, join_address
->>>>>>> 3236657 (A transport over connected sockets, tcp; what networks share is theirs no longer UCX's)
 from .interfaces import resolve_bind
 from .notes import printable, say
 from .waiting_room import WaitingRoom
@@ -211,7 +197,6 @@ class Listener:
             transport = link_transport(self._identity, channel)
             check_introduction(self._identity, message, len(fds), transport)
             if message.get("to_life") != self._identity.life:
-<<<<<<< HEAD
                 raise Again(f"handshake: {self._identity} has another life than the one that was looked up")
             room.prove(channel.connection)
             data, theirs = self._data_connection(transport, channel, stack)
@@ -240,22 +225,3 @@ class Listener:
         awaited = stack.enter_context(self._data.one(channel.session))
         channel.send({"token": awaited.token.hex()}, [])
         return stack.enter_context(awaited.wait(channel.deadline)), []
-=======
-                raise SetupError(f"handshake: {self._identity} has another life than the one that was looked up")
-            offer = self._native.offer(message["rank"], message["life"], transport in NETWORKS)
-        except BaseException:
-            close_all(fds)
-            raise
-        offered = descriptors(offer)
-        data_fd = -1
-        try:
-            if transport == "tcp":
-                ours, theirs = data_connection.pair()
-                data_fd = ours.detach()
-                offered.append(theirs.detach())
-            go_live = join(self._native, self._identity, offer["peer_idx"], message, fds, channel, data_fd)
-            channel.send(introduction(self._identity, offer, transport), offered)
-        finally:
-            close_all(offered)
-        go_live()
->>>>>>> 3236657 (A transport over connected sockets, tcp; what networks share is theirs no longer UCX's)

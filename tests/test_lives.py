@@ -117,6 +117,7 @@ def test_a_batch_that_nobody_will_answer_keeps_nothing(tmp_path: Path) -> None:
 def test_an_index_of_a_lost_rank_is_free_once_the_caller_knows(tmp_path: Path) -> None:
     with expert(tmp_path, max_peers=1) as server:
         comm = attention(tmp_path)
+        assert server.wait_peer(0, SOON_S)
         comm._native.drop_peer(0)
         until(lambda: server.peers()[0].state == "lost")
         comm.close()

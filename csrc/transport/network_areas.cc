@@ -6,6 +6,7 @@
 #include <sys/random.h>
 
 #include "core/error.h"
+#include "transport/memory_limit.h"
 
 namespace m2n {
 namespace {
@@ -56,6 +57,7 @@ SendAreas::Place SendAreas::place_of(const void* at) const {
 }
 
 Areas SendAreas::add(uint32_t peer_idx) const {
+  require_memory("the send area for one peer", area_bytes());
   unsigned char* area = areas_.get() + peer_idx * area_bytes();
   unsigned char* rows = area;
   if (rows_areas_ != nullptr) {

@@ -12,7 +12,6 @@
 
 #include "core/error.h"
 #include "transport/host_exec.h"
-#include "transport/memory_limit.h"
 #include "transport/ucx_tls.h"
 
 namespace m2n::ucx {
@@ -149,7 +148,6 @@ Areas Links::connect(uint32_t peer_idx, const std::string& bytes, Fd /*data*/, b
     fail("the peer's address is none of this version, on a machine of this byte order");
   }
   std::unique_lock lock(mutex_);
-  require_memory("the send area for one peer", area_bytes());
   Link& link = *links_.at(peer_idx);
   const int64_t until_ns = now_ns() + kConnectNs;
   while (true) {
