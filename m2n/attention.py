@@ -9,7 +9,7 @@ from typing import Any
 from . import _C, arrays, bootstrap
 from .comm import Comm, require_next_placement
 from .deadline import Deadline
-from .shape import Config, Placement, Shape, require_int
+from .shape import MAX_LAYER, Config, Placement, Shape, require_int
 
 
 class Route:
@@ -238,10 +238,19 @@ class AttentionComm(Comm):
             )
         options = (self._version_to_show(),) if self.device == "cpu" else self._launch_options(num_sms, handle)
         timeout_s = self._launch_timeout(None, handle)
-        self._native.dispatch_send(arrays.exportable(x), route._native, microbatch, layer, timeout_s, *options)
+        try:
+            self._native.dispatch_send(arrays.exportable(x), route._native, microbatch, layer, timeout_s, *options)
+        except TypeError:
+            self._require_numbers(microbatch, layer)
+            raise
         if isinstance(route._native, _C.Route) and route._native.packs:
             x = arrays.empty(0, self.shape.hidden, self.shape.combine_dtype, x)  # its library is all that is kept
         self._borrowed[microbatch] = (x, route, version)
+
+    def _require_numbers(self, microbatch: Any, layer: Any = 0) -> None:
+        """Why native code did not take these: raises by name. Not before each call, which it would slow."""
+        require_int("microbatch", microbatch, 0, self.shape.microbatches - 1)
+        require_int("layer", layer, 0, MAX_LAYER)
 
     def _version_to_show(self) -> int:
         """What messages tell: the version of the oldest placement by which rows of this rank still go, or went and are
@@ -276,7 +285,11 @@ class AttentionComm(Comm):
             On a device the next call raises it, and the rows that are missing are NaN.
         """
         handle = self._on(stream)
-        num_tokens = self._native.num_tokens(microbatch)
+        try:
+            num_tokens = self._native.num_tokens(microbatch)
+        except TypeError:
+            self._require_numbers(microbatch)
+            raise
         if out is None:
             out = arrays.empty(num_tokens, self.shape.hidden, self.shape.combine_dtype, self._borrowed[microbatch][0])
         try:
@@ -295,14 +308,23 @@ class AttentionComm(Comm):
         In flight: would `combine_recv` return, or raise? With nothing in flight: would `dispatch_send` go, or is there
         still an empty message that an expert rank has not answered? On a device a dispatch never waits on the host.
         """
-        return bool(self._native.ready(microbatch, *self._on(None)))
+        try:
+            return bool(self._native.ready(microbatch, *self._on(None)))
+        except TypeError:
+            self._require_numbers(microbatch)
+            raise
 
     def wait_ready(self, microbatches: Sequence[int], timeout: float | None = None) -> int | None:
         """Sleeps until one of these microbatches is `ready` and returns it; None at the timeout (seconds).
 
         Of several that are ready it is the first in the given order.
         """
-        position = self._native.wait_ready(list(microbatches), self._timeout(timeout), *self._on(None))
+        try:
+            position = self._native.wait_ready(list(microbatches), self._timeout(timeout), *self._on(None))
+        except TypeError:
+            for microbatch in microbatches:
+                self._require_numbers(microbatch)
+            raise
         return None if position < 0 else microbatches[position]
 
     def set_placement(self, placement: Placement, timeout: float | None = None) -> None:

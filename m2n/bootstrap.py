@@ -231,7 +231,8 @@ def _reach(network_address: str, deadline: Deadline) -> socket.socket:
 def _greet(native: NativeComm, identity: Identity, address: Address, expert_rank: int, deadline: Deadline) -> None:
     with _at(address), _open_channel(identity, address, expert_rank, deadline) as channel:
         transport = link_transport(identity, channel)
-        with offered(native, expert_rank, address.life, transport, 0) as offer:
+        number = identity.next_link(expert_rank, address.life)
+        with offered(native, expert_rank, address.life, transport, number) as offer:
             about = introduction(identity, offer, transport, channel.needs_heartbeats)
             channel.send({**about, "to_life": address.life}, descriptors(offer))
             with contextlib.ExitStack() as stack:

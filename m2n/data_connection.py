@@ -16,13 +16,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from .channel import Again, Refused, read_exactly, speaking
+from .channel import Again, Channel, Refused, read_exactly, speaking
 from .deadline import Deadline
 
 # As the length of a message of a control connection this were a gigabyte: none begins so.
 MAGIC = b"m2nD"
 TOKEN_BYTES = 16
 _MAC_BYTES = 32
+_LOOK_S = 0.05
 
 
 def _proof(session: bytes, what: bytes, token: bytes) -> bytes:
@@ -47,11 +48,12 @@ class Awaited:
         self._connection = connection
         self._has_come.set()
 
-    def wait(self, deadline: Deadline) -> socket.socket:
-        """The connection, which is the caller's. Raises Again when none comes."""
-        self._has_come.wait(deadline.remaining())
-        if self._connection is None:
-            raise Again("handshake: the peer made no data connection")
+    def wait(self, control: Channel) -> socket.socket:
+        """The connection, which is the caller's. Raises Again when none comes by the deadline, or the peer goes."""
+        while not self._has_come.wait(control.deadline.cut(_LOOK_S).seconds):
+            if control.deadline.has_expired or control.has_ended():
+                raise Again(f"handshake: {control.whom} made no data connection")
+        assert self._connection is not None
         connection, self._connection = self._connection, None
         return connection
 

@@ -11,7 +11,7 @@ from . import _C, arrays, bootstrap
 from .comm import Comm, require_next_placement
 from .deadline import Deadline
 from .listener import Listener
-from .shape import Config, Placement, Shape, require_int, require_version
+from .shape import MAX_LAYER, MAX_RANK, Config, Placement, Shape, require_int, require_version
 
 
 class Batch:
@@ -228,12 +228,16 @@ class ExpertComm(Comm):
             raise ValueError(f"linger_us: expected microseconds from 0 to 1e9, got {linger_us!r}")
         if attention_ranks is not None and len(attention_ranks) == 0:
             raise ValueError("attention_ranks: expected at least one")
+        if layer is not None:
+            layer = require_int("layer", layer, 0, MAX_LAYER)
+        if microbatch is not None:
+            microbatch = require_int("microbatch", microbatch, 0, self.shape.microbatches - 1)
         timeout_s = self._timeout(timeout) if sync else self._launch_timeout(timeout, handle)
         native = self._native.dispatch_recv(
             layer,
             microbatch,
             linger_us or 0.0,
-            sorted(set(attention_ranks or ())),
+            sorted({require_int("attention_ranks", rank, 0, MAX_RANK) for rank in attention_ranks or ()}),
             timeout_s,
             *(() if self.device == "cpu" else (sync, *handle)),
         )

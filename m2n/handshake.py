@@ -81,11 +81,20 @@ class Identity:
     store: str = ""  # through which it is found, in words
     # Of each rank that has joined the last life, and what its process said about itself.
     met: dict[int, tuple[int, str]] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    # Of each rank that was connected to the last life, and how many links with it were begun.
+    begun: dict[int, tuple[int, int]] = dataclasses.field(default_factory=dict, repr=False, compare=False)
     life: int = dataclasses.field(default_factory=lambda: secrets.randbits(63) | 1)
 
     def store_key(self, role: str, rank: int) -> str:
         """The key under which a rank of this job and name publishes itself."""
         return f"m2n/{self.job}/{self.name}/{role}/{rank}"
+
+    def next_link(self, rank: int, life: int) -> int:
+        """The number of a link that is begun now: each has its own, also where it comes to nothing, for the other side
+        may not know that yet."""
+        last_life, number = self.begun.get(rank, (life, 0))
+        self.begun[rank] = (life, number + 1 if life == last_life else 1)
+        return self.begun[rank][1]
 
     def __str__(self) -> str:
         return f"{self.role} rank {self.rank}"

@@ -155,11 +155,13 @@ class Listener:
         try:
             channel = self._channel(connection, room)
             if channel is None:
-                return
+                return None
             with channel:
                 try:
                     self._welcome(channel, room)
                 except Exception as error:
+                    if self._is_closed.is_set():
+                        return channel.say_goodbye()
                     self._say(error, connection, room, source)
                     passes = isinstance(error, (Again, Shortage)) or not has_descriptors()
                     with contextlib.suppress(SetupError):
@@ -210,6 +212,8 @@ class Listener:
             if answer.get("joined") is not True:
                 raise SetupError(f"it says: {printable(answer.get('error', 'nothing'), MAX_ERROR_CHARS)}")
             room.leave(channel.connection)
+            if self._is_closed.is_set():  # the connection may be ended already
+                raise Again(f"handshake: {self._identity} is closing")
             go_live(self._native, self._identity, offer["peer_idx"], message, channel)
 
     def _data_connection(
@@ -224,4 +228,4 @@ class Listener:
             return stack.enter_context(ours), [theirs.fileno()]
         awaited = stack.enter_context(self._data.one(channel.session))
         channel.send({"token": awaited.token.hex()}, [])
-        return stack.enter_context(awaited.wait(channel.deadline)), []
+        return stack.enter_context(awaited.wait(channel)), []

@@ -28,6 +28,7 @@ def _dtype_name(field: str, dtype: Any) -> str:
 
 
 MAX_RANK = 2**31 - 1  # native code looks ranks up as numbers of 32 bits with a sign
+MAX_LAYER = 2**32 - 1
 
 
 def require_int(field: str, value: Any, minimum: int, maximum: int = 2**31 - 1) -> int:
@@ -112,7 +113,9 @@ class Placement:
     def __init__(
         self, ranks_of_expert: Iterable[Sequence[int]], num_expert_ranks: int | None = None, version: int = 0
     ) -> None:
-        table = tuple(tuple(require_int("placement", rank, 0) for rank in ranks) for ranks in ranks_of_expert)
+        table = tuple(
+            tuple(require_int("placement", rank, 0, MAX_RANK - 1) for rank in ranks) for ranks in ranks_of_expert
+        )
         if not table:
             raise ValueError("placement: expected at least one expert")
         for expert, ranks in enumerate(table):
@@ -123,6 +126,7 @@ class Placement:
         highest = max(max(ranks) for ranks in table)
         if num_expert_ranks is None:
             num_expert_ranks = highest + 1
+        num_expert_ranks = require_int("num_expert_ranks", num_expert_ranks, 0, MAX_RANK)
         if num_expert_ranks <= highest:
             raise ValueError(f"placement: expert rank {highest} does not exist, there are {num_expert_ranks}")
         self.ranks_of_expert = table

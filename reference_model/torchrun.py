@@ -4,6 +4,7 @@ rank, and the first one reports for all."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -11,12 +12,15 @@ import os
 from datetime import timedelta
 from typing import Any
 
+import m2n
+
 from .errors import InputError
 from .result import RunResult
 from .run_config import ATTENTION, RunConfig
 from .worker import run_rank, settle
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_LEAVE_S = 5.0
 
 
 def is_torchrun() -> bool:
@@ -46,7 +50,7 @@ def run_under_torchrun(run: RunConfig, prompts: list[list[int]]) -> RunResult | 
         )
     run = dataclasses.replace(run, one_process=False)
     role, role_rank = run.ranks[rank]
-    store = _store(rank, run)
+    store, _served = _store(rank, run)
     events: list[dict[str, Any]] = []
     result = RunResult(run, prompts)
 
@@ -59,7 +63,9 @@ def run_under_torchrun(run: RunConfig, prompts: list[list[int]]) -> RunResult | 
     run_rank(run, role, role_rank, {idx: prompts[idx] for idx in share}, store, emit, meet=functools.cache(settle))
     if rank != 0:
         store.set(f"result/{rank}", json.dumps(events))
-        store.wait(["end"], timedelta(seconds=run.connect_timeout_s))
+        # Rank 0 may still be generating: torchrun ends this process if it fails.
+        store.wait(["end"], timedelta(days=1))
+        store.set(f"left/{rank}", "1")
         return None
     for other in range(1, world_size):
         # The others may still be generating: torchrun ends this process if one of them fails.
@@ -67,21 +73,21 @@ def run_under_torchrun(run: RunConfig, prompts: list[list[int]]) -> RunResult | 
         for event in json.loads(store.get(f"result/{other}")):
             result.add(event)
     store.set("end", "1")
+    with contextlib.suppress(RuntimeError):  # who serves the store goes last
+        store.wait([f"left/{other}" for other in range(1, world_size)], timedelta(seconds=_LEAVE_S))
     return result
 
 
-def _store(rank: int, run: RunConfig) -> Any:
-    """torchrun's own store where it keeps one, or one that rank 0 serves."""
+def _store(rank: int, run: RunConfig) -> tuple[Any, Any]:
+    """torchrun's own store where it keeps one, or one that rank 0 serves, as long as it keeps the second result."""
     from torch.distributed import PrefixStore, TCPStore
 
-    is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    served = None
+    if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        served = m2n.host_store(f"tcp://{f'[{host}]' if ':' in host else host}:{port}")  # at this address alone
     store = TCPStore(
-        host,
-        port,
-        is_master=rank == 0 and not is_agents,
-        timeout=timedelta(seconds=run.connect_timeout_s),
-        wait_for_workers=False,
+        host, port, is_master=False, timeout=timedelta(seconds=run.connect_timeout_s), wait_for_workers=False
     )
     # A restarted run must not find the addresses of the one before.
-    return PrefixStore(f"m2n/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return PrefixStore(f"m2n/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store), served
