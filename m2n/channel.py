@@ -9,6 +9,7 @@ session, or change what is said. Nothing is encrypted. Nothing is unpickled.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import hmac
@@ -19,7 +20,6 @@ import socket
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from ._C import SetupError
@@ -83,7 +83,7 @@ def has_descriptors() -> bool:
     return True
 
 
-@contextmanager
+@contextlib.contextmanager
 def speaking(whom: str, connection: socket.socket | None = None, deadline: Deadline | None = None) -> Iterator[None]:
     """One call of `connection` in this block ends by the deadline; what it raises becomes Again or Shortage."""
     try:
@@ -154,6 +154,11 @@ class Channel(ABC):
     def needs_heartbeats(self) -> bool:
         """Does nothing but they tell this end of the other's death?"""
         return self.pidfd < 0 and not self.is_of_this_process
+
+    def say_goodbye(self) -> None:
+        """As the watcher would, to an end that may be live already."""
+        with contextlib.suppress(OSError):
+            self.connection.send(b"G", socket.MSG_DONTWAIT)
 
     def has_ended(self) -> bool:
         """Has the other end gone, or said goodbye?"""

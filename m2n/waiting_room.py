@@ -55,7 +55,7 @@ class WaitingRoom:
             return wait_s
         del self._unproven[connection]
         self._dropped.add(connection)
-        _end(connection)
+        _end(connection, socket.SHUT_RDWR)
         return 0.0
 
     def prove(self, connection: socket.socket) -> None:
@@ -83,7 +83,7 @@ class WaitingRoom:
         with self._changed:
             self._is_closed = True
             for connection in (*self._unproven, *self._proven):
-                _end(connection)
+                _end(connection, socket.SHUT_RD)  # a goodbye can still be said
             self._changed.notify_all()
 
     def wait_empty(self, deadline: Deadline) -> None:
@@ -92,7 +92,7 @@ class WaitingRoom:
             self._changed.wait_for(lambda: not (self._unproven or self._proven or self._dropped), deadline.remaining())
 
 
-def _end(connection: socket.socket) -> None:
+def _end(connection: socket.socket, how: int) -> None:
     """Wakes the thread that reads from it."""
     with contextlib.suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
+        connection.shutdown(how)

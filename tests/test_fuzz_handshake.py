@@ -18,11 +18,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
+from test_channel import KEY, frame, greet, listener
 from test_faults import SHAPE, SOON_S, answer, attention, dispatch, expert
 
 import m2n
 from m2n import _C, bootstrap
-from m2n.channel import UnixChannel, close_all
+from m2n.channel import TcpChannel, UnixChannel, close_all, join_address, split_address
+from m2n.data_connection import MAGIC
 from m2n.deadline import Deadline
 from m2n.interfaces import host_name
 from m2n.listener import Listener
@@ -331,3 +333,67 @@ def test_whatever_answers_a_joiner_leaves_nothing(pidfds_count: None) -> None:
         greet()
     assert joined > 0, "no example was a proper introduction"
     native.close()
+
+
+hellos = st.one_of(
+    st.binary(max_size=80),
+    st.binary(max_size=60).map(lambda rest: MAGIC + rest),
+    st.binary(min_size=48, max_size=48).map(lambda rest: MAGIC + rest),
+    json_values.map(lambda value: frame(json.dumps(value).encode())),
+    st.builds(lambda nonce, keyed: frame(json.dumps({"m2n": 4, "nonce": nonce.hex(), "is_keyed": keyed}).encode()),
+              st.binary(min_size=32, max_size=32), st.booleans()),
+)  # fmt: skip
+
+
+def test_whatever_connects_to_a_network_address_gets_nothing_and_keeps_nobody_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bootstrap, "host_name", lambda: "here")
+    with listener(job_key=KEY) as (_, native, address):
+        where = split_address(address.network_address)
+
+        @fuzz(20, without=(Phase.shrink, Phase.explain))
+        @given(st.lists(hellos, max_size=3))
+        def knock(texts: list[bytes]) -> None:
+            before = num_fds()
+            with socket.create_connection(where) as connection:
+                connection.settimeout(SOON_S)
+                try:
+                    for text in texts:
+                        connection.sendall(text)
+                    connection.shutdown(socket.SHUT_WR)
+                    while connection.recv(65536):
+                        pass
+                except ConnectionError:
+                    pass
+            await_fds(before)
+
+        knock()
+        assert native.offered == []
+        ours = greet(address, job_key=KEY)
+        assert len(native.offered) == 1
+        ours.data.close()
+        assert native.is_watched.wait(SOON_S)
+        native.data.close()
+
+
+@fuzz(20, without=(Phase.shrink, Phase.explain))
+@given(json_values | st.binary(min_size=16, max_size=16).map(bytes.hex))
+def test_whatever_is_told_for_a_token_is_a_setup_error(token: Any) -> None:
+    before = num_fds()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = bootstrap.Address(LIFE, "none", "there", join_address(*server.getsockname()[:2]))
+
+        def serve() -> None:
+            channel = TcpChannel(server.accept()[0], KEY, True, Deadline(SOON_S))
+            with channel:
+                channel.receive()
+                channel.send({"token": token}, [])
+            server.shutdown(socket.SHUT_RDWR)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(m2n.SetupError):
+            greet(address, job_key=KEY)
+        thread.join(SOON_S)
+    await_fds(before)
