@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from . import _C, arrays
 from .deadline import Deadline
-from .handshake import OVER_NETWORK, Identity
+from .handshake import NETWORKS, Identity
 from .listener import Listener
 from .shape import Config, Placement, Shape, require_int
 from .store import Store, describe_store, open_store
@@ -117,10 +117,10 @@ class Comm:
         self._transport = transport
         if is_on_gpu:
             self._transport = self.device if transport == "cuda" else f"pinned:{self.device}"
-        if transport in ("auto", *OVER_NETWORK):
+        if transport in ("auto", *NETWORKS):
             self._transport = self.config._network(transport, self.device)
         if self.config.faults is not None:
-            if transport in OVER_NETWORK:
+            if transport in NETWORKS:
                 raise ValueError(
                     f"config.faults: signals over {transport!r} cannot be held back yet; use transport='shm', or no faults "
                     "(M2N_FAULTS)"

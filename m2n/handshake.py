@@ -36,7 +36,7 @@ _MAX_DOOR_BYTES = 32 * 1024
 _HEARTBEATS_TO_LOSS = 3
 _LEAST_HEARTBEAT_S, _MOST_HEARTBEAT_S = 0.01, 3600.0
 _MAX_DISPLACES_BYTES = 512
-OVER_NETWORK = ("tcp", "ucx")  # transports that need no common memory
+NETWORKS = ("tcp", "ucx")  # transports that need no common memory
 
 
 class NativeComm(Protocol):
@@ -113,7 +113,7 @@ def link_transport(identity: Identity, channel: Channel) -> str:
     """By what the rows of this link go. Raises Refused where this comm's transport does not reach so far."""
     if identity.transport == "auto":
         return "shm" if channel.is_local else "tcp"
-    if not channel.is_local and identity.transport not in OVER_NETWORK:
+    if not channel.is_local and identity.transport not in NETWORKS:
         raise Refused(
             f"handshake: the other rank is on another host or in another network namespace, and {identity} has the "
             f"transport {identity.transport!r}, which reaches only its own; use Config(transport='auto'), 'tcp' or "
@@ -222,7 +222,7 @@ def _check_about(message: dict[str, Any], theirs: str) -> None:
 @contextmanager
 def offered(native: NativeComm, rank: int, life: int, transport: str, link: int) -> Iterator[dict[str, Any]]:
     """An index and memory for a peer: withdrawn when the block fails. Its descriptors end with the block."""
-    offer = native.offer(rank, life, transport in OVER_NETWORK, link)
+    offer = native.offer(rank, life, transport in NETWORKS, link)
     try:
         yield offer
     except BaseException:
