@@ -130,6 +130,8 @@ LOOK_THEN_LOSE = "".join(reversed(LOSE_THEN_LOOK.splitlines(keepends=True)))
 SET_LOST = "  set_state(m2n::PeerState::kLost);"
 SET_LOST_BY_RELEASE = "  m2n::store_release(&shared.state, uint32_t{3});"
 END_USE = "  m2n::drop_hold(&shared.holds[slot]);\n}"
+GIVE_BACK = "  set_state(m2n::PeerState::kUnused);\n"
+RESET_HOLD = "  m2n::drop_hold(&shared.holds[0]);\n"
 SAME_RANK = " && explorer::read_byte(&shared.rank) == kOld"
 BATCH_HOLD = "m2n::take_hold(&shared.holds[0], &shared.state);"
 RESET_INBOX = "explorer::write_byte(&shared.is_taken, 1);  // the"
@@ -311,6 +313,7 @@ WRONG_HOLDS = [
     ("holds-looked-at-before-the-loss", "one_user", HOLD_CASES, LOSE_THEN_LOOK, LOOK_THEN_LOSE, RACE),
     ("only-one-slots-hold-looked-at", "two_users", HOLD_CASES, "slot < num_slots;", "slot < 1;", RACE),
     ("a-hold-that-is-kept", "one_user", HOLD_CASES, END_USE, "}", HANG),
+    ("holds-reset-by-who-gives-back", "one_user", HOLD_CASES, GIVE_BACK, GIVE_BACK + RESET_HOLD, RACE),
     ("rank-not-compared", "another_rank", HOLD_CASES, SAME_RANK, "", "a message for another rank"),
     ("a-message-taken-without-a-hold", "batch", HOLD_CASES, BATCH_HOLD, "", RACE),
     ("an-inbox-that-is-not-reset", "batch", HOLD_CASES, RESET_INBOX, "// the", "a reply to another life"),

@@ -14,9 +14,9 @@
 
 namespace m2n {
 
-// One word for each pair of a peer and a slot, written by whoever has the slot. False: do not use the entry, and drop
-// the hold. An entry that was found earlier may belong to another peer by now: what tells whose it is, is read after
-// this.
+// One word for each pair of a peer and a slot, written by whoever has the slot and by nobody else, so not reset when
+// the entry is given back. False: do not use the entry, and drop the hold. An entry that was found earlier may belong
+// to another peer by now: what tells whose it is, is read after this.
 inline bool take_hold(uint32_t* hold, const uint32_t* state) {
   store_seq_cst(hold, 1u);                                                 // SYNC: peer-hold
   return static_cast<PeerState>(load_seq_cst(state)) == PeerState::kLive;  // SYNC: peer-state

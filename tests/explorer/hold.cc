@@ -47,13 +47,14 @@ bool is_any_held() {
   return false;
 }
 
-// Gives the entry back, and makes it that of the next life.
-void replace() {
+// Gives the entry back, and makes it that of the next life. The holds are the users': it may be taken at any time by
+// one that has found the entry earlier.
+void replace(unsigned char life = kNew) {
   check(explorer::noted(0) == 0, "given back while a verb uses it");
   set_state(m2n::PeerState::kUnused);
-  explorer::write_byte(&shared.view, kNew);
-  explorer::write_byte(&shared.seq, kNew);
-  if (is_for_another) explorer::write_byte(&shared.rank, kNew);
+  explorer::write_byte(&shared.view, life);
+  explorer::write_byte(&shared.seq, life);
+  if (is_for_another) explorer::write_byte(&shared.rank, life);
   set_state(m2n::PeerState::kLive);
 }
 
@@ -61,6 +62,14 @@ void lose_and_replace() {
   join_and_lose();
   await([] { return !is_any_held(); });
   replace();
+}
+
+// Of three lives.
+void lose_and_replace_twice() {
+  lose_and_replace();
+  set_state(m2n::PeerState::kLost);
+  await([] { return !is_any_held(); });
+  replace(kOld);
 }
 
 // Both bytes of one life; the seq is advanced, as verbs do.
@@ -93,7 +102,7 @@ void verb(uint32_t slot) {
 }
 
 // One slot: a verb, and the thread that loses the peer and gives its entry back.
-void one_user(size_t thread) { thread == 0 ? verb(0) : lose_and_replace(); }
+void one_user(size_t thread) { thread == 0 ? verb(0) : lose_and_replace_twice(); }
 
 // Two slots, each with a thread of its own.
 void two_users(size_t thread) { thread < 2 ? verb(static_cast<uint32_t>(thread)) : lose_and_replace(); }

@@ -33,7 +33,7 @@
 typedef Entry {     /* of a peer, at one side */
   byte state;
   byte link;        /* whose it is */
-  byte offered;     /* its place among the offers of its side */
+  byte offered;     /* at the expert rank: its place among all offers */
   bool is_known;    /* the caller knows that the link is gone, or a newer one of the same rank is live */
   bool is_unmapped; /* the peer's memory cannot be written from here any more */
   bool hold[SLOTS];
@@ -54,15 +54,15 @@ typedef Link {
   byte a, e;        /* its lives */
   byte at_a, at_e;  /* its entries */
   byte number;      /* among the links of these two lives, from 1 */
-  bool is_offered, is_refused, is_cut, says_goodbye
+  bool is_offered, is_cut, says_goodbye
 };
 Link link[LINKS];
 byte num_links;
 byte numbers[A * E];      /* given */
 byte newest_seen[A * E];  /* at the expert rank: the highest number of this life */
 byte newest_live[A * E];  /* ghost: the same, of links that were live */
-byte offers_a[A], offers_e[E];
-byte newest_offer[E];     /* ghost: the latest offer that became live */
+byte offers[E];           /* made by the expert rank */
+byte newest_offer[E];     /* the latest one that was ever live */
 byte untold_a[A], untold_e[E]; /* ghost: losses that no caller was told of */
 bool gone_a[A], gone_e[E]; /* dead, or closed */
 bool is_done[A];          /* all messages of this life are sent and answered, or given up */
@@ -72,6 +72,8 @@ byte current;             /* the expert rank's life that a joiner finds in the s
 
 #define BOX(l, s) ((l) * SLOTS + (s))
 #define PAIR(l) (link[l].a * E + link[l].e)
+#define GONE_A(l) gone_a[link[l].a]
+#define GONE_E(l) gone_e[link[l].e]
 #ifdef SHARED
 #define OF_EXPERT(l) (at_e[link[l].at_e].link == NOBODY -> (l) : at_e[link[l].at_e].link)
 #define OF_ATTENTION(l) (at_a[link[l].at_a].link == NOBODY -> (l) : at_a[link[l].at_a].link)
@@ -177,51 +179,52 @@ inline give_back(entry) {
 
 /* --- links */
 
-#define IS_OVERTAKEN(entry) (IS_LIVE(entry) && entry.offered > at_e[mine].offered)
+#ifdef SHARED /* its memory is found there, or it has gone already */
+#define MAY_ACCEPT(l) (HAS_MAPPED(at_a[link[l].at_a], l, GONE_A(l)) && !IS_GONE(at_a[link[l].at_a]))
+#define MAY_ATTACH(l) (link[l].is_offered && HAS_MAPPED(at_e[link[l].at_e], l, GONE_E(l)))
+#else
+#define MAY_ACCEPT(l) true
+#define MAY_ATTACH(l) link[l].is_offered
+#endif
+#ifdef BUG_NUMBER_NOT_COMPARED
+#define IS_NEWER(l) true
+#else
+#define IS_NEWER(l) (link[l].number > newest_seen[PAIR(l)])
+#endif
+#ifdef BUG_ONLY_LIVE_LINKS_COMPARED /* that one may have come to its end meanwhile, and its index to another */
+#define IS_OVERTAKEN (INDICES == 2 && IS_LIVE(at_e[mine ^ 1]) && at_e[mine].offered < at_e[mine ^ 1].offered)
+#elif defined(BUG_OVERTAKEN_GOES_LIVE)
+#define IS_OVERTAKEN false
+#else
+#define IS_OVERTAKEN (at_e[mine].offered < newest_offer[e])
+#endif
 
 proctype accept_link(byte l) {
   byte e, mine;
   e = link[l].e;
   {
     if
-    :: atomic {
-#ifdef BUG_NUMBER_NOT_COMPARED
-          ANY(IS_FREE, at_e, e)
-#else
-          link[l].number > newest_seen[PAIR(l)] && ANY(IS_FREE, at_e, e)
-#endif
-#ifdef SHARED /* its memory is found there, or it has gone already */
-          && HAS_MAPPED(at_a[link[l].at_a], l, gone_a[link[l].a]) && !IS_GONE(at_a[link[l].at_a])
-#endif
-          ->
+    :: atomic { IS_NEWER(l) && ANY(IS_FREE, at_e, e) && MAY_ACCEPT(l) ->
           mine = FIRST(IS_FREE, at_e, e);
           at_e[mine].link = l;
-          offers_e[e]++;
-          at_e[mine].offered = offers_e[e];
-          newest_seen[PAIR(l)] = (newest_seen[PAIR(l)] > link[l].number -> newest_seen[PAIR(l)] : link[l].number);
+          offers[e]++;
+          at_e[mine].offered = offers[e];
+          newest_seen[PAIR(l)] = link[l].number;
           link[l].at_e = mine;
           link[l].is_offered = true
         };
         atomic {
           if
-          :: link[l].is_cut -> withdraw(at_e[mine], l)
-#ifndef BUG_OVERTAKEN_GOES_LIVE
-          :: ANY(IS_OVERTAKEN, at_e, e) -> withdraw(at_e[mine], l)
-          :: !ANY(IS_OVERTAKEN, at_e, e) ->
-#else
-          :: true ->
-#endif
+          :: link[l].is_cut || IS_OVERTAKEN -> withdraw(at_e[mine], l)
+          :: !IS_OVERTAKEN ->
               go_live(at_e[mine], at_e[mine ^ 1], untold_e[e]);
-              assert(link[l].number > newest_live[PAIR(l)]); /* no link is replaced by an older one */
+              assert(link[l].number > newest_live[PAIR(l)]); /* no link comes after a newer one */
               assert(at_e[mine].offered > newest_offer[e]);
               newest_live[PAIR(l)] = link[l].number;
               newest_offer[e] = at_e[mine].offered
           fi
         }
-    :: atomic { link[l].is_cut -> link[l].is_refused = true }
-#ifndef BUG_NUMBER_NOT_COMPARED
-    :: atomic { link[l].number <= newest_seen[PAIR(l)] -> link[l].is_refused = true }
-#endif
+    :: (link[l].is_cut || !IS_NEWER(l)) /* refused */
     fi
   } unless { gone_e[e] };
   running--
@@ -238,8 +241,6 @@ proctype connect(byte a) {
           num_links++;
           mine = FIRST(IS_FREE, at_a, a);
           at_a[mine].link = l;
-          offers_a[a]++;
-          at_a[mine].offered = offers_a[a];
           link[l].a = a;
           link[l].e = current;
           link[l].at_a = mine;
@@ -248,12 +249,8 @@ proctype connect(byte a) {
           running++;
           run accept_link(l) };
         if
-        :: atomic { link[l].is_offered
-#ifdef SHARED
-            && HAS_MAPPED(at_e[link[l].at_e], l, gone_e[link[l].e])
-#endif
-            -> go_live(at_a[mine], at_a[mine ^ 1], untold_a[a]) }
-        :: atomic { withdraw(at_a[mine], l) } /* refused, or its time is over */
+        :: atomic { MAY_ATTACH(l) -> go_live(at_a[mine], at_a[mine ^ 1], untold_a[a]); l = 0; mine = 0 }
+        :: atomic { withdraw(at_a[mine], l); l = 0; mine = 0 } /* refused, or its time is over */
         fi
     :: atomic { is_done[a] || num_links == LINKS -> break }
     od;
@@ -272,6 +269,10 @@ proctype connect(byte a) {
       :: else -> break
       od;
       assert(untold_a[a] == 0); /* of every loss a caller was told */
+      at_a[a * INDICES].link = NOBODY;
+      at_a[a * INDICES].state = UNUSED;
+      at_a[a * INDICES + INDICES - 1].link = NOBODY;
+      at_a[a * INDICES + INDICES - 1].state = UNUSED;
       gone_a[a] = true
     }
   } unless { gone_a[a] };
@@ -282,51 +283,56 @@ proctype connect(byte a) {
 
 #define MY_REPLY to_attention[BOX(at_a[mine].link, s)]
 
+inline send() { /* put and signal */
+  assert(!to_expert[BOX(OF_EXPERT(l), s)].unread); /* no unread row is overwritten */
+  at_a[mine].sent[s] = NEXT(at_a[mine].sent[s]);
+  to_expert[BOX(OF_EXPERT(l), s)].row = l;
+  to_expert[BOX(OF_EXPERT(l), s)].unread = true;
+  to_expert[BOX(OF_EXPERT(l), s)].seq = at_a[mine].sent[s]
+}
+
+inline begin_use() { at_a[mine].users++; l = at_a[mine].link }
+
 proctype microbatch(byte a, s) {
   byte lap, l, mine;
   {
     do
-    :: atomic { lap < LAPS && ANY(IS_LIVE, at_a, a) -> mine = FIRST(IS_LIVE, at_a, a) };
+    :: atomic { lap < LAPS && ANY(IS_LIVE, at_a, a) ->
+          mine = FIRST(IS_LIVE, at_a, a);
 #ifdef BUG_STATE_BEFORE_HOLD
-        atomic { IS_LIVE(at_a[mine]) -> at_a[mine].users++; l = at_a[mine].link };
-        at_a[mine].hold[s] = true;
+          begin_use()
+        };
+        atomic { at_a[mine].hold[s] = true; send() };
 #else
-        at_a[mine].hold[s] = true;
+          at_a[mine].hold[s] = true
+        };
         atomic {
           if
-          :: IS_LIVE(at_a[mine]) -> at_a[mine].users++; l = at_a[mine].link
-          :: else -> at_a[mine].hold[s] = false; goto again
+          :: IS_LIVE(at_a[mine]) -> begin_use(); send()
+          :: else -> at_a[mine].hold[s] = false; mine = 0; goto again
           fi
-        };
-#endif
-        atomic {
-          assert(!to_expert[BOX(OF_EXPERT(l), s)].unread); /* no unread row is overwritten */
-          to_expert[BOX(OF_EXPERT(l), s)].row = l
-        };
-        atomic {
-          at_a[mine].sent[s] = NEXT(at_a[mine].sent[s]);
-          to_expert[BOX(OF_EXPERT(l), s)].seq = at_a[mine].sent[s];
-          to_expert[BOX(OF_EXPERT(l), s)].unread = true
 #ifdef BUG_HOLD_ENDS_EARLY
           ; at_a[mine].hold[s] = false
 #endif
         };
+#endif
         atomic {
           if
           :: MY_REPLY.seq == at_a[mine].sent[s] ->
               assert(MY_REPLY.unread && MY_REPLY.row == l); /* nothing of another link is delivered */
-              MY_REPLY.unread = false
-          :: IS_GONE(at_a[mine]) && MY_REPLY.seq != at_a[mine].sent[s] /* PeerLost */
+              MY_REPLY.unread = false;
+              at_a[mine].hold[s] = false
+          :: IS_GONE(at_a[mine]) && MY_REPLY.seq != at_a[mine].sent[s] -> /* PeerLost */
+#ifndef BUG_HOLD_IS_KEPT
+              at_a[mine].hold[s] = false
+#endif
           fi;
           at_a[mine].done[s] = at_a[mine].sent[s];
-          at_a[mine].users--
+          at_a[mine].users--;
+          lap++;
+          mine = 0;
+          l = 0
         };
-#ifdef BUG_HOLD_IS_KEPT
-        if :: IS_GONE(at_a[mine]) :: else -> at_a[mine].hold[s] = false fi;
-#else
-        at_a[mine].hold[s] = false;
-#endif
-        lap++;
 again:  skip
     :: atomic { lap == LAPS -> break }
     :: atomic { num_links == LINKS && ALL(IS_FREE, at_a, a) -> break } /* nobody comes any more */
@@ -370,19 +376,19 @@ end:
        at_e[mine].hold[s] = false;
 #endif
        atomic {
-         assert(MY_MESSAGE.unread && MY_MESSAGE.row == l);            /* nothing of another link is delivered */
-         assert(!to_attention[BOX(OF_ATTENTION(l), s)].unread);      /* no unread row is overwritten */
-         to_attention[BOX(OF_ATTENTION(l), s)].row = l
-       };
-       atomic {
-         assert(MY_MESSAGE.unread && MY_MESSAGE.row == l);
+         assert(MY_MESSAGE.unread && MY_MESSAGE.row == l);       /* nothing of another link is delivered */
+         assert(!to_attention[BOX(OF_ATTENTION(l), s)].unread); /* no unread row is overwritten */
          MY_MESSAGE.unread = false;
          at_e[mine].done[s] = at_e[mine].sent[s];
-         to_attention[BOX(OF_ATTENTION(l), s)].seq = at_e[mine].done[s];
+         to_attention[BOX(OF_ATTENTION(l), s)].row = l;
          to_attention[BOX(OF_ATTENTION(l), s)].unread = true;
-         at_e[mine].users--
-       };
-       atomic { at_e[mine].hold[s] = false; mine = 0; s = 0; l = 0 }
+         to_attention[BOX(OF_ATTENTION(l), s)].seq = at_e[mine].done[s];
+         at_e[mine].users--;
+         at_e[mine].hold[s] = false;
+         mine = 0;
+         s = 0;
+         l = 0
+       }
     od
   } unless { gone_e[e] }
 }
@@ -422,8 +428,6 @@ end:
 #endif
 #define INDEX_E(l) link[l].at_e
 #define INDEX_A(l) link[l].at_a
-#define GONE_E(l) gone_e[link[l].e]
-#define GONE_A(l) gone_a[link[l].a]
 
 proctype others_a(byte a) {
   {
@@ -465,7 +469,11 @@ proctype fate() {
   :: atomic { losses < LOSSES ->
       losses++;
       if
-      :: num_links > 0 -> select(i : 0 .. num_links - 1); link[i].is_cut = true
+      :: num_links > 0 && !link[0].is_cut -> link[0].is_cut = true
+      :: num_links > 1 && !link[1].is_cut -> link[1].is_cut = true
+#if LINKS == 3
+      :: num_links > 2 && !link[2].is_cut -> link[2].is_cut = true
+#endif
 #ifdef KILLS
       :: !gone_a[0] -> gone_a[0] = true; cut_all_of(link[i].a == 0)
 #if E > 1
