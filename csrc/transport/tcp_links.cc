@@ -88,6 +88,7 @@ Areas Links::connect(uint32_t peer_idx, const std::string& bytes, Fd data, bool*
   std::lock_guard lock(mutex_);
   if (is_closed_) fail("the comm is closed");
   Link& link = *links_.at(peer_idx);
+  const Areas send = areas_.add(peer_idx);  // first: it may fail
   link.peer_key = door.key;
   link.socket = std::move(data);
   link.staged = std::make_unique<unsigned char[]>(kStagedBytes);
@@ -95,7 +96,7 @@ Areas Links::connect(uint32_t peer_idx, const std::string& bytes, Fd data, bool*
   link.is_open = true;
   open_links_.push_back(&link);
   *wakes = true;
-  return areas_.add(peer_idx);
+  return send;
 }
 
 void Links::watch_socket(const Link& link, int operation) {
