@@ -80,6 +80,16 @@ def with_page_cache(cgroup: str, megabytes: str) -> None:
         print(offered(int(megabytes)))
 
 
+def with_a_send_area_beside(cgroup: str, megabytes: str) -> None:
+    """Both ranks are here: the one's memory fits, and then the other's send area does not."""
+    join(cgroup)
+    shape, store = shape_of(int(megabytes) << 20), tempfile.mkdtemp()
+    config = m2n.Config(transport="tcp", connect_timeout_s=10)
+    server = m2n.ExpertComm(0, shape, ONE, store, config=config)
+    print(outcome(lambda: m2n.AttentionComm(0, shape, ONE, store, config=config)))
+    server.close()
+
+
 def with_little_in_dev_shm() -> None:
     size = os.statvfs("/dev/shm").f_blocks * os.statvfs("/dev/shm").f_frsize
     print(size, offered(64))

@@ -214,6 +214,11 @@ def test_a_peer_that_its_cgroup_has_no_memory_for_is_refused(cgroup: Path) -> No
     assert int(number) in (2, 3) and text.startswith("SetupError: memory:") and str(200 * MB) in text, text
 
 
+def test_a_send_area_that_its_cgroup_has_no_memory_for_is_refused(cgroup: Path) -> None:
+    text = run("with_a_send_area_beside", cgroup, 90)
+    assert text.startswith("SetupError: ") and "memory: cannot allocate the send area for one peer: " in text, text
+
+
 def test_page_cache_makes_room_for_a_comm(cgroup: Path) -> None:
     assert run("with_page_cache", cgroup, 120) == "made"
 
