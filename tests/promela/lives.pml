@@ -67,7 +67,7 @@ byte untold_a[A], untold_e[E]; /* ghost: losses that no caller was told of */
 bool gone_a[A], gone_e[E]; /* dead, or closed */
 bool is_done[A];          /* all messages of this life are sent and answered, or given up */
 byte microbatches[A];     /* that have not ended */
-byte running;             /* processes that have not ended */
+byte accepting[E];        /* handshakes that have not ended */
 byte current;             /* the expert rank's life that a joiner finds in the store */
 
 #define BOX(l, s) ((l) * SLOTS + (s))
@@ -222,12 +222,12 @@ proctype accept_link(byte l) {
               assert(at_e[mine].offered > newest_offer[e]);
               newest_live[PAIR(l)] = link[l].number;
               newest_offer[e] = at_e[mine].offered
-          fi
+          fi;
+          accepting[e]--
         }
-    :: (link[l].is_cut || !IS_NEWER(l)) /* refused */
+    :: atomic { link[l].is_cut || !IS_NEWER(l) -> accepting[e]-- } /* refused */
     fi
-  } unless { gone_e[e] };
-  running--
+  } unless { gone_e[e] }
 }
 
 #define WANTS_LINK(a_) (!ANY(IS_LIVE, at_a, a_) || ANY(IS_OLD, at_a, a_))
@@ -246,7 +246,7 @@ proctype connect(byte a) {
           link[l].at_a = mine;
           numbers[PAIR(l)]++;
           link[l].number = numbers[PAIR(l)];
-          running++;
+          accepting[link[l].e]++;
           run accept_link(l) };
         if
         :: atomic { MAY_ATTACH(l) -> go_live(at_a[mine], at_a[mine ^ 1], untold_a[a]); l = 0; mine = 0 }
@@ -275,8 +275,7 @@ proctype connect(byte a) {
       at_a[a * INDICES + INDICES - 1].state = UNUSED;
       gone_a[a] = true
     }
-  } unless { gone_a[a] };
-  running--
+  } unless { gone_a[a] }
 }
 
 /* --- verbs */
@@ -338,8 +337,7 @@ again:  skip
     :: atomic { num_links == LINKS && ALL(IS_FREE, at_a, a) -> break } /* nobody comes any more */
     od;
     atomic { microbatches[a]--; is_done[a] = (microbatches[a] == 0) }
-  } unless { gone_a[a] };
-  running--
+  } unless { gone_a[a] }
 }
 
 #define MY_MESSAGE to_expert[BOX(at_e[mine].link, s)]
@@ -465,32 +463,25 @@ inline cut_all_of(is_its) {
 
 proctype fate() {
   byte losses, i;
+end:
   do
-  :: atomic { losses < LOSSES ->
-      losses++;
-      if
-      :: num_links > 0 && !link[0].is_cut -> link[0].is_cut = true
-      :: num_links > 1 && !link[1].is_cut -> link[1].is_cut = true
+  :: atomic { losses < LOSSES && num_links > 0 && !link[0].is_cut -> link[0].is_cut = true; losses++ }
+  :: atomic { losses < LOSSES && num_links > 1 && !link[1].is_cut -> link[1].is_cut = true; losses++ }
 #if LINKS == 3
-      :: num_links > 2 && !link[2].is_cut -> link[2].is_cut = true
+  :: atomic { losses < LOSSES && num_links > 2 && !link[2].is_cut -> link[2].is_cut = true; losses++ }
 #endif
 #ifdef KILLS
-      :: !gone_a[0] -> gone_a[0] = true; cut_all_of(link[i].a == 0)
+  :: atomic { losses < LOSSES && !gone_a[0] -> gone_a[0] = true; cut_all_of(link[i].a == 0); losses++; i = 0 }
 #if E > 1
-      :: !gone_e[0] && current > 0 -> gone_e[0] = true; cut_all_of(link[i].e == 0)
+  :: atomic { losses < LOSSES && !gone_e[0] && current > 0 ->
+        gone_e[0] = true; cut_all_of(link[i].e == 0); losses++; i = 0 }
 #endif
 #endif
-      :: true -> losses = LOSSES /* nothing more goes wrong */
-      fi;
-      i = 0 }
-  :: atomic { losses == LOSSES -> break }
-  od;
-  running--
+  od
 }
 
 inline start(a_) {
   microbatches[a_] = SLOTS;
-  running = running + 1 + SLOTS;
   run connect(a_);
   run others_a(a_);
   run microbatch(a_, 0)
@@ -505,7 +496,6 @@ init {
     for (i : 0 .. A * INDICES - 1) { at_a[i].link = NOBODY }
     for (i : 0 .. E * INDICES - 1) { at_e[i].link = NOBODY }
     for (i : 0 .. E - 1) { run expert(i); run others_e(i) }
-    running = 1;
     run fate();
     start(0);
     i = 0
@@ -520,11 +510,15 @@ init {
 #if E > 1
   current = 1;
 #endif
-  (running == 0);
+  i = 0;
+  do
+  :: i < A -> (gone_a[i]); i++ /* every wait has ended */
+  :: else -> break
+  od;
   i = 0;
   do
   :: i < E ->
-      (gone_e[i] || ALL(IS_FREE, at_e, i)); /* no index is kept for ever */
+      (gone_e[i] || (accepting[i] == 0 && ALL(IS_FREE, at_e, i))); /* no index is kept for ever */
       atomic { assert(gone_e[i] || untold_e[i] == 0); i++ }
   :: else -> break
   od
