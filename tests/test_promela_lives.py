@@ -21,9 +21,13 @@ TWO_INDICES = "lives A=1 E=1 INDICES=2 LINKS=2 SLOTS=1 LAPS=1 LOSSES=1"
 THREE_LINKS = "lives A=1 E=1 INDICES=2 LINKS=3 SLOTS=1 LAPS=1 LOSSES=0"
 
 HOLDS = {
+    "cut and linked again": ONE_INDEX,
     "ranks of one process": f"{ONE_INDEX} SHARED",
-    "two indices, so handshakes overlap": TWO_INDICES,
+}
+HOLDS_TOO = {
+    "two indices, so that handshakes overlap": TWO_INDICES,
     "two slots": "lives A=1 E=1 INDICES=1 LINKS=2 SLOTS=2 LAPS=1 LOSSES=1",
+    "cut twice": "lives A=1 E=1 INDICES=1 LINKS=3 SLOTS=1 LAPS=2 LOSSES=2",
     "two lives of an attention rank": "lives A=2 E=1 INDICES=1 LINKS=2 SLOTS=1 LAPS=1 LOSSES=0",
     "two lives of an expert rank": "lives A=1 E=2 INDICES=1 LINKS=2 SLOTS=1 LAPS=1 LOSSES=1 KILLS",
 }
@@ -55,13 +59,14 @@ SEEDED_MORE = {
 }
 
 
-def test_lives_and_links_hold(tmp_path: Path) -> None:
-    holds(ONE_INDEX, tmp_path)
+@pytest.mark.parametrize("case", HOLDS.values(), ids=HOLDS)
+def test_lives_and_links_hold(case: str, tmp_path: Path) -> None:
+    holds(case, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", HOLDS.values(), ids=HOLDS)
-def test_lives_and_links_hold_with(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", HOLDS_TOO.values(), ids=HOLDS_TOO)
+def test_lives_and_links_hold_too(case: str, tmp_path: Path) -> None:
     holds(case, tmp_path)
 
 
