@@ -132,13 +132,21 @@ def test_of_two_overlapping_handshakes_of_a_rank_the_later_one_wins(tmp_path: Pa
     with expert(tmp_path) as server:
         native = server._native
         older, newer = native.offer(0, 11), native.offer(0, 12)
-        ends = [socket.socketpair() for _ in range(2)]
+        ends = [socket.socketpair() for _ in range(4)]
         native.watch(newer["peer_idx"], ends[1][0].detach(), -1, 0.0, 0.0)
         with pytest.raises(m2n.SetupError, match="a newer link of attention rank 0 was made meanwhile"):
             native.watch(older["peer_idx"], ends[0][0].detach(), -1, 0.0, 0.0)
         native.withdraw(older["peer_idx"])
         assert [(peer.life, peer.state) for peer in server.peers()] == [(12, "live")]
-        for offer in (older, newer):
+        # Nor where the later one has ended meanwhile, and its index is free again.
+        oldest, newest = native.offer(1, 21), native.offer(1, 22)
+        native.watch(newest["peer_idx"], ends[2][0].detach(), -1, 0.0, 0.0)
+        native.drop_peer(newest["peer_idx"])
+        server.recover(1)
+        with pytest.raises(m2n.SetupError, match="a newer link of attention rank 1 was made meanwhile"):
+            native.watch(oldest["peer_idx"], ends[3][0].detach(), -1, 0.0, 0.0)
+        native.withdraw(oldest["peer_idx"])
+        for offer in (older, newer, oldest, newest):
             for fd, _ in offer["objects"]:
                 if fd >= 0:
                     os.close(fd)

@@ -294,8 +294,12 @@ void Comm::watch(uint32_t peer_idx, int connection_fd, int pidfd, const Heartbea
     std::lock_guard lock(membership_mutex_);
     Link& link = links_.at(peer_idx);
     const uint32_t peer_rank = rank_of(peer_idx), joined = peers_.joined(peer_idx);
+    const PeerInfo* remembered = find_remembered(peer_rank);
+    bool is_old = remembered != nullptr && remembered->joined > joined;
     for (uint32_t i = 0; i < peers_.size(); ++i) {
-      if (i == peer_idx || rank_of(i) != peer_rank || !peers_.is_live(i) || peers_.joined(i) < joined) continue;
+      is_old |= rank_of(i) == peer_rank && peers_.state(i) != PeerState::kUnused && peers_.joined(i) > joined;
+    }
+    if (is_old) {
       throw Error(Failure::kSetup, "handshake: a newer link of " + peer_name(peer_rank) + " was made meanwhile",
                   static_cast<int>(peer_rank));
     }
@@ -431,9 +435,11 @@ std::vector<uint32_t> Comm::give_up(uint32_t peer_rank) {
 }
 
 const PeerInfo* Comm::find_remembered(uint32_t peer_rank) const {
-  const auto found = std::find_if(history_.rbegin(), history_.rend(),
-                                  [peer_rank](const PeerInfo& peer) { return peer.rank == peer_rank; });
-  return found == history_.rend() ? nullptr : &*found;
+  const PeerInfo* newest = nullptr;
+  for (const PeerInfo& peer : history_) {
+    if (peer.rank == peer_rank && (newest == nullptr || peer.joined > newest->joined)) newest = &peer;
+  }
+  return newest;
 }
 
 std::optional<PeerInfo> Comm::find_gone(uint32_t peer_rank) const {
