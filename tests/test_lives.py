@@ -8,8 +8,10 @@ import gc
 import multiprocessing
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from conftest import over
 from test_faults import IDS, ONE, SOON_S, WEIGHTS, X, answer, attention, dispatch, expert
 
 import m2n
-from m2n.testing import expert_outputs
+from m2n.testing import expert_outputs, serve
 
 pytestmark = over("auto", "ucx")
 context = multiprocessing.get_context("spawn")
@@ -180,6 +182,41 @@ def test_a_life_on_an_emulated_device_gives_its_index_back(tmp_path: Path) -> No
                 server.combine_send(batch, batch.gather())
                 comm.combine_recv(timeout=SOON_S)
             until(lambda: server.peers()[-1].state == "left")
+
+
+@pytest.mark.sanitize
+def test_lives_come_and_go_while_others_exchange(tmp_path: Path) -> None:
+    is_over = threading.Event()
+
+    def answers(batch: m2n.Batch) -> np.ndarray:
+        return expert_outputs(batch, batch.experts)
+
+    def ask(comm: m2n.AttentionComm) -> np.ndarray:
+        comm.dispatch_send(X, comm.route(IDS, WEIGHTS))
+        y: np.ndarray = comm.combine_recv(timeout=SOON_S)
+        return y
+
+    with expert(tmp_path, max_peers=3) as server, ThreadPoolExecutor(2) as pool:
+        serving = pool.submit(serve, server, 2, answers, until=is_over.is_set)
+        with attention(tmp_path) as steady:
+            expected = ask(steady)
+
+            def go_on() -> int:
+                num_rounds = 0
+                while not is_over.is_set():
+                    assert np.array_equal(ask(steady), expected)
+                    num_rounds += 1
+                return num_rounds
+
+            going_on = pool.submit(go_on)
+            try:
+                for _ in range(12):
+                    with attention(tmp_path, rank=1) as comm:
+                        assert np.array_equal(ask(comm), expected)
+            finally:
+                is_over.set()
+            assert going_on.result(SOON_S) > 0
+        serving.result(SOON_S)
 
 
 def late_writer(store: str, connection: Connection) -> None:
