@@ -103,7 +103,9 @@ class Comm:
             is_plain = self.device == "cpu" and self.config.faults is None
             transport = "cuda" if is_on_gpu else "auto" if is_plain else "shm"
         if transport == "cuda" and not is_on_gpu:
-            raise ValueError(f"config.transport: device {self.device!r} needs 'auto' or 'shm', got 'cuda'")
+            raise ValueError(
+                f"config.transport: device {self.device!r} needs 'auto', 'shm', 'tcp' or 'ucx', got 'cuda'"
+            )
         if self.config.gpu_direct and (transport != "ucx" or self.device == "cpu"):
             raise ValueError(
                 "config.gpu_direct: rows in the memory of a GPU that NICs reach need transport='ucx' and a device, not "
@@ -112,7 +114,7 @@ class Comm:
         if transport == "cuda" and self.config.stream_waits:
             raise ValueError(
                 "config.stream_waits: the host must be able to end a stream's wait, which it cannot in the memory of a "
-                "GPU; use transport='shm' or 'ucx' on all ranks, or leave out stream_waits (M2N_STREAM_WAITS)"
+                "GPU; use transport='shm', 'tcp' or 'ucx' on all ranks, or leave out stream_waits (M2N_STREAM_WAITS)"
             )
         self._transport = transport
         if is_on_gpu:
@@ -122,8 +124,8 @@ class Comm:
         if self.config.faults is not None:
             if transport in NETWORKS:
                 raise ValueError(
-                    f"config.faults: signals over {transport!r} cannot be held back yet; use transport='shm', or no faults "
-                    "(M2N_FAULTS)"
+                    f"config.faults: signals over {transport!r} cannot be held back yet; use transport='shm', or no "
+                    "faults (M2N_FAULTS)"
                 )
             if self.device != "cpu":
                 raise ValueError(

@@ -336,7 +336,7 @@ class Config:
                 )
 
     def _network(self, transport: str, device: str = "cpu") -> str:
-        """The native name of the transport `tcp`, `ucx` or `auto` with these settings; `device` uses its windows too."""
+        """The native name of the transport `tcp`, `ucx` or `auto` with these settings; `device` uses its windows."""
         options = {"device": device} if device.startswith("cuda") else {}
         if transport == "ucx":
             options |= {"way": self.ucx_way, "library": self.ucx_library or "", "beside": _ucx_of_package()}

@@ -63,8 +63,8 @@ struct Pair {
   explicit Pair(const Settings& settings, std::shared_ptr<Window> rows_areas = nullptr)
       : api(load(settings.library, "")), sender(settings, nullptr), receiver(settings, rows_areas) {
     bool wakes = false;
-    sender.links.connect(0, receiver.door, &wakes);
-    if (rows_areas == nullptr) receiver.links.connect(0, sender.door, &wakes);
+    sender.links.connect(0, receiver.door, Fd(), &wakes);
+    if (rows_areas == nullptr) receiver.links.connect(0, sender.door, Fd(), &wakes);
     require(read_door(receiver.door, &door), "the door reads");
     Config* config = nullptr;
     require(api.config_read(nullptr, nullptr, &config) == Status::kOk, "config");

@@ -14,10 +14,6 @@
 
 namespace m2n {
 
-Fd::~Fd() {
-  if (fd_ >= 0) close(fd_);
-}
-
 std::unique_ptr<Transport> make_shm_transport();
 std::unique_ptr<Transport> make_faulty_transport(const std::string& name);
 std::unique_ptr<Transport> make_tcp_transport(const std::string& name);

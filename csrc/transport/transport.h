@@ -7,6 +7,8 @@
 // touch the whole range. A peer attaches what it was handed and writes there; there is no copy in between.
 #pragma once
 
+#include <unistd.h>
+
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -30,7 +32,9 @@ class Fd {
     std::swap(fd_, other.fd_);
     return *this;
   }
-  ~Fd();
+  ~Fd() {
+    if (fd_ >= 0) close(fd_);
+  }
   int get() const { return fd_; }
   int release() { return std::exchange(fd_, -1); }
 

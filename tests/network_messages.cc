@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Headers of active messages and doors as no honest peer writes them: whatever is accepted lies within the objects.
-// Usage: ucx_messages SEED ROUNDS. Under AddressSanitizer and UndefinedBehaviorSanitizer.
-#include "transport/ucx_message.h"
+// Headers of messages and doors as no honest peer writes them: whatever is accepted lies within the objects.
+// Usage: network_messages SEED ROUNDS. Under AddressSanitizer and UndefinedBehaviorSanitizer.
+#include "transport/network_message.h"
 
 #include <algorithm>
 #include <cstdio>
@@ -12,6 +12,7 @@
 
 namespace {
 
+using namespace m2n;
 using namespace m2n::ucx;
 
 constexpr uint64_t kAreaBytes[kNumAreas] = {1 << 16, 1 << 12};
