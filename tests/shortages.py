@@ -100,13 +100,16 @@ def with_interrupted_calls() -> None:
 
 
 def without_threads() -> None:
-    """Of a comm of each kind that has threads of its own; then whether this thread's signals are still its own."""
+    """Of comms that have threads of their own; then whether this thread's signals are still its own."""
     store, no_more_threads = tempfile.mkdtemp(), ctypes.c_int.in_dll(ctypes.CDLL(None), "no_more_threads")
-    two = m2n.Placement.block(4, 2)
-    emulated = m2n.ExpertComm(0, shape_of(1 << 20), two, store, device="emulated")
+    shape, two = shape_of(1 << 20), m2n.Placement.block(4, 2)
     late = m2n.Config(faults=m2n.Faults(delay_us=1))
     no_more_threads.value = 1
-    print(outcome(lambda: m2n.ExpertComm(1, shape_of(1 << 20), two, store, config=late)))
+    print(outcome(lambda: m2n.ExpertComm(0, shape, two, store)))
+    no_more_threads.value = 0
+    emulated = m2n.ExpertComm(0, shape, two, store, device="emulated")
+    no_more_threads.value = 1
+    print(outcome(lambda: m2n.ExpertComm(1, shape, two, store, config=late)))
     print(outcome(lambda: emulated.wait_work(0.1)))
     no_more_threads.value = 0
     print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])))

@@ -77,6 +77,7 @@ Comm::Comm(Role role, const Shape& shape, uint32_t rank, uint32_t max_peers, con
       relay_(transport_->make_relay(uint64_t{role == Role::kExpert} << 32 | rank)),
       exec_(nullptr) {
   links_.resize(max_peers);
+  start_watcher();  // where there can be no thread, it is said now and not when the first peer joins
   rows_window_ = transport_->make_rows_window(rows().object_bytes, rows().stride_bytes, max_peers);
   small_window_ = transport_->make_window(small().object_bytes, small().object_bytes, max_peers);
   wake_window_ = host_transport_->make_window(kPageBytes, kPageBytes, 1);
@@ -306,7 +307,12 @@ void Comm::watch(uint32_t peer_idx, int connection_fd, int pidfd, const Heartbea
     set_state(peer_idx, PeerState::kLive);
     add_seq_cst(&epoch_, 1u);  // SYNC: link-added
     // After LIVE: the watcher may report the end of the link at once.
-    link.ticket = watch_peer(shared_from_this(), peer_idx, connection.release(), process.release(), heartbeats);
+    try {
+      link.ticket = watch_peer(shared_from_this(), peer_idx, connection.release(), process.release(), heartbeats);
+    } catch (...) {
+      drop_locked(peer_idx, LossCause::kConnectionClosed);  // live and not watched, its end would never be seen
+      throw;
+    }
     if (is_closed()) unwatch_peer(link.ticket, /*say_goodbye=*/true);  // it joined while close() said its goodbyes
     for (uint32_t i = 0; i < peers_.size(); ++i) {
       if (i != peer_idx && rank_of(i) == peer_rank) drop_locked(i, LossCause::kReplaced);

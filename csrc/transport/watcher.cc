@@ -245,6 +245,8 @@ Watcher& watcher() {
 
 }  // namespace
 
+void start_watcher() { watcher(); }
+
 uint64_t watch_peer(std::shared_ptr<PeerListener> listener, uint32_t peer_idx, int connection_fd, int pidfd,
                     const Heartbeats& heartbeats) {
   Fd connection(connection_fd), process(pidfd);  // closed where there is no watcher

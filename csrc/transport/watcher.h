@@ -28,6 +28,9 @@ struct ClockOffset {
   int64_t round_trip_ns = 0;  // it is known to half of this; 0: not at all
 };
 
+// Makes the thread, unless this process has it. Throws Error(kSetup).
+void start_watcher();
+
 // Watches a control connection and, where the peer is another process of this host, its pidfd (-1: none).
 // Takes both descriptors. Returns a ticket for the calls below.
 uint64_t watch_peer(std::shared_ptr<PeerListener> listener, uint32_t peer_idx, int connection_fd, int pidfd,
