@@ -330,9 +330,9 @@ class AttentionComm(Comm):
     def set_placement(self, placement: Placement, timeout: float | None = None) -> None:
         """From the next `route` on experts are where this placement says, on the CPU (design section 6).
 
-        Expert ranks that it names (`Placement.members`) and that are not linked are joined first: new ones, and the
-        next lives of those that are lost or have left, which are given up as by `recover`. The links with the others
-        go on, and what is in flight is combined as it was sent. Not while another thread is in `dispatch_send`.
+        Expert ranks that it names (`Placement.members`) and that are not linked are joined first: new ones, those whose
+        link is lost, which is given up as by `recover`, and next lives of those that have left. The links with the
+        others go on, and what is in flight is combined as it was sent. Not while another thread is in `dispatch_send`.
 
         With a higher `Placement.version` routes that were made before can no longer be dispatched, and messages tell
         the expert ranks the new version from when everything that was sent before is combined: see

@@ -252,9 +252,9 @@ class Config:
     Args:
         job: separates jobs that use one store; default: M2N_JOB or "default".
         timeout_s: deadline of a verb that is given none, in seconds; no wait is endless.
-        connect_timeout_s: deadline for finding and joining all peers, in seconds.
-        store_timeout_s: deadline for reaching the store, in seconds. It has to be served before; so a wrong address is
-            told soon.
+        connect_timeout_s: deadline for reaching the store and for finding and joining all peers, in seconds.
+        store_timeout_s: how long one attempt to reach the store may take, in seconds. The store may be served later:
+            after each attempt a line on stderr says what is waited for, until connect_timeout_s.
         bind: where an expert rank listens for attention ranks of other hosts: an address, an interface or a network, as
             "10.0.0.5", "eth0" or "10.0.0.0/16", each with or without ":port"; default: M2N_BIND, or nowhere.
         job_key: a secret of the job's ranks, by which those of different hosts prove that they belong to it; default:
