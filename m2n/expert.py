@@ -142,9 +142,9 @@ class ExpertComm(Comm):
 
     Args:
         rank: of this expert rank, 0 to placement.num_expert_ranks - 1.
-        max_peers: attention ranks at one time; each has memory of its own. One that is gone counts until its batches are
-            answered, and if it was lost until recover() or its next life; one more than the ranks lets a next life join
-            while the last one is still there.
+        max_peers: attention ranks at one time; each has memory of its own. One that is gone counts until its batches
+            are answered, and if it was lost until recover() or its next life; one more than there are ranks lets a next
+            life join while the last one is still there.
         The rest as for AttentionComm.
 
     Raises:
