@@ -133,7 +133,7 @@ END_USE = "  m2n::drop_hold(&shared.holds[slot]);\n}"
 GIVE_BACK = "  set_state(m2n::PeerState::kUnused);\n"
 RESET_HOLD = "  m2n::drop_hold(&shared.holds[0]);\n"
 SAME_RANK = " && explorer::read_byte(&shared.rank) == kOld"
-BATCH_HOLD = "m2n::take_hold(&shared.holds[0], &shared.state);"
+BATCH_HOLD = "m2n::add_hold(&shared.holds[0]);"
 RESET_INBOX = "explorer::write_byte(&shared.is_taken, 1);  // the"
 DECIDE = "store_release_to_blocks(&gate->verdict, verdict);"
 WRONG = [

@@ -26,6 +26,7 @@ HOLDS = {
 }
 HOLDS_TOO = {
     "two indices, so that handshakes overlap": TWO_INDICES,
+    "two threads that serve": f"{ONE_INDEX} TWO_THREADS",
     "two slots": "lives A=1 E=1 INDICES=1 LINKS=2 SLOTS=2 LAPS=1 LOSSES=1",
     "cut twice": "lives A=1 E=1 INDICES=1 LINKS=3 SLOTS=1 LAPS=2 LOSSES=2",
     "two lives of an attention rank": "lives A=2 E=1 INDICES=1 LINKS=2 SLOTS=1 LAPS=1 LOSSES=0",
@@ -49,6 +50,7 @@ SEEDED = {
 SEEDED_MORE = {
     "a hold that ends before the reply": (f"{ONE_INDEX} BUG_HOLD_ENDS_BEFORE_REPLY", USED),
     "the state looked at before the hold": (f"{ONE_INDEX} BUG_STATE_BEFORE_HOLD", USED),
+    "a hold of batches that is not counted": (f"{ONE_INDEX} TWO_THREADS BUG_HOLD_NOT_COUNTED", USED),
     "recover that drops the holds of other threads": (f"{ONE_INDEX} BUG_RECOVER_DROPS_HOLDS", USED),
     "each side of one process waits for the other": (f"{ONE_INDEX} SHARED BUG_EACH_WAITS_FOR_THE_OTHER", DEADLOCK),
     "a late write that lands in the new link": (f"{ONE_INDEX} SHARED BUG_OLD_MAPPING_NOT_AWAITED", WRONG_LINK),

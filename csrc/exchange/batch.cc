@@ -61,7 +61,7 @@ struct BlockAllocator {
 
 void Batch::drop_holds() {
   for (const Message& message : messages) {
-    drop_hold(&holds[message.arrived.peer_idx * num_slots + message.arrived.slot]);
+    end_hold(&holds[message.arrived.peer_idx * num_slots + message.arrived.slot]);
   }
 }
 

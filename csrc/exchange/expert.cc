@@ -136,9 +136,7 @@ std::shared_ptr<Batch> ExpertComm::collect(uint32_t layer, uint32_t microbatch, 
   }
   if (batch->messages.empty()) return nullptr;  // all of them were refused
   for (const Batch::Message& message : batch->messages) {
-    const uint32_t at = message.arrived.peer_idx * layout_.num_slots + message.arrived.slot;
-    inboxes_[at].is_pending = false;
-    store_relaxed(&holds_[at], 1u);  // relaxed: under the lock that the returner takes too
+    inbox(message.arrived.peer_idx, message.arrived.slot).is_pending = false;
   }
   build_lists(*batch);
   return batch;
@@ -165,6 +163,7 @@ bool ExpertComm::take_message(Batch& batch, uint32_t peer_idx, uint32_t slot) {
   if (result.error == RecvError::kNone) {
     count_pairs(idxs_.data() + from, message.num_rows, shape_.top_k, batch.expert_offsets.data());
     batch.messages.push_back({message, box.seq.accepted, first_row});
+    add_hold(&holds_[peer_idx * layout_.num_slots + slot]);  // under the lock that the returner takes too
     batch.ranks.push_back(rank_of(peer_idx));
     return true;
   }

@@ -134,13 +134,14 @@ void batch(size_t thread) {
     locked([&] {
       if (explorer::read_byte(&shared.is_taken) != 0) return;
       explorer::write_byte(&shared.is_taken, 1);
-      m2n::take_hold(&shared.holds[0], &shared.state);  // a message that came whole counts, live or not
+      m2n::add_hold(&shared.holds[0]);  // a message that came whole counts, live or not
       has_batch = true;
     });
     if (!has_batch) return;
     use(0);
     check(explorer::read_byte(&shared.view) == kOld, "a reply to another life");
-    return end_use(0);
+    explorer::note(0, explorer::noted(0) - 1);
+    return m2n::end_hold(&shared.holds[0]);
   }
   await(is_lost);
   bool is_held = false;

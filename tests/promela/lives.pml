@@ -20,7 +20,8 @@
  *
  * Abstracted away: memory orders (explorer/hold.cc); what exchange.pml and loss.pml have; zero rows, which are messages
  * like any other here. Every run is finite: "every wait ends" and "no index is kept for ever" are "no invalid end
- * state". Configured by A, E, INDICES (1 or 2), LINKS, SLOTS (1 or 2), LAPS, LOSSES. BUG_...: a mistake.
+ * state". Configured by A, E, INDICES (1 or 2), LINKS, SLOTS (1 or 2), LAPS, LOSSES; TWO_THREADS serve each expert rank.
+ * BUG_...: a mistake.
  */
 #define UNUSED 0 /* free, or being joined */
 #define LIVE 1
@@ -36,7 +37,7 @@ typedef Entry {     /* of a peer, at one side */
   byte offered;     /* at the expert rank: its place among all offers */
   bool is_known;    /* the caller knows that the link is gone, or a newer one of the same rank is live */
   bool is_unmapped; /* the peer's memory cannot be written from here any more */
-  bool hold[SLOTS];
+  byte hold[SLOTS]; /* of an expert rank a count: the next message may be taken before the last batch has let go */
   byte sent[SLOTS]; /* SendSeq; of an expert rank RecvSeq: accepted */
   byte done[SLOTS]; /* consumed; of an expert rank: replied */
   byte users        /* ghost: verbs that use what the entry has */
@@ -344,6 +345,16 @@ again:  skip
 /* A message that came whole counts, though its sender is gone. */
 #define IS_HERE(j_, s_) (at_e[j_].state != UNUSED && !at_e[j_].is_known && !at_e[j_].is_unmapped && \
                          to_expert[BOX(at_e[j_].link, s_)].seq != at_e[j_].sent[s_])
+#ifdef BUG_HOLD_NOT_COUNTED
+#define HOLD_BATCH at_e[mine].hold[s] = 1
+#define END_BATCH at_e[mine].hold[s] = 0
+#elif defined(BUG_HOLD_ENDS_BEFORE_REPLY)
+#define HOLD_BATCH at_e[mine].hold[s]++
+#define END_BATCH skip
+#else
+#define HOLD_BATCH at_e[mine].hold[s]++
+#define END_BATCH at_e[mine].hold[s]--
+#endif
 #define TAKE(j_, s_) \
   :: atomic { IS_HERE(j_, s_) -> \
         mine = j_; s = s_; \
@@ -351,7 +362,7 @@ again:  skip
         at_e[mine].sent[s] = MY_MESSAGE.seq; \
         l = at_e[mine].link; \
         at_e[mine].users++; \
-        at_e[mine].hold[s] = true }
+        HOLD_BATCH }
 
 proctype expert(byte e) {
   byte mine, s, l;
@@ -371,7 +382,7 @@ end:
 #endif
        fi;
 #ifdef BUG_HOLD_ENDS_BEFORE_REPLY
-       at_e[mine].hold[s] = false;
+       at_e[mine].hold[s]--;
 #endif
        atomic {
          assert(MY_MESSAGE.unread && MY_MESSAGE.row == l);       /* nothing of another link is delivered */
@@ -380,9 +391,11 @@ end:
          at_e[mine].done[s] = at_e[mine].sent[s];
          to_attention[BOX(OF_ATTENTION(l), s)].row = l;
          to_attention[BOX(OF_ATTENTION(l), s)].unread = true;
-         to_attention[BOX(OF_ATTENTION(l), s)].seq = at_e[mine].done[s];
+         to_attention[BOX(OF_ATTENTION(l), s)].seq = at_e[mine].done[s]
+       };
+       atomic {
          at_e[mine].users--;
-         at_e[mine].hold[s] = false;
+         END_BATCH;
          mine = 0;
          s = 0;
          l = 0
@@ -495,7 +508,13 @@ init {
   atomic {
     for (i : 0 .. A * INDICES - 1) { at_a[i].link = NOBODY }
     for (i : 0 .. E * INDICES - 1) { at_e[i].link = NOBODY }
-    for (i : 0 .. E - 1) { run expert(i); run others_e(i) }
+    for (i : 0 .. E - 1) {
+      run expert(i);
+#ifdef TWO_THREADS
+      run expert(i);
+#endif
+      run others_e(i)
+    }
     run fate();
     start(0);
     i = 0
