@@ -29,7 +29,7 @@ from .ranks import serve
 from .shape import Config, Placement, Shape
 from .store import Store, look_up, open_store
 
-TRANSPORTS = ("shm", "ucx")
+TRANSPORTS = ("shm", "tcp", "ucx")
 _ROW_BYTES = 1024
 _LARGE_ROWS = 1024  # 1 MB
 _ROUNDS, _LARGE_ROUNDS = 200, 20
@@ -114,7 +114,7 @@ def be_attention(store: Any) -> int:
             num_working += 1
             print(f"{transport:4} yes: {us:.1f} us one way for 1 KB, {bytes_per_s / 1e9:.2f} GB/s each way at 1 MB")
     opened.set(_END_KEY, "1")
-    print("what 'auto' takes: shm inside a host, ucx between hosts")
+    print("what 'auto' takes: shm inside a host, tcp between hosts")
     for line in advice():
         print(f"- {line}")
     return num_working
@@ -125,14 +125,14 @@ def advice() -> list[str]:
     config, known = Config(), features()
     lines = []
     if not known["ucx"]:
-        lines.append(f"no UCX, so no other host: {known['ucx_words']}")
+        lines.append(f"no UCX, which only RDMA needs: {known['ucx_words']}")
     devices = Path("/sys/class/infiniband")
     has_rdma = devices.is_dir() and any(devices.iterdir())
     if has_rdma and "libucx" in known["ucx_words"]:
         lines.append("this host has RDMA devices, and UCX is the package's, without verbs: set M2N_UCX_LIBRARY to a "
                      "system's libucp.so.0")  # fmt: skip
     if not has_rdma:
-        lines.append("no RDMA device (/sys/class/infiniband): UCX takes TCP between hosts")
+        lines.append("no RDMA device (/sys/class/infiniband): 'tcp' is what reaches other hosts")
     if not config.bind:
         have = ", ".join(f"{interface} ({address})" for interface, address in addresses().items())
         lines.append(f"M2N_BIND is not set: expert ranks listen on this host only; it has {have}")
