@@ -86,7 +86,8 @@ class Case:
             "m": self.m, "n": self.n, "tokens": ids.shape[1], "x_stride_rows": self.x_stride_rows,
             "hidden": self.hidden, "top_k": self.top_k,
             "experts": self.num_experts, "dtype": self.dtype, "reduce_at": self.reduce_at,
-            "transport": native_transport(self.transport), "ucx_transport": native_transport("ucx"), "seconds": seconds, "max_rounds": max_rounds,
+            "transport": native_transport(self.transport), "ucx_transport": native_transport("ucx"),
+            "seconds": seconds, "max_rounds": max_rounds,
             "deadline_s": self.deadline_s,
             "cores": " ".join(map(str, self.cores)),
         }  # fmt: skip

@@ -59,7 +59,7 @@ def add_options(parser: argparse.ArgumentParser, sizes: str) -> None:
     add("--experts", type=int, metavar="E", help="default: at least 8, as many on each rank")
     add("--reduce-at", choices=("expert", "attention"), default="expert", help="where sums are made (default expert)")
     add("--routing", default="balanced", metavar="HOW", help=f"{', '.join(ROUTINGS)}, or a file of --record-routes")
-    add("--transport", default="shm", choices=("shm", "tcp", "ucx"), help="of m2n (default shm); tcp and ucx: by loopback")
+    add("--transport", default="shm", choices=("shm", "tcp", "ucx"), help="of m2n (default shm), by loopback")
     add(
         "--pin",
         default="auto",

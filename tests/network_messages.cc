@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Headers of messages and doors as no honest peer writes them: whatever is accepted lies within the objects.
 // Usage: network_messages SEED ROUNDS. Under AddressSanitizer and UndefinedBehaviorSanitizer.
-#include "transport/network_message.h"
 
 #include <algorithm>
 #include <cstdio>
@@ -9,6 +8,9 @@
 #include <cstring>
 #include <memory>
 #include <random>
+
+#include "transport/network_message.h"
+#include "transport/ucx_door.h"
 
 namespace {
 

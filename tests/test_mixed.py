@@ -119,7 +119,9 @@ def test_messages_tell_the_version_of_the_placement(devices: tuple[str, str], tm
 
 
 def test_transports_that_do_not_fit_are_refused_in_words(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="config.transport: device 'cpu' needs 'auto', 'shm', 'tcp' or 'ucx', got 'cuda'"):
+    with pytest.raises(
+        ValueError, match="config.transport: device 'cpu' needs 'auto', 'shm', 'tcp' or 'ucx', got 'cuda'"
+    ):
         config = dataclasses.replace(ON_HOST, transport="cuda")
         m2n.ExpertComm(0, SHAPE, m2n.Placement.block(8, 1), tmp_path, config=config)
     gpu = bootstrap.Identity("default", "default", "expert", 0, SHAPE, "cuda")

@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import bodies
 import numpy as np
+import psutil
 import pytest
 from bodies import ONE, SMALL, small_answer, small_attention, small_dispatch, small_expert
 from conftest import needs_compiler
@@ -92,6 +94,44 @@ def test_bad_settings_name_themselves(changes: dict[str, Any], words: str) -> No
 def test_bad_native_names_are_refused(name: str) -> None:
     with pytest.raises(m2n.SetupError, match="expected 'ucx'"):
         _C.describe_transport(name)
+
+
+@pytest.mark.ucx
+@pytest.mark.parametrize(
+    "listed", ["tcp,self", "all", "rc,all", "posix,t*", "*", "\\tcp", "tcp:aux", "^sysv", "^posix,sysv"]
+)
+@pytest.mark.parametrize("where", ["settings", "environment"])
+def test_a_list_of_transports_that_lets_tcp_in_is_refused(
+    where: str, listed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UCX_TLS", listed if where == "environment" else "posix,self")
+    config = m2n.Config(transport="ucx", ucx_variables={} if where == "environment" else {"TLS": listed})
+    with pytest.raises(ValueError, match="lets TCP in, by which whoever reaches.*transport='tcp'.*insecure=True"):
+        m2n.ExpertComm(0, SMALL, ONE, tmp_path, config=config)
+    m2n.ExpertComm(0, SMALL, ONE, tmp_path, config=dataclasses.replace(config, insecure=True)).close()
+
+
+@pytest.mark.ucx
+@pytest.mark.parametrize("listed", [None, "^tcp", "^sysv,tcp", "posix,sysv,self"])
+def test_without_tcp_no_port_of_ucx_is_open(listed: str | None, tmp_path: Path) -> None:
+    variables = {"TLS": listed} if listed else {}
+    before = set(psutil.Process().net_connections("inet"))
+    with m2n.ExpertComm(0, SMALL, ONE, tmp_path, config=m2n.Config(transport="ucx", ucx_variables=variables)):
+        opened = set(psutil.Process().net_connections("inet")) - before
+        assert not [each for each in opened if each.status == psutil.CONN_LISTEN or each.type == socket.SOCK_DGRAM]
+    with m2n.ExpertComm(0, SMALL, ONE, tmp_path, config=bodies.config_of("ucx")):
+        assert set(psutil.Process().net_connections("inet")) - before  # there is something to be seen
+
+
+@pytest.mark.ucx
+def test_two_ranks_of_one_host_without_tcp_are_told_what_to_take(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"shape": SMALL, "placement": ONE, "store": tmp_path}
+    config = m2n.Config(transport="ucx", connect_timeout_s=8.0)
+    try:
+        with m2n.ExpertComm(0, config=config, **options), m2n.AttentionComm(0, config=config, **options):
+            pass  # there is RDMA here
+    except m2n.SetupError as error:
+        assert "Without Config(insecure=True) UCX gets no TCP: transport='tcp' needs no UCX" in str(error)
 
 
 @pytest.mark.ucx
