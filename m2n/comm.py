@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import threading
 import weakref
@@ -15,6 +16,7 @@ from . import _C, arrays
 from .deadline import Deadline
 from .handshake import NETWORKS, Identity
 from .listener import Listener
+from .notes import say
 from .shape import Config, Placement, Shape, require_int
 from .store import Store, describe_store, open_store
 
@@ -51,6 +53,12 @@ def require_next_placement(placement: Any, comm: Comm) -> None:
             f"placement: its version {placement.version} is older than {comm.placement.version}, which {comm!r} has; "
             "give later placements a higher version"
         )
+
+
+@functools.cache
+def _say_insecure(words: str) -> None:
+    """Once in a process."""
+    say(words)
 
 
 class PeerStatus(NamedTuple):
@@ -133,6 +141,8 @@ class Comm:
                     "kernels; use device='cpu', or no faults (M2N_FAULTS)"
                 )
             self._transport = self.config.faults._transport(transport)
+        if self.config.insecure and transport in ("auto", *NETWORKS):
+            _say_insecure(self.config._insecure_words())
         wire = (self.config.heartbeat_s, self.config.job_key, self.config.insecure)
         self._identity = Identity(self.config.job, name, self.role, self.rank, shape, transport, *wire)
 

@@ -125,19 +125,21 @@ def advice() -> list[str]:
     config, known = Config(), features()
     lines = []
     if not known["ucx"]:
-        lines.append(f"no UCX, which only RDMA needs: {known['ucx_words']}")
+        lines.append(f"no UCX, so no RDMA: {known['ucx_words']}")
     devices = Path("/sys/class/infiniband")
     has_rdma = devices.is_dir() and any(devices.iterdir())
     if has_rdma and "libucx" in known["ucx_words"]:
         lines.append("this host has RDMA devices, and UCX is the package's, without verbs: set M2N_UCX_LIBRARY to a "
                      "system's libucp.so.0")  # fmt: skip
     if not has_rdma:
-        lines.append("no RDMA device (/sys/class/infiniband): 'tcp' is what reaches other hosts")
+        lines.append("no RDMA device (/sys/class/infiniband): take tcp between hosts")
     if not config.bind:
         have = ", ".join(f"{interface} ({address})" for interface, address in addresses().items())
         lines.append(f"M2N_BIND is not set: expert ranks listen on this host only; it has {have}")
     if config.job_key is None and not config.insecure:
         lines.append("M2N_JOB_KEY is not set: ranks of other hosts are refused")
+    if config.insecure:
+        lines.append(config._insecure_words())
     return lines
 
 

@@ -258,14 +258,17 @@ class Config:
         bind: where an expert rank listens for attention ranks of other hosts: an address, an interface or a network, as
             "10.0.0.5", "eth0" or "10.0.0.0/16", each with or without ":port"; default: M2N_BIND, or nowhere.
         job_key: a secret of the job's ranks, by which those of different hosts prove that they belong to it; default:
-            M2N_JOB_KEY. Nothing is encrypted.
-        insecure: let ranks of different hosts join without a key; default: M2N_INSECURE=1.
+            M2N_JOB_KEY. Who does not have it joins nothing and writes nothing. Nothing is encrypted.
+        insecure: the network is trusted; default: M2N_INSECURE=1. Ranks of different hosts may join without a key (one
+            that is set is still asked for), and UCX may take TCP, by which whoever reaches this host can read and write
+            all memory of this process.
         heartbeat_s: how often, in seconds, a rank tells those of other hosts that it is alive. One that is silent for
             three of its own periods is lost.
         transport: where windows lie: "cuda" in the memory of GPUs, "shm" in that of the host, "auto" where the comm's
-            device is; default: M2N_TRANSPORT, or "auto". All ranks of a comm need the same; with "shm" ranks on GPUs
-            link with ranks on CPUs. "ucx": in that of the host, reached by messages through UCX (RDMA, TCP); kernels
-            write theirs there too, and a thread of their process sends them.
+            device is, and for ranks on CPUs other hosts are reached as with "tcp"; default: M2N_TRANSPORT, or "auto".
+            All ranks of a comm need the same; with "shm" ranks on GPUs link with ranks on CPUs. "tcp": in that of the
+            host, reached by messages over a connection for each link, which the handshake makes; kernels write theirs
+            there too, and a thread of their process sends them. "ucx": the same through UCX, for RDMA.
         arrays: what an expert rank gets its batches as: "torch", "numpy", "cupy", or "auto": torch if it was imported,
             else cupy on a GPU and numpy on the CPU.
         num_sms: on a GPU, the most thread blocks of a verb that moves rows, of 512 or 1,024 threads each. More is
@@ -273,7 +276,7 @@ class Config:
         stream_waits: outside graphs the stream itself waits for signals (cuStreamWaitValue; paper section 5) ahead
             of the kernels of combine_recv, and of a dispatch_recv with sync=False and attention_ranks: no
             multiprocessor is held meanwhile. combine_recv then waits for all expert ranks, also for those that it has
-            sent no rows to. Needs transport "shm" or "ucx"; nothing changes for comms on CPUs. Set
+            sent no rows to. Needs transport "shm", "tcp" or "ucx"; nothing changes for comms on CPUs. Set
             CUDA_DEVICE_MAX_CONNECTIONS=32: a stream that waits may hold up others that share its hardware queue.
             Default: M2N_STREAM_WAITS=1, or False: kernels wait.
         faults: a slow network to imitate; default: M2N_FAULTS, as "delay_us=500,jitter_us=100,seed=1", or none.
@@ -281,8 +284,9 @@ class Config:
             that of the package libucx-cu12 or libucx-cu13. It is loaded by the first comm with transport="ucx".
         ucx_way: "put": a message is puts, a fence and a put of its signal; "message": one active message; "auto": puts
             where the network has real ones (RDMA). Peers may differ.
-        ucx_variables: settings of UCX for this comm, as {"TLS": "tcp,self"}. UCX also reads its own environment
-            (UCX_TLS, UCX_NET_DEVICES, ...), which these overrule. Peers need a transport in common.
+        ucx_variables: settings of UCX for this comm, as {"NET_DEVICES": "mlx5_0:1"}. UCX also reads its own environment
+            (UCX_TLS, UCX_NET_DEVICES, ...), which these overrule. Peers need a transport in common. Without `insecure`
+            TLS is "^tcp" by default, and a list that lets TCP in is refused.
         gpu_direct: with transport "ucx" on a GPU, rows lie in its memory, both ways, and NICs read and write them there
             (GPUDirect RDMA); ids, weights and signals stay in that of the host. Needs puts, a UCX with CUDA, and a GPU
             that a NIC's writes reach in order, as Hopper's. The peer need not have it. Not run on such a NIC yet.
@@ -334,6 +338,16 @@ class Config:
                 raise ValueError(
                     f"ucx_variables: expected something like {{'TLS': 'tcp,self'}}, got {key!r}: {value!r}"
                 )
+
+    def _insecure_words(self) -> str:
+        """What `insecure` means with these settings; "" without it."""
+        if not self.insecure:
+            return ""
+        joins = "can join ranks" if self.job_key is None else "must show the job key to join ranks"
+        return (
+            f"insecure=True (M2N_INSECURE): the network must be trusted: whoever reaches this host {joins}, and where "
+            "UCX takes TCP can read and write all memory of this process"
+        )
 
     def _network(self, transport: str, device: str = "cpu") -> str:
         """The native name of the transport `tcp`, `ucx` or `auto` with these settings; `device` uses its windows."""

@@ -71,8 +71,6 @@ def why_no_ucx() -> str | None:
 
 def why_no_hosts() -> str | None:
     """Why tests with the marker `two_hosts` cannot run here; None when they can."""
-    if reason := why_no_ucx():
-        return reason
     from m2n.benchmarks import hosts
 
     return hosts.why_no_hosts()

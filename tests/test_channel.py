@@ -105,7 +105,9 @@ def greet(address: Address, **about: Any) -> FakeNative:
     return native
 
 
-@pytest.mark.parametrize("security", [{"job_key": KEY}, {"insecure": True}], ids=str)
+@pytest.mark.parametrize(
+    "security", [{"job_key": KEY}, {"insecure": True}, {"job_key": KEY, "insecure": True}], ids=str
+)
 def test_ranks_of_two_hosts_meet(security: dict[str, Any]) -> None:
     with listener(heartbeat_s=2.0, **security) as (_, native, address):
         ours = greet(address, heartbeat_s=0.5, **security)
@@ -363,7 +365,9 @@ def test_settings_of_the_wire_come_from_the_environment(monkeypatch: pytest.Monk
     assert (config.bind, config.job_key, config.insecure) == ("lo", KEY, False)
     assert KEY not in repr(config)
     monkeypatch.setenv("M2N_INSECURE", "1")
-    assert (m2n.Config().job_key, m2n.Config().insecure) == (KEY, True)  # UCX may use TCP; who joins needs the key
+    config = m2n.Config()
+    assert (config.job_key, config.insecure) == (KEY, True)  # the key is still asked for
+    assert "must show the job key to join" in m2n.features()["insecure_words"]
     for wrong in ({"job_key": "short"}, {"heartbeat_s": 0}, {"store_timeout_s": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             m2n.Config(**{"insecure": False, **wrong})

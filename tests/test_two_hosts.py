@@ -65,13 +65,20 @@ def running(num_hosts: int, attention: list[int], experts: list[int], **env: str
         yield Ranks(hosts, attention, experts, **env)
 
 
-LAUNCHES = {"TEST_DEVICE": "emulated", "M2N_TRANSPORT": "ucx"}
+LAUNCHES = {"TEST_DEVICE": "emulated", "M2N_TRANSPORT": "tcp"}
+# UCX over TCP, beside a key that is still asked for.
+OVER_UCX = {"M2N_TRANSPORT": "ucx", "M2N_INSECURE": "1"}
 
 
 @pytest.mark.parametrize(
     ("attention", "experts", "env"),
-    [([0, 0], [1, 2], {}), ([0, 1], [0, 1], {}), ([0, 1], [0, 1], LAUNCHES)],
-    ids=["two attention ranks here, experts there", "both roles on both hosts", "verbs are launched"],
+    [
+        ([0, 0], [1, 2], {}),
+        ([0, 1], [0, 1], {}),
+        ([0, 1], [0, 1], LAUNCHES),
+        pytest.param([0, 0], [1, 2], OVER_UCX, marks=pytest.mark.ucx),
+    ],
+    ids=["two attention ranks here, experts there", "both roles on both hosts", "verbs are launched", "over UCX"],
 )
 def test_exchanges_between_hosts_equal_the_oracle(
     attention: list[int], experts: list[int], env: dict[str, str]
@@ -147,7 +154,7 @@ def test_diagnose_says_what_reaches_between_two_hosts() -> None:
         said = rest_of(attention)
         assert attention.returncode == 0, said
         assert re.search(r"^shm  no: .*which reaches only its own", said, re.MULTILINE), said
-        assert re.search(r"^ucx  yes: [\d.]+ us one way for 1 KB, [\d.]+ GB/s", said, re.MULTILINE), said
+        assert re.search(r"^tcp  yes: [\d.]+ us one way for 1 KB, [\d.]+ GB/s", said, re.MULTILINE), said
         assert "no RDMA device" in said and "M2N_BIND is not set" not in said
         assert "yes" not in rest_of(expert) and expert.returncode == 0
 
@@ -180,7 +187,7 @@ def test_the_model_generates_the_same_tokens_across_hosts(
         master = {"MASTER_ADDR": hosts.address(0), "MASTER_PORT": "4781"}
         commands = [*MODEL, "--json", path]
         if launched.endswith("verbs too"):
-            master["M2N_TRANSPORT"] = "ucx"
+            master["M2N_TRANSPORT"] = "tcp"
             commands += ["--attention-device", "emulated"]
         if launched == "torchrun":
             # A node each: torchrun wants as many processes on all of them, or says how many in turn.

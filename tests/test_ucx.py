@@ -6,6 +6,7 @@ What holds over every network stands in `test_networks.py`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -108,7 +109,8 @@ def test_a_list_of_transports_that_lets_tcp_in_is_refused(
     config = m2n.Config(transport="ucx", ucx_variables={} if where == "environment" else {"TLS": listed})
     with pytest.raises(ValueError, match="lets TCP in, by which whoever reaches.*transport='tcp'.*insecure=True"):
         m2n.ExpertComm(0, SMALL, ONE, tmp_path, config=config)
-    m2n.ExpertComm(0, SMALL, ONE, tmp_path, config=dataclasses.replace(config, insecure=True)).close()
+    with contextlib.suppress(m2n.SetupError):  # not every UCX has all of these
+        m2n.ExpertComm(0, SMALL, ONE, tmp_path, config=dataclasses.replace(config, insecure=True)).close()
 
 
 @pytest.mark.ucx
@@ -189,9 +191,10 @@ def test_a_forked_child_is_told_to_be_spawned(transport: str, tmp_path: Path) ->
 
 
 def test_what_does_not_go_together_is_said(tmp_path: Path) -> None:
-    config = m2n.Config(transport="ucx", faults=m2n.Faults(delay_us=1))
-    with pytest.raises(ValueError, match="over 'ucx' cannot be held back yet"):
-        m2n.ExpertComm(0, SMALL, ONE, tmp_path, config=config)
+    for transport in ("tcp", "ucx"):
+        config = m2n.Config(transport=transport, faults=m2n.Faults(delay_us=1))
+        with pytest.raises(ValueError, match=f"over '{transport}' cannot be held back yet"):
+            m2n.ExpertComm(0, SMALL, ONE, tmp_path, config=config)
 
 
 @over_tcp
