@@ -8,6 +8,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "core/error.h"
 #include "exchange/comm.h"
 #include "exchange/inbox.h"
 #include "exchange/layout.h"
@@ -47,6 +48,9 @@ Array window_array(const std::shared_ptr<Window>& window, uint64_t num_rows, con
 // The scales of float8 rows, behind each row; None for rows of another type.
 std::optional<Array> scales_array(const std::shared_ptr<Window>& window, uint64_t num_rows, const Shape& shape,
                                   DLDevice device);
+
+// {rank: [number of a row of x]}.
+py::dict owed_dict(const Owed& owed);
 
 void bind_errors(py::module_& module);
 void bind_device(py::module_& module);

@@ -60,13 +60,13 @@ void dispatch_send(DeviceAttentionComm& comm, const py::object& x, std::shared_p
                      to_stream(stream));
 }
 
-void combine_recv(DeviceAttentionComm& comm, const py::object& y, uint32_t microbatch, double timeout_s,
+void combine_recv(DeviceAttentionComm& comm, const py::object& y, uint32_t microbatch, double timeout_s, bool takes_nan,
                   uint32_t num_sms, uint64_t stream) {
   const Tensor rows(y, "out", tensors_of(comm.device()));
   require_out_rows(rows, comm.shape(), comm.num_tokens(microbatch));
   const int64_t wait_ns = launch_timeout_ns(timeout_s);
   const WithoutLock release;
-  comm.combine_recv(rows.data(), rows.row_stride_bytes(), microbatch, wait_ns, num_sms, to_stream(stream));
+  comm.combine_recv(rows.data(), rows.row_stride_bytes(), microbatch, wait_ns, num_sms, to_stream(stream), takes_nan);
 }
 
 int wait_ready(DeviceAttentionComm& comm, const std::vector<uint32_t>& microbatches, double timeout_s,
@@ -141,7 +141,7 @@ void bind_device_attention(py::module_& module) {
   type.def("dispatch_send", &dispatch_send, py::arg("x"), py::arg("route"), py::arg("microbatch"), py::arg("layer"),
            py::arg("timeout_s"), py::arg("num_sms"), py::arg("stream"));
   type.def("combine_recv", &combine_recv, py::arg("out"), py::arg("microbatch"), py::arg("timeout_s"),
-           py::arg("num_sms"), py::arg("stream"));
+           py::arg("takes_nan"), py::arg("num_sms"), py::arg("stream"));
   type.def("num_tokens", &DeviceAttentionComm::num_tokens, py::arg("microbatch"));
   type.def("is_busy", &DeviceAttentionComm::is_busy, py::arg("microbatch"));
   type.def(
@@ -159,7 +159,6 @@ void bind_device_attention(py::module_& module) {
         comm.idle(wait_ns, to_stream(stream));
       },
       py::arg("timeout_s"), py::arg("stream"));
-  type.def("recover", &DeviceAttentionComm::recover, py::arg("rank"));
   bind_launches(type);
 }
 
@@ -200,7 +199,6 @@ void bind_device_expert(py::module_& module) {
   type.def("wait_work", &wait_work, py::arg("timeout_s"), py::arg("stream"));
   type.def("combine_send", &combine_send, py::arg("batch"), py::arg("y"), py::arg("reduced"), py::arg("num_sms"),
            py::arg("stream"));
-  type.def("recover", &DeviceExpertComm::recover, py::arg("rank"));
   type.def(
       "placement_versions",
       [](DeviceExpertComm& comm, uint64_t stream) {

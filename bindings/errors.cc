@@ -2,6 +2,8 @@
 // m2n.Error, PeerLost, Timeout, ProtocolError, SetupError, SlotBusy.
 #include "bind.h"
 
+#include <pybind11/stl.h>
+
 #include <string>
 
 #include "core/error.h"
@@ -28,7 +30,11 @@ void make_error_types(py::module_& module) {
   };
   const auto runtime_error = py::reinterpret_borrow<py::object>(PyExc_RuntimeError);
   types->error = make("Error", runtime_error, "Base of all errors of m2n. `peer`: the peer's rank, or None.");
-  types->peer_lost = make("PeerLost", types->error, "A peer died, was cut off, or left while it owed a reply.");
+  types->peer_lost = make("PeerLost", types->error,
+                          "A peer died, was cut off, or left while it owed a reply. `missing`: of a batch in flight, "
+                          "for each expert rank that will not answer the tokens whose rows it owes; else empty.");
+  // Read-only: it stands for all errors that are not about a batch.
+  types->peer_lost.attr("missing") = py::module_::import("types").attr("MappingProxyType")(py::dict());
   types->timeout =
       make("Timeout", types->error, "A deadline passed while the peer was alive; the call can be repeated.");
   types->protocol =
@@ -53,11 +59,18 @@ void translate(std::exception_ptr pointer) {
                                                                   : g_error_types->slot_busy;
     py::object value = type(error.what());
     if (error.peer_rank() != Error::kNoPeer) value.attr("peer") = error.peer_rank();
+    if (!error.owed().empty()) value.attr("missing") = owed_dict(error.owed());
     PyErr_SetObject(type.ptr(), value.ptr());
   }
 }
 
 }  // namespace
+
+py::dict owed_dict(const Owed& owed) {
+  py::dict dict;
+  for (const auto& [rank, rows] : owed) dict[py::int_(rank)] = py::cast(rows);
+  return dict;
+}
 
 void bind_errors(py::module_& module) {
   make_error_types(module);

@@ -78,19 +78,21 @@ void attention_dispatch_send(AttentionComm& comm, const py::object& x, std::shar
   const DType dtype = require_x_rows(rows, comm.shape(), route->view().num_tokens);
   const uint64_t bytes = route->num_rows() * comm.layout().dispatch_rows.row_bytes;
   const int64_t deadline_ns = deadline_after(timeout_s);
-  const bool is_long = bytes >= kLargeCopyBytes || (!comm.is_busy(microbatch) && !comm.is_free(microbatch));
+  const bool is_long =
+      bytes >= kLargeCopyBytes || (!comm.is_busy(microbatch) && !comm.is_free(microbatch, &route->view()));
   const MaybeRelease release(is_long);
   comm.dispatch_send(rows.data(), rows.row_stride_bytes(), dtype, std::move(route), microbatch, layer, deadline_ns,
                      placement_version);
 }
 
-void attention_combine_recv(AttentionComm& comm, const py::object& y, uint32_t microbatch, double timeout_s) {
+void attention_combine_recv(AttentionComm& comm, const py::object& y, uint32_t microbatch, double timeout_s,
+                            bool takes_nan) {
   const Tensor rows(y, "out", kOnCpu);
   require_out_rows(rows, comm.shape(), comm.num_tokens(microbatch));
   const int64_t deadline_ns = deadline_after(timeout_s);
   const uint64_t bytes = rows.num_rows() * comm.layout().combine_rows.row_bytes;
   const MaybeRelease release(bytes >= kLargeCopyBytes || !comm.is_ready(microbatch));
-  comm.combine_recv(rows.data(), rows.row_stride_bytes(), microbatch, deadline_ns);
+  comm.combine_recv(rows.data(), rows.row_stride_bytes(), microbatch, deadline_ns, takes_nan);
 }
 
 std::shared_ptr<Batch> expert_dispatch_recv(ExpertComm& comm, std::optional<uint32_t> layer,
@@ -185,8 +187,7 @@ py::dict stats_dict(const Comm& comm) {
 py::list peers_list(const Comm& comm) {
   py::list list;
   for (const PeerInfo& info : comm.peer_infos()) {
-    const char* cause = info.state == PeerState::kLive ? "" : describe(info.cause);
-    list.append(py::make_tuple(info.rank, state_name(info.state), info.life, cause));
+    list.append(py::make_tuple(info.rank, state_name(info.state), info.life, info.why));
   }
   return list;
 }
@@ -223,6 +224,11 @@ void bind_comm(py::module_& module) {
   type.def(  // for tests
       "drop_peer", [](Comm& comm, uint32_t peer_idx) { comm.drop_peer(peer_idx, LossCause::kProtocol); },
       py::arg("peer_idx"));
+  type.def("drop", &Comm::drop, py::arg("rank"), py::arg("reason"), py::call_guard<WithoutLock>());
+  type.def("recover", &Comm::recover, py::arg("rank"), py::call_guard<WithoutLock>());
+  type.def(
+      "set_give_up", [](Comm& comm, double give_up_s) { comm.set_give_up(timeout_ns(give_up_s)); },
+      py::arg("give_up_s"));
   type.def("close", &Comm::close, py::call_guard<WithoutLock>());  // it may wait for what is held back
   type.def("abort", &Comm::abort, py::call_guard<WithoutLock>());
   type.def("check", &Comm::check);
@@ -239,7 +245,12 @@ void bind_attention(py::module_& module) {
            py::arg("max_peers"), py::arg("transport"));
   type.def("dispatch_send", &attention_dispatch_send, py::arg("x"), py::arg("route"), py::arg("microbatch"),
            py::arg("layer"), py::arg("timeout_s"), py::arg("placement_version"));
-  type.def("combine_recv", &attention_combine_recv, py::arg("out"), py::arg("microbatch"), py::arg("timeout_s"));
+  type.def("combine_recv", &attention_combine_recv, py::arg("out"), py::arg("microbatch"), py::arg("timeout_s"),
+           py::arg("takes_nan"));
+  type.def(
+      "missing", [](AttentionComm& comm, uint32_t microbatch) { return owed_dict(comm.missing(microbatch)); },
+      py::arg("microbatch"));
+  type.def("set_hosts", &AttentionComm::set_hosts, py::arg("ranks"), py::call_guard<WithoutLock>());
   type.def("num_tokens", &AttentionComm::num_tokens, py::arg("microbatch"));
   type.def("is_busy", &AttentionComm::is_busy, py::arg("microbatch"));
   type.def("ready", &AttentionComm::is_ready, py::arg("microbatch"));
@@ -259,7 +270,6 @@ void bind_attention(py::module_& module) {
         comm.idle(deadline_ns, placement_version);
       },
       py::arg("timeout_s"), py::arg("placement_version"));
-  type.def("recover", &AttentionComm::recover, py::arg("rank"));
 }
 
 void bind_expert(py::module_& module) {
@@ -279,7 +289,6 @@ void bind_expert(py::module_& module) {
       },
       py::arg("timeout_s"));
   type.def("combine_send", &expert_combine_send, py::arg("batch"), py::arg("y"), py::arg("reduced"));
-  type.def("recover", &ExpertComm::recover, py::arg("rank"));
   type.def("set_experts", &ExpertComm::set_experts, py::arg("local_experts"));
   type.def("placement_versions", &ExpertComm::placement_versions);
   type.def(

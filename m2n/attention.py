@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from . import _C, arrays, bootstrap
 from .comm import Comm, require_next_placement
@@ -110,8 +110,14 @@ class AttentionComm(Comm):
             bootstrap.publish(opened, self._identity)
             for expert_rank in placement.members:
                 bootstrap.connect(native, self._identity, opened, expert_rank, deadline)
+            self._tell_hosts(placement)
         self._store = opened
         self._keep_open(native, None, key)
+
+    def _tell_hosts(self, placement: Placement) -> None:
+        """No dispatch waits for a rank that hosts nothing. On a device the kernels know it from the beginning."""
+        if self.device == "cpu":
+            self._native.set_hosts(placement.hosts)
 
     def _make_native(self, max_peers: int) -> Any:
         shape, placement = self.shape._native(), self.placement
@@ -268,6 +274,7 @@ class AttentionComm(Comm):
         timeout: float | None = None,
         stream: Any = None,
         num_sms: int | None = None,
+        missing: Literal["raise", "nan"] = "raise",
     ) -> Any:
         """Waits for the results of a microbatch and sums them.
 
@@ -275,16 +282,21 @@ class AttentionComm(Comm):
             out: [T, hidden] of shape.combine_dtype to be filled; default: a new tensor of the library x came from.
             timeout: seconds; default: config.timeout_s, or what set_timeout() has set; not in a graph capture.
             stream, num_sms: on a GPU, as for dispatch_send. One block waits, and then so many sum.
+            missing: what becomes of tokens whose rows will not come, as their expert rank is gone: "raise", the batch
+                stays in flight, also after `recover`; or "nan", they are NaN once all other rows are there.
 
         Returns:
             [T, hidden]: for each token the weighted sum over its experts; 0 for a padded token.
 
         Raises:
-            PeerLost: an expert rank died or left and owes rows. Timeout: one is alive but late; call again.
+            PeerLost: an expert rank is gone and owes rows; its attribute `missing` is what `missing()` says.
+            Timeout: one is alive but late; call again, or drop() it.
             ProtocolError: one refused the message (it names the expert) or broke the protocol.
-            On a device the next call raises it, and the rows that are missing are NaN.
+            On a device the next call raises it, and the rows that are missing are NaN in any case.
         """
         handle = self._on(stream)
+        if missing not in ("raise", "nan"):
+            raise ValueError(f"missing: expected 'raise' or 'nan', got {missing!r}")
         try:
             num_tokens = self._native.num_tokens(microbatch)
         except TypeError:
@@ -295,12 +307,26 @@ class AttentionComm(Comm):
         try:
             timeout_s = self._launch_timeout(timeout, handle)
             options = self._launch_options(num_sms, handle)
-            self._native.combine_recv(arrays.exportable(out), microbatch, timeout_s, *options)
+            self._native.combine_recv(arrays.exportable(out), microbatch, timeout_s, missing == "nan", *options)
         finally:
             # A launched combine may still have to run, or be called again: there the next dispatch ends the loan.
             if self.device == "cpu" and not self._native.is_closed and not self._native.is_busy(microbatch):
                 self._borrowed.pop(microbatch, None)
         return out
+
+    def missing(self, microbatch: int = 0) -> dict[int, list[int]]:
+        """Of what is in flight, for each expert rank that will not answer any more the tokens (rows of x) whose rows it
+        owes. Empty: nothing is missing so far, or nothing is in flight.
+
+        Raises:
+            ValueError: a comm on a device, where only the kernels know; their rows are NaN.
+        """
+        if self.device != "cpu":
+            raise ValueError(
+                f"missing: on device {self.device!r} only the kernels know which rows have not come; the results of "
+                "combine_recv are NaN there"
+            )
+        return dict(self._native.missing(microbatch))
 
     def ready(self, microbatch: int) -> bool:
         """Would the next verb of this microbatch go without waiting?
@@ -358,6 +384,7 @@ class AttentionComm(Comm):
                 self.recover(expert_rank)
             bootstrap.connect(self._native, self._identity, self._store, expert_rank, deadline, ended)
         self._num_ranks = max(self._num_ranks, placement.num_expert_ranks)
+        self._tell_hosts(placement)
         self.placement = placement
 
     def idle(self) -> None:

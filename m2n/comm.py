@@ -62,7 +62,8 @@ def _say_insecure(words: str) -> None:
 
 
 class PeerStatus(NamedTuple):
-    """A peer as this rank sees it: state is "live", "left" (it said goodbye) or "lost" (`cause` says why)."""
+    """A life of a peer as this rank sees it: "live", "left" (it said goodbye) or "lost" (`cause` says why). A rank
+    that was restarted has several, of which the last is the newest."""
 
     rank: int
     state: str
@@ -163,6 +164,8 @@ class Comm:
                 )
             _open_ranks.add(key)
         self._native = native
+        if self.config.give_up_s is not None:
+            native.set_give_up(self.config.give_up_s)
         # Runs on an error, and at the end of a program that ends meanwhile.
         undo = weakref.finalize(self, _shut_down, native, None, key)
         try:
@@ -264,9 +267,29 @@ class Comm:
         return {**self._native.stats(), **self._counters}
 
     def recover(self, peer: int) -> None:
-        """Goes on without a peer that is lost or has left: its slots are free, rows that it owed become NaN.
+        """Goes on without a peer that is lost or has left: from now on it is known to be gone, and its slots are free.
+
+        All lives of the rank that have ended are given up; where one is alive it stays as it is, as a new life may have
+        joined meanwhile, and calling it again changes nothing. On an attention rank a batch in flight for which it owes
+        rows stays in flight: `AttentionComm.combine_recv` goes on to raise PeerLost, or takes the others. On an expert
+        rank messages of it that were not received yet are no longer served.
 
         Raises:
-            ValueError: the peer is alive or unknown.
+            ValueError: a rank that was never linked with this one.
         """
         self._native.recover(require_int("peer", peer, 0))
+
+    def drop(self, peer: int, reason: str = "") -> None:
+        """Gives up a peer that is alive: it hangs, or is stopped, or is not wanted any more.
+
+        The link is lost from this side, as after a loss and `recover`. The peer learns it, with the reason, once it
+        runs: its link to this rank is lost, and its errors and `peers()` say why. A peer that is gone is given up.
+
+        Args:
+            peer: its rank.
+            reason: at most 512 bytes of it are told.
+
+        Raises:
+            ValueError: a rank that was never linked with this one.
+        """
+        self._native.drop(require_int("peer", peer, 0), reason)

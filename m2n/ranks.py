@@ -19,6 +19,7 @@ from typing import Any, cast
 
 from ._C import Error
 from .attention import AttentionComm
+from .comm import PeerStatus
 from .expert import Batch, ExpertComm
 from .shape import Config, Placement, Shape
 
@@ -34,11 +35,14 @@ def serve(
     linger_us: float = 50,
     until: Callable[[], bool] = lambda: False,
 ) -> int:
-    """An expert rank's loop: answers batches with apply(batch) until `attention` ranks have joined and left again, or
-    until() is true.
+    """An expert rank's loop: answers batches with apply(batch) until `attention` ranks have joined and none of them is
+    there any more, whichever of their lives it was, or until() is true.
 
     Returns:
         The number of batches.
+
+    Raises:
+        PeerLost: one of them is lost.
     """
     num_batches = 0
     while True:
@@ -46,8 +50,15 @@ def serve(
         if batch is not None:
             comm.combine_send(batch, apply(batch))
             num_batches += 1
-        elif until() or len({peer.rank for peer in comm.peers() if peer.state != "live"}) >= attention:
+        elif until():
             return num_batches
+        elif _are_over(comm.peers(), attention):
+            comm.check()  # one may have been lost since the last look
+            return num_batches
+
+
+def _are_over(peers: list[PeerStatus], attention: int) -> bool:
+    return len({peer.rank for peer in peers}) >= attention and all(peer.state != "live" for peer in peers)
 
 
 @contextlib.contextmanager

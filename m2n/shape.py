@@ -153,8 +153,12 @@ class Placement:
     def members(self) -> list[int]:
         """The expert ranks that attention ranks link with: those that host an expert, and in version 0 all. A rank
         that hosts nothing later on is about to leave, or has left."""
-        hosts = {rank for ranks in self.ranks_of_expert for rank in ranks}
-        return sorted(hosts if self.version > 0 else range(self.num_expert_ranks))
+        return self.hosts if self.version > 0 else list(range(self.num_expert_ranks))
+
+    @property
+    def hosts(self) -> list[int]:
+        """The expert ranks that host an expert. No dispatch waits for another one."""
+        return sorted({rank for ranks in self.ranks_of_expert for rank in ranks})
 
     def experts_of(self, rank: int) -> list[int]:
         """The global ids that `rank` hosts, ascending: the order of `Batch.expert_offsets`."""
@@ -264,6 +268,10 @@ class Config:
             all memory of this process.
         heartbeat_s: how often, in seconds, a rank tells those of other hosts that it is alive. One that is silent for
             three of its own periods is lost.
+        give_up_s: a peer that is alive but owes an answer for so many seconds is dropped by the call that waits for it,
+            which raises PeerLost: on an attention rank a reply, to an empty message too; on an expert rank in strict
+            lockstep the message of a listed rank, after another one has sent. On a device once a launched wait has
+            ended late, not in graphs. Default: None, never.
         transport: where windows lie: "cuda" in the memory of GPUs, "shm" in that of the host, "auto" where the comm's
             device is, and for ranks on CPUs other hosts are reached as with "tcp"; default: M2N_TRANSPORT, or "auto".
             All ranks of a comm need the same; with "shm" ranks on GPUs link with ranks on CPUs. "tcp": in that of the
@@ -300,6 +308,7 @@ class Config:
     job_key: str | None = dataclasses.field(default_factory=lambda: os.environ.get("M2N_JOB_KEY") or None, repr=False)
     insecure: bool = dataclasses.field(default_factory=lambda: os.environ.get("M2N_INSECURE", "") == "1")
     heartbeat_s: float = 1.0
+    give_up_s: float | None = None
     transport: str = dataclasses.field(default_factory=lambda: os.environ.get("M2N_TRANSPORT") or "auto")
     arrays: Literal["auto", "torch", "numpy", "cupy"] = "auto"
     num_sms: int = 64
@@ -314,6 +323,8 @@ class Config:
         for field in ("timeout_s", "connect_timeout_s", "store_timeout_s"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"{field}: expected seconds > 0, got {getattr(self, field)!r}")
+        if self.give_up_s is not None and not 0 < self.give_up_s <= 1e9:
+            raise ValueError(f"give_up_s: expected seconds > 0 or None, got {self.give_up_s!r}")
         if not 0.01 <= self.heartbeat_s <= 3600:
             raise ValueError(f"heartbeat_s: expected seconds from 0.01 to 3600, got {self.heartbeat_s!r}")
         if self.job_key is not None and (not isinstance(self.job_key, str) or len(self.job_key) < _MIN_KEY_CHARS):

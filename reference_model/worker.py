@@ -129,7 +129,7 @@ class _ExpertWorker:
         try:
             return self.comm.dispatch_recv(linger_us=None, attention_ranks=self.attention_ranks, timeout=timeout_s)
         except m2n.PeerLost as lost:
-            if not any(peer.rank == lost.peer and peer.state == "left" for peer in self.comm.peers()):
+            if lost.peer is None or self._last_states().get(lost.peer) != "left":
                 raise
             self.attention_ranks.remove(lost.peer)
         except m2n.Timeout:  # of this look, not of the run: the others are still computing
@@ -137,7 +137,11 @@ class _ExpertWorker:
         return None
 
     def _is_over(self) -> bool:
-        return sum(peer.state == "left" for peer in self.comm.peers()) >= self.run.attention_ranks
+        return list(self._last_states().values()).count("left") >= self.run.attention_ranks
+
+    def _last_states(self) -> dict[int, str]:
+        """By attention rank, of its newest life."""
+        return {peer.rank: peer.state for peer in self.comm.peers()}
 
     def _expert(self) -> None:
         batch, began = self.batch, self.tracer.now()

@@ -124,6 +124,17 @@ def expert_main(rank: int, store: str, shape: m2n.Shape, placement: m2n.Placemen
             os.kill(os.getpid(), 9)
 
 
+def expert_that_is_dropped(rank: int, store: str, shape: m2n.Shape, placement: m2n.Placement, says: str) -> None:
+    """Serves until its attention rank is lost, and writes what it was told into a file; before that "met"."""
+    with m2n.ExpertComm(rank, shape, placement, store, config=NUMPY) as comm:
+        comm.wait_peer(0)
+        Path(says).write_text("met")
+        try:
+            answer(comm, 1)
+        except m2n.PeerLost as error:
+            Path(says).write_text(str(error))
+
+
 def run_rank(
     role: str,
     rank: int,

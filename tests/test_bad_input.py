@@ -146,9 +146,15 @@ def test_arguments_of_the_verbs(pair: Any) -> None:
         expert.dispatch_recv(linger_us=None, attention_ranks=[])
     with pytest.raises(ValueError, match="linger_us: expected microseconds"):
         expert.dispatch_recv(linger_us=-1)
-    for comm, peer in ((attention, 0), (expert, 0), (attention, 9)):
-        with pytest.raises(ValueError, match="only a peer that is lost or has left"):
-            comm.recover(peer)
+    for comm in (attention, expert):
+        comm.recover(0)  # alive: a new life may have come meanwhile
+        for give_up in (comm.recover, comm.drop):
+            with pytest.raises(ValueError, match=f"rank 9 was never linked with {comm.role} rank 0"):
+                give_up(9)
+    with pytest.raises(ValueError, match="missing: expected 'raise' or 'nan', got 0"):
+        attention.combine_recv(missing=0)
+    with pytest.raises(ValueError, match="give_up_s: expected seconds > 0 or None, got 0"):
+        m2n.Config(give_up_s=0)
     other = dataclasses.replace(SHAPE, max_tokens=64)
     with pytest.raises(ValueError, match="route: it was made for another Shape"):
         attention.dispatch_send(X, m2n.Route.from_splits([3], IDS, WEIGHTS, shape=other))

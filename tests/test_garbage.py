@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_faults import SHAPE, SOON_S, answer, attention, dispatch, expert
+from test_faults import IDS, ONE, SHAPE, SOON_S, WEIGHTS, X, answer, attention, dispatch, expert
 
 import m2n
 from m2n import _C, bootstrap
-from m2n.channel import UnixChannel
+from m2n.channel import UnixChannel, close_all
 from m2n.deadline import Deadline
 from m2n.store import PathStore
 
@@ -96,7 +96,9 @@ def test_garbage_from_a_peer_is_a_protocol_error_and_the_peer_is_told(
             server.dispatch_recv()
         assert caught.value.peer == 0
         fake.connection.settimeout(SOON_S)
-        assert fake.connection.recv(1) == b""  # the connection was closed: it knows
+        told = fake.connection.recv(1024)  # why, and then the connection is closed
+        assert told[:1] == b"D" and words in told[3:].decode() and "as expert rank 0 saw it" in told[3:].decode()
+        assert fake.connection.recv(1) == b""
         fake.connection.close()
         server.recover(0)
         with attention(tmp_path, rank=1, device=device) as comm:  # the others go on
@@ -164,3 +166,62 @@ def test_garbage_at_the_listener_keeps_nobody_out(tmp_path: Path, capfd: pytest.
             assert np.isfinite(comm.combine_recv()).all()
         stuck.close()
     assert "a peer could not join" in capfd.readouterr().err
+
+
+class FakeExpert:
+    """An expert rank that writes what it likes into an attention rank's window, after a dispatch of layer 5."""
+
+    def __init__(self, device: str) -> None:
+        shape, hosts = SHAPE._native(), (ONE._offsets, ONE._ranks, 1)
+        self.is_launched = device != "cpu"
+        self.memory: Any = _C.ExpertComm(shape, 0, 1, "shm", [0, 1, 2, 3])  # which the messages go into
+        self.native: Any = _C.AttentionComm(shape, 0, 1, "shm")
+        if self.is_launched:
+            self.native = _C.DeviceAttentionComm(shape, 0, 1, "shm", device, *hosts, 0)
+        own, other = self.native.offer(0, 1), self.memory.offer(0, 1)
+        self.small = mmap.mmap(own["objects"][1][0], 0)
+        self.native.attach(0, other["objects"], other["process"], other["device"], True, b"")
+        close_all([fd for fd, _ in own["objects"]])
+        ours, self.connection = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.connection.settimeout(SOON_S)
+        self.native.watch(0, ours.detach(), -1, 0, 0)
+        if self.is_launched:
+            route = self.native.make_route(IDS, WEIGHTS, [], None, None, 0)
+            self.native.dispatch_send(X, route, 0, 5, SOON_S, 1, 0)
+        else:
+            route = _C.Route(shape)
+            route.build_from_topk(IDS, WEIGHTS, *hosts, 0)
+            self.native.dispatch_send(X, route, 0, 5, SOON_S, 0)
+
+    def reply(self, layer: int, microbatch: int, num_rows: int) -> None:
+        header_at = (SHAPE.microbatches + 1) * 128
+        struct.pack_into("<6I", self.small, header_at, layer, microbatch, 0, 0, num_rows, 0)
+        struct.pack_into("<Q", self.small, 0, num_rows << 32 | 1)
+
+    def receive(self) -> np.ndarray:
+        y = np.zeros_like(X)
+        self.native.combine_recv(y, 0, SOON_S, False, *((1, 0) if self.is_launched else ()))
+        self.native.check()
+        return y
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+@pytest.mark.parametrize("layer, microbatch, num_rows", [(4, 0, 3), (5, 1, 3), (6, 0, 0xFFFFFFFF), (5, 0, 2)])
+def test_a_reply_to_something_else_is_a_protocol_error(device: str, layer: int, microbatch: int, num_rows: int) -> None:
+    fake = FakeExpert(device)
+    fake.reply(layer, microbatch, num_rows)
+    with pytest.raises(m2n.ProtocolError, match="expert rank 0 broke the protocol and was dropped: .*expected a reply"):
+        fake.receive()
+    assert b"as attention rank 0 saw it" in fake.connection.recv(1024)
+    if device == "cpu":  # its rows will not come, which is told until the caller goes without them
+        with pytest.raises(m2n.PeerLost, match="it broke the protocol; rows of 3 tokens"):
+            fake.receive()
+    fake.native.close()
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_a_reply_to_the_right_batch_is_taken(device: str) -> None:
+    fake = FakeExpert(device)
+    fake.reply(5, 0, 3)
+    assert not fake.receive().any()
+    fake.native.close()

@@ -11,9 +11,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import needs_compiler
+from libraries import CXX, ROOT
 from test_faults import SHAPE
 
 from m2n import _C
@@ -121,7 +124,43 @@ def test_messages_may_come_in_pieces_and_together(stream: bool) -> None:
     assert watched.wait_end()[0] == "left"
 
 
-@pytest.mark.parametrize("text", [b"X", b"\0", b"H" + bytes(24) + b"?"], ids=repr)
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "packets"])
+@pytest.mark.parametrize(
+    "reason, words", [("", ""), ("it \x1b[31mhangs\n", ": it ?[31mhangs?"), ("ü" * 256, ": " + "ü" * 256)]
+)
+def test_a_dropped_link_says_why_also_in_pieces(reason: str, words: str, stream: bool) -> None:
+    watched = Watched(lost_after_s=SOON_S, stream=stream)
+    text = reason.encode()
+    message = b"D" + struct.pack("<H", len(text)) + text
+    for piece in (message[:2], message[2:3], message[3:-1], message[-1:]) if stream and text else (message,):
+        assert watched.peer[0] == "live"
+        watched.end.send(watched.beat() + message if piece is message else piece)
+        time.sleep(0.005)
+    assert watched.wait_end() == ("lost", "it dropped this link" + words)
+    watched.native.close()
+
+
+def test_who_is_dropped_is_told_why(watched: Watched) -> None:
+    watched.native.drop(0, "é" * 300)  # cut, but not within a character
+    told = b""
+    while b"D" not in told or len(told) < told.index(b"D") + 3 + 512:
+        told += watched.end.recv(4096)
+    assert told[told.index(b"D") + 1 :] == struct.pack("<H", 512) + ("é" * 256).encode()
+    assert watched.peer == ("lost", "this rank dropped it: " + "é" * 300)
+
+
+@needs_compiler
+def test_whatever_a_peer_says_and_a_listener_that_fails_is_survived(tmp_path: Path) -> None:
+    program = tmp_path / "words"
+    options = ["-std=c++20", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{ROOT / 'csrc'}"]
+    sources = ["tests/watcher_words.cc", "csrc/transport/control.cc", "csrc/transport/watcher.cc"]
+    command = [CXX, *options, *(str(ROOT / source) for source in sources), "-o", str(program), "-lpthread"]
+    subprocess.run(command, check=True, timeout=100)
+    done = subprocess.run([str(program), "1", "20000"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("text", [b"X", b"\0", b"H" + bytes(24) + b"?", b"D\x01\x02" + b"a" * 513], ids=repr)
 def test_anything_else_breaks_the_protocol(text: bytes, watched: Watched) -> None:
     watched.end.sendall(text)
     assert watched.wait_end() == ("lost", "it broke the protocol")

@@ -27,8 +27,10 @@ struct PeerView {
 
 // The state of a peer as its owner sees it. Written by one thread only, read by waiters.
 enum class PeerState : uint32_t { kUnused, kLive, kLeft, kLost };
+M2N_HD constexpr bool is_gone(PeerState state) { return state == PeerState::kLeft || state == PeerState::kLost; }
 
-enum class LossCause : uint32_t { kNone, kProcessDied, kConnectionClosed, kProtocol, kReplaced, kSilent };
+// kDropped: by a decision of one side, for a reason in words.
+enum class LossCause : uint32_t { kNone, kProcessDied, kConnectionClosed, kProtocol, kReplaced, kSilent, kDropped };
 
 // One link to a life of a rank, at an index that serves another one once this is gone and nobody holds it (hold.h).
 // What stands before `state` is written while that is kUnused.
@@ -50,6 +52,9 @@ struct PeerTable {
     return static_cast<PeerState>(load_state(&entries[peer_idx].state));  // SYNC: peer-state
   }
   M2N_HD bool is_live(uint32_t peer_idx) const { return state(peer_idx) == PeerState::kLive; }
+  M2N_HD bool is_given_up(uint32_t peer_idx) const {
+    return load_relaxed(&entries[peer_idx].is_given_up) != 0;  // relaxed: only what the caller said some time ago
+  }
   // Relaxed, both: an index may come to another rank meanwhile, and who acts on it holds it, or keeps it from that.
   M2N_HD uint32_t rank(uint32_t peer_idx) const { return load_relaxed(&entries[peer_idx].rank); }
   M2N_HD uint32_t joined(uint32_t peer_idx) const { return load_relaxed(&entries[peer_idx].joined); }

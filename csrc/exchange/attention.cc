@@ -11,7 +11,8 @@ AttentionComm::AttentionComm(const Shape& shape, uint32_t rank, uint32_t max_pee
       send_seqs_(static_cast<size_t>(max_peers) * layout_.num_slots, SendSeq{first_seq_, first_seq_, 0}),
       holds_(send_seqs_.size()),
       copy_choices_(send_seqs_.size()),
-      slots_(layout_.num_slots) {}
+      slots_(layout_.num_slots),
+      hosts_nothing_(max_peers) {}
 
 bool AttentionComm::is_held(uint32_t peer_idx) {
   for (uint32_t slot = 0; slot < layout_.num_slots; ++slot) {
@@ -60,6 +61,8 @@ void AttentionComm::find_peers(Slot& slot, uint32_t slot_idx, const RouteView& r
   try {
     for (uint32_t rank = 0; rank < route.num_ranks; ++rank) {
       int32_t peer_idx = slot.newest_peer[rank];
+      // Whoever is ours yet owes an answer, hosts nothing, and gets no rows.
+      if (peer_idx != kNone && is_ours(static_cast<uint32_t>(peer_idx), slot_idx)) continue;
       while (peer_idx == kNone || !take_peer(static_cast<uint32_t>(peer_idx), slot_idx, rank)) {
         const bool gets_rows = route.row_offsets[rank + 1] != route.row_offsets[rank];
         peer_idx = gets_rows ? static_cast<int32_t>(require_live(rank)) : kNone;
@@ -72,29 +75,6 @@ void AttentionComm::find_peers(Slot& slot, uint32_t slot_idx, const RouteView& r
       if (peer_idx != kNone) drop_hold(&hold(static_cast<uint32_t>(peer_idx), slot_idx));
     }
     throw;
-  }
-}
-
-bool AttentionComm::is_free(uint32_t microbatch) {
-  if (is_busy(microbatch)) return false;
-  for (uint32_t peer_idx = 0; peer_idx < peers_.size(); ++peer_idx) {
-    if (!is_ours(peer_idx, microbatch)) continue;
-    SendSeq& seq = send_seq(peer_idx, microbatch);
-    if (seq.awaits_reply() && look_for_reply(peer_idx, microbatch) == Look::kPending) return false;
-    seq.consumed = seq.sent;
-    drop_hold(&hold(peer_idx, microbatch));
-  }
-  return true;
-}
-
-void AttentionComm::finish_empty_messages(uint32_t slot_idx, int64_t deadline_ns) {
-  if (wait([&] { return is_free(slot_idx); }, deadline_ns) == WaitResult::kReady) return;
-  for (uint32_t peer_idx = 0; peer_idx < peers_.size(); ++peer_idx) {
-    if (!is_ours(peer_idx, slot_idx)) continue;
-    throw Error(Failure::kTimeout,
-                "dispatch_send(microbatch=" + std::to_string(slot_idx) + "): " + peer_name(rank_of(peer_idx)) +
-                    " has not answered the last, empty message on this slot; is it still serving batches?",
-                static_cast<int>(rank_of(peer_idx)));
   }
 }
 
@@ -149,7 +129,7 @@ void AttentionComm::dispatch_send(const unsigned char* x, uint64_t x_stride_byte
   }
   Slot& slot = slots_[microbatch];
   if (slot.is_busy) raise_slot_busy(microbatch, slot.layer);
-  finish_empty_messages(microbatch, deadline_ns);
+  finish_empty_messages(microbatch, &route->view(), deadline_ns);
   if (has_gone()) [[unlikely]]
     return_gone();
   find_peers(slot, microbatch, route->view());
@@ -157,6 +137,7 @@ void AttentionComm::dispatch_send(const unsigned char* x, uint64_t x_stride_byte
   slot.route = std::move(route);
   slot.is_gone.assign(slot.peer_of_rank.size(), false);
   slot.is_busy = true;
+  slot.sent_ns = give_up_ns_ == kForeverNs ? kForeverNs : now_ns();
   Header header{};
   header.layer = layer;
   header.microbatch = microbatch;
@@ -185,34 +166,9 @@ Look AttentionComm::look_for_reply(uint32_t peer_idx, uint32_t slot) {
                                 ", saw " + std::to_string(signal_seq(seen)));
 }
 
-bool AttentionComm::owes_rows(const Slot& slot, uint32_t rank) const {
-  const RouteView& view = slot.route->view();
-  return slot.peer_of_rank[rank] != kNone && view.row_offsets[rank + 1] != view.row_offsets[rank];
-}
-
-Look AttentionComm::look_for_rows(Slot& slot, uint32_t slot_idx, uint32_t rank) {
-  if (slot.is_gone[rank]) return Look::kGone;
-  const Look look = look_for_reply(static_cast<uint32_t>(slot.peer_of_rank[rank]), slot_idx);
-  slot.is_gone[rank] = look == Look::kGone;
-  return look;
-}
-
 bool AttentionComm::is_ready(uint32_t microbatch) {
   look_at_network();
   return would_go(microbatch);
-}
-
-bool AttentionComm::would_go(uint32_t microbatch) {
-  if (!is_busy(microbatch)) return is_free(microbatch);
-  Slot& slot = slots_[microbatch];
-  bool is_any_pending = false;
-  for (uint32_t rank = 0; rank < slot.peer_of_rank.size(); ++rank) {
-    if (!owes_rows(slot, rank)) continue;
-    const Look look = look_for_rows(slot, microbatch, rank);
-    if (look == Look::kGone) return true;
-    is_any_pending |= look == Look::kPending;
-  }
-  return !is_any_pending;
 }
 
 int AttentionComm::wait_ready(const std::vector<uint32_t>& microbatches, int64_t deadline_ns) {
@@ -229,41 +185,23 @@ int AttentionComm::wait_ready(const std::vector<uint32_t>& microbatches, int64_t
   return found;
 }
 
-void AttentionComm::wait_replies(Slot& slot, uint32_t slot_idx, int64_t deadline_ns) {
-  if (wait([&] { return would_go(slot_idx); }, deadline_ns) == WaitResult::kTimeout) {
-    for (uint32_t rank = 0; rank < slot.peer_of_rank.size(); ++rank) {
-      if (!owes_rows(slot, rank) || look_for_rows(slot, slot_idx, rank) != Look::kPending) continue;
-      throw Error(Failure::kTimeout,
-                  "combine_recv(microbatch=" + std::to_string(slot_idx) + "): " + peer_name(rank) +
-                      " is alive but has not replied to layer " + std::to_string(slot.layer) +
-                      " in time; call again to go on waiting",
-                  static_cast<int>(rank));
-    }
-  }
-  for (uint32_t rank = 0; rank < slot.peer_of_rank.size(); ++rank) {
-    if (owes_rows(slot, rank) && look_for_rows(slot, slot_idx, rank) == Look::kGone) {
-      raise_lost(static_cast<uint32_t>(slot.peer_of_rank[rank]),
-                 "combine_recv(microbatch=" + std::to_string(slot_idx) + ")");
-    }
-  }
-}
-
 void AttentionComm::take_replies(Slot& slot, uint32_t slot_idx) {
   int32_t refused_by = kNone;
   uint32_t refused_expert = 0;
   uint64_t num_messages = 0, num_received = 0;
   for (uint32_t rank = 0; rank < slot.peer_of_rank.size(); ++rank) {
-    if (!owes_rows(slot, rank)) continue;
+    if (!owes_rows(slot, rank) || slot.is_gone[rank]) continue;
     const uint32_t peer_idx = static_cast<uint32_t>(slot.peer_of_rank[rank]);
     SendSeq& seq = send_seq(peer_idx, slot_idx);
     const uint32_t num_rows = signal_rows(poll_signal(own_signal(peer_idx, slot_idx)));
     const Header header = own_header(peer_idx, slot_idx);
+    if (const std::string fault = find_fault(slot, slot_idx, peer_idx, num_rows, header); !fault.empty()) {
+      slot.is_gone[rank] = true;  // what it owed will not come
+      raise_violation(peer_idx, fault);
+    }
     if (num_rows == kRefusedRows) {
       refused_by = static_cast<int32_t>(rank);
       refused_expert = header.detail;
-    } else if (num_rows != seq.reply_rows || header.num_rows != num_rows) {
-      raise_violation(
-          peer_idx, "expected a reply of " + std::to_string(seq.reply_rows) + " rows, got " + std::to_string(num_rows));
     }
     seq.consumed = seq.sent;
     // The rows of x are the caller's again: nothing reads them any more.
@@ -279,11 +217,13 @@ void AttentionComm::take_replies(Slot& slot, uint32_t slot_idx) {
   raise_refused(static_cast<uint32_t>(refused_by), refused_expert, slot.layer, slot_idx);
 }
 
-void AttentionComm::combine_recv(unsigned char* y, uint64_t y_stride_bytes, uint32_t microbatch, int64_t deadline_ns) {
+void AttentionComm::combine_recv(unsigned char* y, uint64_t y_stride_bytes, uint32_t microbatch, int64_t deadline_ns,
+                                 bool takes_nan) {
   num_tokens(microbatch);  // something must be in flight
   Slot& slot = slots_[microbatch];
-  wait_replies(slot, microbatch, deadline_ns);
+  wait_replies(slot, microbatch, deadline_ns, takes_nan);
   take_replies(slot, microbatch);
+  if (takes_nan) leave_missing(slot, microbatch);
   CombineRecv recv{};
   recv.slot = microbatch;
   recv.route = slot.route->view();
@@ -298,7 +238,7 @@ void AttentionComm::combine_recv(unsigned char* y, uint64_t y_stride_bytes, uint
 
 void AttentionComm::end_round(Slot& slot, uint32_t slot_idx) {
   for (uint32_t rank = 0; rank < slot.peer_of_rank.size(); ++rank) {
-    if (owes_rows(slot, rank)) drop_hold(&hold(static_cast<uint32_t>(slot.peer_of_rank[rank]), slot_idx));
+    if (owes_rows(slot, rank) && slot.peer_of_rank[rank] != kNone) drop_hold(&hold(static_cast<uint32_t>(slot.peer_of_rank[rank]), slot_idx));
   }
   slot.is_busy = false;
   slot.route.reset();
@@ -311,15 +251,17 @@ void AttentionComm::idle(int64_t deadline_ns, uint32_t placement_version) {
   for (uint32_t slot_idx = 0; slot_idx < shape_.microbatches; ++slot_idx) {
     Slot& slot = slots_[slot_idx];
     if (slot.is_busy) continue;
-    finish_empty_messages(slot_idx, deadline_ns);
+    finish_empty_messages(slot_idx, nullptr, deadline_ns);
     Header header{};
     header.microbatch = slot_idx;
     header.placement_version = placement_version;
     header.flags = kFlagIdleNext;
     slot.route.reset();
+    slot.sent_ns = give_up_ns_ == kForeverNs ? kForeverNs : now_ns();
     uint64_t num_messages = 0;
     for (uint32_t peer_idx = 0; peer_idx < peers_.size(); ++peer_idx) {
-      if (!take_peer(peer_idx, slot_idx, rank_of(peer_idx))) continue;
+      // Whoever is ours yet owes an answer, hosts nothing, and is not waited for.
+      if (is_ours(peer_idx, slot_idx) || !take_peer(peer_idx, slot_idx, rank_of(peer_idx))) continue;
       send_to_peer(peer_idx, slot_idx, header, slot, nullptr, 0, DType::kFloat32);
       ++num_messages;
     }
@@ -330,12 +272,9 @@ void AttentionComm::idle(int64_t deadline_ns, uint32_t placement_version) {
 void AttentionComm::recover(uint32_t expert_rank) {
   for (const uint32_t peer_idx : give_up(expert_rank)) {
     for (uint32_t slot_idx = 0; slot_idx < layout_.num_slots; ++slot_idx) {
-      if (!is_ours(peer_idx, slot_idx)) continue;
+      if (!is_ours(peer_idx, slot_idx) || slots_[slot_idx].is_busy) continue;
       SendSeq& seq = send_seq(peer_idx, slot_idx);
       seq.consumed = seq.sent;
-      for (int32_t& snapshot_peer : slots_[slot_idx].peer_of_rank) {
-        if (snapshot_peer == static_cast<int32_t>(peer_idx)) snapshot_peer = kNone;
-      }
       drop_hold(&hold(peer_idx, slot_idx));
     }
   }

@@ -4,6 +4,9 @@
 
 #include <cstdint>
 #include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
 #include <vector>
 
 #include "core/hold.h"
@@ -58,26 +61,38 @@ class AttentionComm final : public AttentionSide {
   // told.
   void dispatch_send(const unsigned char* x, uint64_t x_stride_bytes, DType x_dtype, std::shared_ptr<const Route> route,
                      uint32_t microbatch, uint32_t layer, int64_t deadline_ns, uint32_t placement_version = 0);
-  // y: [T][hidden] of combine_dtype.
-  void combine_recv(unsigned char* y, uint64_t y_stride_bytes, uint32_t microbatch, int64_t deadline_ns);
+  // y: [T][hidden] of combine_dtype. Where an expert rank that is gone owes rows it throws kPeerLost, or with
+  // `takes_nan` their tokens become NaN, once all other replies are there.
+  void combine_recv(unsigned char* y, uint64_t y_stride_bytes, uint32_t microbatch, int64_t deadline_ns,
+                    bool takes_nan = false);
+  // For each expert rank that will not answer what is in flight any more the tokens whose rows it owes.
+  Owed missing(uint32_t microbatch);
   // Would the next verb go without waiting? In flight: would combine_recv return or raise; else: is it free?
   bool is_ready(uint32_t microbatch);
   // Waits for the first ready one of `microbatches`; its position, or -1 at the deadline.
   int wait_ready(const std::vector<uint32_t>& microbatches, int64_t deadline_ns);
   bool is_busy(uint32_t microbatch) const;
-  // Would dispatch_send go without waiting for the reply to an empty message?
-  bool is_free(uint32_t microbatch);
+  // Would dispatch_send go without waiting for the reply to an empty message? `route`: that of the dispatch.
+  bool is_free(uint32_t microbatch, const RouteView* route = nullptr);
+  // The expert ranks that host something. The others still hear of dispatches while their slot is free; but that one of
+  // them does not answer an empty message holds up nothing. Until this is called, all.
+  void set_hosts(const std::vector<uint32_t>& expert_ranks);
   uint32_t num_tokens(uint32_t microbatch) const;
   // Nothing to send for now: tells it to every peer, on each free slot. `placement_version` as of dispatch_send.
   void idle(int64_t deadline_ns, uint32_t placement_version = 0);
-  // Gives up a peer that is lost or has left: what it owed becomes NaN, its slots are free.
-  void recover(uint32_t expert_rank);
+
+  // Its slots that nothing is in flight on are free then. Rows that it owes stay missing.
+  void recover(uint32_t expert_rank) override;
+
+ protected:
+  void peers_changed() override;
 
  private:
   struct Slot {
     bool is_busy = false;
     uint32_t layer = 0;
     std::shared_ptr<const Route> route;
+    int64_t sent_ns = kForeverNs;       // when its last messages went, where somebody may be given up
     std::vector<int32_t> peer_of_rank;  // snapshot: who owes a reply; -1: nobody, or given up
     std::vector<int32_t> newest_peer;   // of each rank, as looked up in this epoch
     uint32_t epoch = 0;
@@ -85,7 +100,7 @@ class AttentionComm final : public AttentionSide {
   };
 
   // is_ready() by what has arrived so far.
-  bool would_go(uint32_t microbatch);
+  bool would_go(uint32_t microbatch, bool takes_nan = false);
   bool is_held(uint32_t peer_idx) override;
   std::string why_held() const override;
   void reset_peer(uint32_t peer_idx) override;
@@ -101,23 +116,37 @@ class AttentionComm final : public AttentionSide {
   Look look_for_reply(uint32_t peer_idx, uint32_t slot);
   Look look_for_rows(Slot& slot, uint32_t slot_idx, uint32_t rank);
   bool owes_rows(const Slot& slot, uint32_t rank) const;
+  // Must a dispatch wait until this peer has answered the last, empty message?
+  bool is_awaited(uint32_t peer_idx, const RouteView* route) const;
+  // Waits for ready(); calls drop_late() once what it waits for is owed for give_up_ns_. False at the deadline.
+  template <class Ready, class DropLate>
+  bool wait_or_give_up(const Slot& slot, Ready&& ready, DropLate&& drop_late, int64_t deadline_ns);
   // The newest life of each rank. Looked up once, and again when somebody has joined.
   void find_newest_peers(Slot& slot, uint32_t num_ranks);
   // Before anything is sent: every peer that gets rows is LIVE.
   void find_peers(Slot& slot, uint32_t slot_idx, const RouteView& route);
   // The replies to empty messages are awaited here, not by combine_recv.
-  void finish_empty_messages(uint32_t slot_idx, int64_t deadline_ns);
+  void finish_empty_messages(uint32_t slot_idx, const RouteView* route, int64_t deadline_ns);
   // Returns the number of rows.
   uint32_t send_to_peer(uint32_t peer_idx, uint32_t slot_idx, const Header& header, const Slot& slot,
                         const unsigned char* x, uint64_t x_stride_bytes, DType x_dtype);
-  void wait_replies(Slot& slot, uint32_t slot_idx, int64_t deadline_ns);
+  void wait_replies(Slot& slot, uint32_t slot_idx, int64_t deadline_ns, bool takes_nan);
+  // "": a reply that has come is as it must be, or a refusal.
+  std::string find_fault(const Slot& slot, uint32_t slot_idx, uint32_t peer_idx, uint32_t num_rows,
+                         const Header& header);
   void take_replies(Slot& slot, uint32_t slot_idx);
   void end_round(Slot& slot, uint32_t slot_idx);
+  // Whose rows are missing: nothing is read of them, and nothing is awaited any more.
+  void leave_missing(Slot& slot, uint32_t slot_idx);
+  [[noreturn]] void raise_missing(const Slot& slot, uint32_t slot_idx, uint32_t rank);
 
   std::vector<SendSeq> send_seqs_;        // [peer][slot]
   std::vector<uint32_t> holds_;           // likewise
   std::vector<CopyChoice> copy_choices_;  // likewise
   std::vector<Slot> slots_;
+  std::mutex hosts_mutex_;  // held for a moment; verbs look at hosts_nothing_ alone
+  std::optional<std::vector<uint32_t>> hosts_;
+  std::vector<uint32_t> hosts_nothing_;  // by peer index
 };
 
 }  // namespace m2n

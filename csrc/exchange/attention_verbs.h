@@ -19,6 +19,7 @@ struct SlotState {
   Gate gate;
   uint32_t is_failed;  // its dispatch_send gave up: nothing was sent, so nothing is owed
   uint32_t is_late;    // the last combine_recv did not see every reply: nothing was consumed
+  uint32_t layer;      // of what its dispatch_send sent
 };
 
 struct AttentionView {
@@ -33,6 +34,8 @@ struct AttentionView {
   SlotState* slots;            // [slot]
   int32_t* peers_of_ranks;     // [slot][max_peers]: to whom dispatch_send sent; -1: nobody
   int32_t* sources_of_ranks;   // [slot][max_peers]: whose reply combine_recv may read; -1: there is none
+  const uint32_t* hosts;       // [num_ranks]: not 0: the rank hosts something
+  uint32_t num_ranks;
   const Control* control;
   uint64_t* status;  // [peer], host memory
   Counters* counters;
@@ -82,12 +85,21 @@ M2N_HD inline bool owes_reply(const AttentionView& view, uint32_t peer_idx, uint
   return look == Look::kPending || seq.reply_rows != 0;
 }
 
+// Must a dispatch wait for the answer to the last, empty message? Not where the peer hosts nothing and gets nothing: it
+// hears of the next dispatch that finds its slot free.
+M2N_HD inline bool is_awaited(const DispatchVerb& verb, uint32_t peer_idx) {
+  const uint32_t rank = verb.view.peers.table.entries[peer_idx].rank;
+  if (rank < verb.view.num_ranks && verb.view.hosts[rank] != 0) return true;
+  return rank < verb.route.num_ranks && rows_for(verb.route, rank) != 0;
+}
+
 // One thread waits until a peer has answered the last message on the slot. False: it has not.
 template <class Exec>
 M2N_HD bool free_slot_of_peer(Exec& exec, const DispatchVerb& verb, uint32_t peer_idx) {
   const AttentionView& view = verb.view;
   SendSeq& seq = view.seq(peer_idx, verb.slot);
   if (!seq.awaits_reply()) return true;
+  if (owes_reply(view, peer_idx, verb.slot, false) && seq.reply_rows == 0 && !is_awaited(verb, peer_idx)) return true;
   const auto is_free = [&](bool is_long) { return !owes_reply(view, peer_idx, verb.slot, is_long); };
   const bool is_answered =
       wait_for(exec, &view.control->abort, [&] { return read_timeout(view.control, verb.timeout_ns); }, is_free);
@@ -108,7 +120,11 @@ M2N_HD inline int32_t choose_peer(const DispatchVerb& verb, uint32_t rank) {
   const AttentionView& view = verb.view;
   // Relaxed: the peer's state is written behind its view, and read with acquire.
   const int32_t peer_idx = load_relaxed(&view.peers.newest[rank]);  // SYNC: peer-mirror
-  if (peer_idx == kNone || view.peers.table.is_live(static_cast<uint32_t>(peer_idx))) return peer_idx;
+  if (peer_idx == kNone) return kNone;
+  if (view.peers.table.is_live(static_cast<uint32_t>(peer_idx))) {
+    // Whoever has not answered yet hosts nothing, and gets no rows.
+    return view.seq(static_cast<uint32_t>(peer_idx), verb.slot).awaits_reply() ? kNone : peer_idx;
+  }
   if (rows_for(verb.route, rank) != 0) {
     report(view.status + peer_idx, Status{Trouble::kGone, Verb::kDispatchSend, verb.slot, 0});
   }
@@ -125,7 +141,10 @@ M2N_HD uint32_t begin_dispatch(Exec& exec, const DispatchVerb& verb) {
     is_late |= !free_slot_of_peer(exec, verb, i);
   }
   const bool is_failed = exec.any(is_late);
-  if (is_leader(exec)) view.slots[verb.slot].is_failed = is_failed;
+  if (is_leader(exec)) {
+    view.slots[verb.slot].is_failed = is_failed;
+    view.slots[verb.slot].layer = verb.layer;
+  }
   for (uint32_t rank = exec.thread(); rank < verb.route.num_ranks; rank += exec.num_threads()) {
     view.peer_of_rank(verb.slot)[rank] = is_failed ? kNone : choose_peer(verb, rank);
   }
@@ -237,6 +256,7 @@ struct AwaitVerb {
   uint32_t slot;
   int64_t timeout_ns;
   StreamWait stream_wait = {};
+  bool takes_nan = false;  // rows that will not come are no trouble
 };
 
 // The second one sums.
@@ -268,6 +288,8 @@ M2N_HD inline Status judge_reply(const AttentionView& view, uint32_t peer_idx, u
   }
   const uint32_t num_rows = signal_rows(poll_signal(view.signal_of(peer_idx, slot)));
   const Header header = read_header(view.small_of(peer_idx) + view.layout.combine_small.header(slot));
+  if (header.layer != view.slots[slot].layer) return trouble(Trouble::kWrongBatch, header.layer);
+  if (header.microbatch != slot) return trouble(Trouble::kWrongBatch, header.microbatch);
   if (num_rows == kRefusedRows) return trouble(Trouble::kRefused, header.detail);
   const bool is_right = num_rows == view.seq(peer_idx, slot).reply_rows && header.num_rows == num_rows;
   if (is_right) add_relaxed(&view.counters->rows_received, uint64_t{num_rows});
@@ -290,8 +312,7 @@ M2N_HD bool await_reply(Exec& exec, const AwaitVerb& verb, uint32_t rank) {
   if (status.trouble == Trouble::kNone) {
     view.source_of_rank(verb.slot)[rank] = static_cast<int32_t>(peer_idx);
     add_relaxed(&view.counters->messages_received, uint64_t{1});
-  } else if (load_relaxed(&view.peers.on_host.entries[peer_idx].is_given_up) ==
-             0) {  // relaxed: else told twice at most
+  } else if (status.trouble != Trouble::kGone || !verb.takes_nan) {
     report(view.status + peer_idx, status);
   }
   if (look == Look::kGone) view.peers.refresh(peer_idx);

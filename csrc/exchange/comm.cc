@@ -45,24 +45,6 @@ PeerTable make_peer_table(void* words, uint32_t max_peers) {
 
 }  // namespace
 
-const char* describe(LossCause cause) {
-  switch (cause) {
-    case LossCause::kNone:
-      return "it closed its comm";
-    case LossCause::kProcessDied:
-      return "its process died";
-    case LossCause::kConnectionClosed:
-      return "its control connection closed without a goodbye";
-    case LossCause::kProtocol:
-      return "it broke the protocol";
-    case LossCause::kReplaced:
-      return "a newer life of the same rank has joined";
-    case LossCause::kSilent:
-      return "nothing was heard of it for three heartbeats: its process is stopped, or its host or the network is down";
-  }
-  return "";
-}
-
 Comm::Comm(Role role, const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport)
     : role_(role),
       shape_(shape),
@@ -226,11 +208,12 @@ void Comm::return_gone() {
     for (uint32_t i = 0; i < peers_.size(); ++i) {
       const bool is_withdrawn = links_[i].is_withdrawn;
       if (!is_withdrawn && (!is_gone(i) || is_lost(i) || is_held(i))) continue;
-      const PeerInfo info = info_of(i);
+      PeerInfo info = info_of(i);
+      info.is_returned = true;
       if (!give_back(i)) continue;
       add_relaxed(&num_gone_, static_cast<uint32_t>(-1));
       if (is_withdrawn) continue;
-      history_.push_back(info);
+      history_.push_back(std::move(info));
       if (history_.size() > kMostRemembered) history_.pop_front();
     }
   });
@@ -241,7 +224,12 @@ PeerInfo Comm::info_of(uint32_t peer_idx) const {
   const PeerState state = peers_.state(peer_idx);
   // The cause is written before the state that needs one, and may be under way as long as the peer is LIVE.
   const LossCause cause = state == PeerState::kLive ? LossCause::kNone : link.cause;
-  return {rank_of(peer_idx), link.life, state, cause, link.link, peers_.joined(peer_idx)};
+  PeerInfo info{rank_of(peer_idx), link.life, state, cause, link.link, peers_.joined(peer_idx)};
+  if (state == PeerState::kLive) return info;
+  info.why = cause == LossCause::kDropped && !link.why.empty() ? link.why : describe(cause);
+  info.violation = link.violation;
+  info.is_given_up = peers_.is_given_up(peer_idx);
+  return info;
 }
 
 // False: something of the link is still in use.
@@ -314,8 +302,10 @@ void Comm::watch(uint32_t peer_idx, int connection_fd, int pidfd, const Heartbea
       throw;
     }
     if (is_closed()) unwatch_peer(link.ticket, /*say_goodbye=*/true);  // it joined while close() said its goodbyes
+    const std::string who = "another process has joined as " + peer_name(peer_rank);
     for (uint32_t i = 0; i < peers_.size(); ++i) {
-      if (i != peer_idx && rank_of(i) == peer_rank) drop_locked(i, LossCause::kReplaced);
+      if (i == peer_idx || rank_of(i) != peer_rank) continue;
+      drop_locked(i, LossCause::kReplaced, displaces.empty() ? who : displaces);
     }
     peers_changed();
   }
@@ -323,24 +313,39 @@ void Comm::watch(uint32_t peer_idx, int connection_fd, int pidfd, const Heartbea
   exec_.wake_own();
 }
 
-void Comm::drop_peer(uint32_t peer_idx, LossCause cause) {
+void Comm::drop_peer(uint32_t peer_idx, LossCause cause, const std::string& reason) {
   require_usable();
   std::lock_guard lock(membership_mutex_);
-  drop_locked(peer_idx, cause);
+  drop_locked(peer_idx, cause, reason);
   peers_changed();
+}
+
+void Comm::drop(uint32_t peer_rank, const std::string& reason) {
+  require_usable();
+  {
+    std::lock_guard lock(membership_mutex_);
+    const int32_t peer_idx = peers_.find(peer_rank);
+    if (peer_idx >= 0 && peers_.is_live(static_cast<uint32_t>(peer_idx))) {
+      const auto live = static_cast<uint32_t>(peer_idx);
+      store_relaxed(&peers_.entries[live].is_given_up, 1u);  // relaxed: known before the state that others act by
+      drop_locked(live, LossCause::kDropped, reason);
+    }
+  }
+  recover(peer_rank);
 }
 
 void Comm::set_state(uint32_t peer_idx, PeerState state) {
   store_seq_cst(&peers_.entries[peer_idx].state, static_cast<uint32_t>(state));  // SYNC: peer-state
 }
 
-void Comm::drop_locked(uint32_t peer_idx, LossCause cause) {
+void Comm::drop_locked(uint32_t peer_idx, LossCause cause, const std::string& reason) {
   Link& link = links_.at(peer_idx);
   // A goodbye that nobody has read yet still counts: it left before it was dropped.
-  const bool has_left = link.ticket != 0 && unwatch_peer(link.ticket, /*say_goodbye=*/false);
+  const bool has_left = link.ticket != 0 && unwatch_peer(link.ticket, /*say_goodbye=*/false, reason);
   if (!peers_.is_live(peer_idx)) return;
   if (link.is_over_network) network_owner_->end_now(peer_idx);
   if (link.end_state != PeerState::kLive) return set_gone(peer_idx, link.end_state, link.cause);
+  if (cause == LossCause::kDropped) link.why = "this rank dropped it" + (reason.empty() ? "" : ": " + reason);
   set_gone(peer_idx, has_left ? PeerState::kLeft : PeerState::kLost, has_left ? LossCause::kNone : cause);
 }
 
@@ -351,8 +356,9 @@ void Comm::set_gone(uint32_t peer_idx, PeerState state, LossCause cause) {
   exec_.wake_own();
 }
 
-void Comm::peer_gone(uint32_t peer_idx, PeerState state, LossCause cause) {
+void Comm::peer_gone(uint32_t peer_idx, PeerState state, LossCause cause, const std::string& reason) {
   Link& link = links_.at(peer_idx);
+  if (cause == LossCause::kDropped) link.why = "it dropped this link" + (reason.empty() ? "" : ": " + reason);
   if (!link.is_over_network) return set_gone(peer_idx, state, cause);
   // What it sent before its end may still be under way: the goodbye took another one.
   link.cause = cause;
@@ -370,7 +376,9 @@ void Comm::link_broke(uint32_t peer_idx, const std::string& violation) {
   std::lock_guard lock(membership_mutex_);
   if (is_closed()) return;
   if (peers_.is_live(peer_idx)) links_[peer_idx].violation = violation;
-  drop_locked(peer_idx, violation.empty() ? LossCause::kConnectionClosed : LossCause::kProtocol);
+  const bool is_broken = violation.empty();
+  drop_locked(peer_idx, is_broken ? LossCause::kConnectionClosed : LossCause::kProtocol,
+              is_broken ? "the connection that carries rows has ended" : words_for_violator(peer_idx, violation));
   peers_changed();
 }
 
@@ -434,7 +442,7 @@ std::vector<uint32_t> Comm::give_up(uint32_t peer_rank) {
     given_up.push_back(i);
   }
   if (!is_known) {
-    throw Error(Failure::kArgument, "recover: " + peer_name(peer_rank) + " was never linked with " + own_name());
+    throw Error(Failure::kArgument, "peer: " + peer_name(peer_rank) + " was never linked with " + own_name());
   }
   peers_changed();
   return given_up;
@@ -516,34 +524,6 @@ std::string Comm::peer_name(uint32_t peer_rank) const {
 
 std::string Comm::own_name() const {
   return (role_ == Role::kExpert ? "expert rank " : "attention rank ") + std::to_string(rank_);
-}
-
-void Comm::raise_lost(uint32_t peer_idx, const std::string& doing) const {
-  std::unique_lock lock(membership_mutex_);
-  const PeerInfo info = info_of(peer_idx);
-  const std::string violation = links_[peer_idx].violation;
-  lock.unlock();
-  if (!violation.empty()) {
-    throw Error(Failure::kProtocol,
-                doing + ": " + peer_name(info.rank) + " broke the protocol and was dropped: " + violation +
-                    "; call recover(" + std::to_string(info.rank) + ") to go on without it",
-                static_cast<int>(info.rank));
-  }
-  raise_gone(info, doing);
-}
-
-void Comm::raise_gone(const PeerInfo& peer, const std::string& doing) const {
-  throw Error(Failure::kPeerLost,
-              doing + ": " + peer_name(peer.rank) + (peer.state == PeerState::kLeft ? " has left: " : " is lost: ") +
-                  describe(peer.cause) + "; call recover(" + std::to_string(peer.rank) + ") to go on without it",
-              static_cast<int>(peer.rank));
-}
-
-void Comm::raise_violation(uint32_t peer_idx, const std::string& what) {
-  const uint32_t peer_rank = rank_of(peer_idx);
-  drop_peer(peer_idx, LossCause::kProtocol);
-  throw Error(Failure::kProtocol, peer_name(peer_rank) + " broke the protocol and was dropped: " + what,
-              static_cast<int>(peer_rank));
 }
 
 void Comm::list_pieces(const Signal* word, Signal value, std::vector<Piece>& pieces) const {

@@ -43,9 +43,16 @@ struct PeerInfo {
   LossCause cause;
   uint32_t link = 1;    // its number among those of these two lives
   uint32_t joined = 0;  // its number among all that were made here
+  // Of one that is gone.
+  std::string why;        // in words
+  std::string violation;  // of the protocol, as the network saw it
+  bool is_given_up = false;
+  bool is_returned = false;  // the index serves others by now
 };
 
 const char* describe(LossCause cause);
+
+inline constexpr int64_t kForeverNs = int64_t{1} << 62;
 
 // The seq that counts as the last one when a link is new. Not 0 only in tests, of the wrap at 2^32: both sides of a
 // link need the same. Read when a comm is made; Python's lock guards it.
@@ -83,10 +90,18 @@ class Comm : public PeerListener, public LinkListener, public std::enable_shared
   void withdraw(uint32_t peer_idx);
   // Gives back what links that are gone still have, where that may be.
   void return_gone();
-  // Gives up a peer from this side: its connection is closed, so it learns of it.
-  void drop_peer(uint32_t peer_idx, LossCause cause);
+  // Ends a link from this side: its connection is closed, and the peer learns why.
+  void drop_peer(uint32_t peer_idx, LossCause cause, const std::string& reason = "");
+  // Gives up a rank whether it is alive or not: where it is, its link is dropped, and it learns the `reason`. Throws
+  // for a rank that was never linked.
+  void drop(uint32_t peer_rank, const std::string& reason);
+  // Goes on without the lives of a rank that are lost or have left. A live one is left alone: a new life may have come
+  // meanwhile. Throws for a rank that was never linked.
+  virtual void recover(uint32_t peer_rank);
+  // A peer that lives and owes an answer for so long is dropped by the verb that waits for it. To be set before any.
+  void set_give_up(int64_t give_up_ns) { give_up_ns_ = give_up_ns; }
 
-  void peer_gone(uint32_t peer_idx, PeerState state, LossCause cause) override;
+  void peer_gone(uint32_t peer_idx, PeerState state, LossCause cause, const std::string& reason) override;
   void link_broke(uint32_t peer_idx, const std::string& violation) override;
   void link_ended(uint32_t peer_idx) override;
 
@@ -121,6 +136,7 @@ class Comm : public PeerListener, public LinkListener, public std::enable_shared
     uint64_t life = 0;
     uint32_t link = 0;
     LossCause cause = LossCause::kNone;
+    std::string why;  // kDropped: in words
     uint64_t ticket = 0;
     std::vector<std::shared_ptr<Mapping>> mappings;
     std::shared_ptr<void> exposed;  // its send area, to the verbs
@@ -158,14 +174,23 @@ class Comm : public PeerListener, public LinkListener, public std::enable_shared
   // Marks all links with a rank that have ended as known to the caller; their peer indices. Throws where there never
   // was one.
   std::vector<uint32_t> give_up(uint32_t peer_rank);
+  // A peer that is gone, by its name and why.
+  std::string words_for(const PeerInfo& peer) const;
+  // What a peer is told that broke the protocol.
+  std::string words_for_violator(uint32_t peer_idx, const std::string& what) const;
+  // Drops a peer that is alive but has owed an answer for give_up_ns_.
+  void give_up_late(uint32_t peer_idx);
   void require_usable() const;
   // False in a child after fork().
   bool is_own_process() const { return fork_count_ == m2n::fork_count(); }
   // The peer's name in messages, as in "expert rank 3".
   std::string peer_name(uint32_t peer_rank) const;
   std::string own_name() const;
-  [[noreturn]] void raise_lost(uint32_t peer_idx, const std::string& doing) const;
-  [[noreturn]] void raise_gone(const PeerInfo& peer, const std::string& doing) const;
+  // `more`: what else is to be said, before the advice.
+  [[noreturn]] void raise_lost(uint32_t peer_idx, const std::string& doing, const std::string& more = "",
+                               Owed owed = {}) const;
+  [[noreturn]] void raise_gone(const PeerInfo& peer, const std::string& doing, const std::string& more = "",
+                               Owed owed = {}) const;
   [[noreturn]] void raise_violation(uint32_t peer_idx, const std::string& what);
 
   const Signal* own_signal(uint32_t peer_idx, uint32_t slot) const {
@@ -218,6 +243,7 @@ class Comm : public PeerListener, public LinkListener, public std::enable_shared
   const PeerTable peers_;    // in words_; fixed size, so that waiters may read while a peer joins
   std::vector<Link> links_;  // by peer index
   Stats stats_;
+  int64_t give_up_ns_ = kForeverNs;
 
  private:
   template <class IsOver>
@@ -261,7 +287,7 @@ class Comm : public PeerListener, public LinkListener, public std::enable_shared
   const PeerInfo* find_remembered(uint32_t peer_rank) const;
   void set_state(uint32_t peer_idx, PeerState state);
   void set_gone(uint32_t peer_idx, PeerState state, LossCause cause);
-  void drop_locked(uint32_t peer_idx, LossCause cause);
+  void drop_locked(uint32_t peer_idx, LossCause cause, const std::string& reason);
 
   const std::unique_ptr<Transport> host_transport_;
   std::shared_ptr<Window> rows_window_;

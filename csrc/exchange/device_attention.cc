@@ -5,6 +5,15 @@
 #include <algorithm>
 
 namespace m2n {
+namespace {
+
+std::vector<uint32_t> hosting_ranks(const std::vector<int32_t>& ranks, uint32_t num_ranks) {
+  std::vector<uint32_t> hosts(num_ranks);
+  for (int32_t rank : ranks) hosts.at(static_cast<size_t>(rank)) = 1;
+  return hosts;
+}
+
+}  // namespace
 
 DeviceAttentionComm::DeviceAttentionComm(const Shape& shape, uint32_t rank, uint32_t max_peers,
                                          const std::string& transport, const std::string& device,
@@ -36,6 +45,8 @@ DeviceAttentionComm::DeviceAttentionComm(const Shape& shape, uint32_t rank, uint
   view_.slots = memory_.on_device<SlotState>(layout_.num_slots);
   view_.peers_of_ranks = memory_.on_device<int32_t>(per_slot);
   view_.sources_of_ranks = memory_.on_device<int32_t>(per_slot);
+  view_.hosts = memory_.uploaded(hosting_ranks(ranks, num_ranks));
+  view_.num_ranks = num_ranks;
   view_.control = memory_.control();
   view_.counters = memory_.counters();
   view_.status = memory_.on_host<uint64_t>(max_peers);
@@ -108,6 +119,7 @@ DispatchVerb DeviceAttentionComm::prepare_dispatch(std::shared_ptr<const DeviceR
   slot.route = std::move(route);
   slot.layer = layer;
   slot.is_busy = true;
+  slot.sent_ns = give_up_ns_ == kForeverNs || is_capturing(stream) ? kForeverNs : now_ns();
   wait_slot(microbatch, stream);
   begin_round(microbatch, stream, [&](uint32_t rank) { return rank < num_ranks_; });
   return verb;
@@ -130,7 +142,7 @@ void DeviceAttentionComm::dispatch_send(const unsigned char* x, uint64_t x_strid
 }
 
 void DeviceAttentionComm::combine_recv(unsigned char* y, uint64_t y_stride_bytes, uint32_t microbatch,
-                                       int64_t timeout_ns, uint32_t num_sms, Stream stream) {
+                                       int64_t timeout_ns, uint32_t num_sms, Stream stream, bool takes_nan) {
   num_tokens(microbatch);  // something must be in flight
   raise_trouble();
   const auto launching = this->launching();
@@ -140,7 +152,7 @@ void DeviceAttentionComm::combine_recv(unsigned char* y, uint64_t y_stride_bytes
   const uint64_t num_bytes = route.num_tokens * layout_.combine_rows.row_bytes * std::min(shape_.top_k, num_ranks_);
   wait_slot(microbatch, stream);
   const StreamWait stream_wait = wait_on_stream(microbatch, timeout_ns, stream);
-  machine.launch(AwaitVerb{view_, route, microbatch, timeout_ns, stream_wait}, stream);
+  machine.launch(AwaitVerb{view_, route, microbatch, timeout_ns, stream_wait, takes_nan}, stream);
   machine.launch(CombineRecvVerb{view_, route, y, y_stride_bytes, microbatch}, num_sms, num_bytes, stream);
   if (!machine.is_capturing(stream)) machine.record(slot.route->memory().last_use.get(), stream);
   note_launch(microbatch, stream);
@@ -228,10 +240,16 @@ void DeviceAttentionComm::raise_trouble(uint32_t peer_idx, const Status& status)
     case Trouble::kViolation:
       raise_violation(peer_idx, verb + ": expected a reply of the rows that were sent, saw " +
                                     std::to_string(status.detail) + "; rows of its result are NaN");
+    case Trouble::kWrongBatch:
+      raise_violation(peer_idx, verb + ": expected a reply to layer " + std::to_string(slot.layer) +
+                                    " of this microbatch, saw one to another, with " + std::to_string(status.detail) +
+                                    "; rows of its result are NaN");
     case Trouble::kRefused:
       raise_refused(peer_rank, status.detail, slot.layer, status.slot);
     case Trouble::kTimeout:
-      break;
+      if (give_up_ns_ == kForeverNs || slot.sent_ns == kForeverNs || now_ns() - slot.sent_ns < give_up_ns_) break;
+      give_up_late(peer_idx);
+      raise_lost(peer_idx, verb + ", rows of the result are NaN");
   }
   if (status.verb == Verb::kDispatchSend) {
     throw Error(Failure::kTimeout,

@@ -91,7 +91,7 @@ class DeviceAttentionComm final : public DeviceComm<AttentionSide> {
                      std::shared_ptr<const DeviceRoute> route, uint32_t microbatch, uint32_t layer, int64_t timeout_ns,
                      uint32_t num_sms, Stream stream);
   void combine_recv(unsigned char* y, uint64_t y_stride_bytes, uint32_t microbatch, int64_t timeout_ns,
-                    uint32_t num_sms, Stream stream);
+                    uint32_t num_sms, Stream stream, bool takes_nan = false);
 
   // For a kernel of the caller's that routes and dispatches by itself (csrc/examples/gate_dispatch.h): a route that it
   // fills, and what dispatch_send would have launched. The caller launches it on `stream` next; combine_recv follows as
@@ -112,10 +112,6 @@ class DeviceAttentionComm final : public DeviceComm<AttentionSide> {
   // From now on a stream waits by itself for the replies of all expert ranks, ahead of combine_recv's launches. Needs
   // windows in memory of the host.
   void use_stream_waits();
-  void recover(uint32_t expert_rank) {
-    give_up(expert_rank);
-    return_gone();
-  }
 
  protected:
   void raise_trouble() override;
@@ -130,6 +126,7 @@ class DeviceAttentionComm final : public DeviceComm<AttentionSide> {
     uint32_t layer = 0;
     std::shared_ptr<const DeviceRoute> route;  // kept after combine_recv, which may have to be called again
     Stream stream = nullptr;                   // of the last launch
+    int64_t sent_ns = kForeverNs;              // when its last dispatch was launched, where somebody may be given up
   };
 
   DispatchVerb dispatch_verb(uint32_t microbatch, uint32_t layer, int64_t timeout_ns) const;

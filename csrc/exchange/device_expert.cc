@@ -16,6 +16,7 @@ constexpr int64_t kVersionPauseNs = 1'000'000;  // between two looks at the vers
 DeviceExpertComm::DeviceExpertComm(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport,
                                    const std::string& device, const std::vector<uint32_t>& local_experts)
     : DeviceComm(device, shape, rank, max_peers, transport, local_experts),
+      unserved_(max_peers),
       received_(memory_.on_host<Received>(1)),
       ranks_(memory_.on_host<uint32_t>(max_peers)),
       versions_(memory_.on_host<uint32_t>(max_peers)),
@@ -44,6 +45,31 @@ DeviceExpertComm::DeviceExpertComm(const Shape& shape, uint32_t rank, uint32_t m
   view_.counts = memory_.on_device<uint32_t>(tally_words(num_local_experts_ + 1));
   view_.control = memory_.control();
   view_.counters = memory_.counters();
+}
+
+void DeviceExpertComm::keep_verbs_out(const std::function<void()>& body) {
+  DeviceComm::keep_verbs_out([&] {
+    for (uint32_t peer_idx = 0; peer_idx < peers_.size(); ++peer_idx) {
+      // Relaxed: as of ExpertComm.
+      store_relaxed(&unserved_[peer_idx], uint32_t{is_gone(peer_idx) && has_unserved(peer_idx)});
+    }
+    body();
+  });
+}
+
+bool DeviceExpertComm::has_unserved(uint32_t peer_idx) {
+  if (peers_.is_given_up(peer_idx) || peers_.find(rank_of(peer_idx)) != static_cast<int32_t>(peer_idx)) return false;
+  Machine& machine = memory_.machine();
+  std::vector<Inbox> boxes(layout_.num_slots);
+  machine.copy(boxes.data(), view_.inbox.inboxes + uint64_t{peer_idx} * layout_.num_slots,
+               boxes.size() * sizeof(Inbox));
+  for (uint32_t slot = 0; slot < layout_.num_slots; ++slot) {
+    Signal signal;
+    machine.copy(&signal, own_signal(peer_idx, slot), sizeof signal);
+    const bool is_new = !boxes[slot].is_closed && signal_seq(without_ahead(signal)) == boxes[slot].seq.accepted + 1;
+    if (is_new || boxes[slot].is_pending) return true;
+  }
+  return false;
 }
 
 bool DeviceExpertComm::is_between_rounds() {
@@ -148,11 +174,29 @@ Received DeviceExpertComm::receive_until(const Wanted& wanted, bool is_peek, int
     if (has_gone()) return_gone();
     const Received received = receive(wanted, is_peek, deadline_ns, stream, batch);
     raise_if_broken(received);
-    if (received.is_batch) return received;
-    raise_if_lost(wanted);
+    if (received.is_batch) {
+      waits_since_ns_ = 0;
+      return received;
+    }
+    raise_if_lost(received.missing_rank);
+    give_up_missing(received);
     if (now_ns() >= deadline_ns) return received;
     if (on_sleep != nullptr) on_sleep();
   }
+}
+
+void DeviceExpertComm::give_up_missing(const Received& received) {
+  if (give_up_ns_ == kForeverNs || !received.is_started || received.missing_rank < 0) {
+    waits_since_ns_ = 0;
+    return;
+  }
+  const int64_t now = now_ns();
+  if (waits_since_ns_ == 0) waits_since_ns_ = now;
+  const int32_t peer_idx = peers_.find(static_cast<uint32_t>(received.missing_rank));
+  if (now - waits_since_ns_ < give_up_ns_ || peer_idx == kNone) return;
+  waits_since_ns_ = 0;
+  give_up_late(static_cast<uint32_t>(peer_idx));
+  raise_if_lost();
 }
 
 std::shared_ptr<DeviceBatch> DeviceExpertComm::dispatch_recv(const Wanted& wanted, int64_t deadline_ns, Stream stream) {
@@ -230,7 +274,7 @@ void DeviceExpertComm::wait_placement(uint32_t version, int64_t deadline_ns, Str
     const std::vector<uint32_t> versions = read_versions(stream);
     const int32_t behind = find_behind(version, [&](uint32_t peer_idx) { return versions[peer_idx]; });
     if (behind == kNone) return;
-    raise_if_lost({}, doing.c_str());
+    raise_if_lost(doing.c_str());
     if (now_ns() >= deadline_ns) {
       raise_behind(static_cast<uint32_t>(behind), version, versions[static_cast<uint32_t>(behind)]);
     }

@@ -51,10 +51,6 @@ class DeviceExpertComm final : public DeviceComm<ExpertSide> {
   // From now on a stream waits by itself for the messages of a launched receive that names its attention ranks. Needs
   // windows in memory of the host.
   void use_stream_waits();
-  void recover(uint32_t attention_rank) {
-    give_up(attention_rank);
-    return_gone();
-  }
   // As of ExpertComm. Each look is a launch, which goes behind the receives before it.
   PlacementVersions placement_versions(Stream stream);
   void wait_placement(uint32_t version, int64_t deadline_ns, Stream stream);
@@ -62,6 +58,10 @@ class DeviceExpertComm final : public DeviceComm<ExpertSide> {
  protected:
   void raise_trouble() override;
   bool is_between_rounds() override;
+  // While no verb runs, it is noted who has sent what is still to be served.
+  void keep_verbs_out(const std::function<void()>& body) override;
+  bool is_held(uint32_t peer_idx) override { return !is_closed() && load_relaxed(&unserved_[peer_idx]) != 0; }
+  bool has_unserved(uint32_t peer_idx);
   void reset_peer(uint32_t peer_idx) override;
 
  private:
@@ -74,6 +74,8 @@ class DeviceExpertComm final : public DeviceComm<ExpertSide> {
   Received receive(const Wanted& wanted, bool is_peek, int64_t deadline_ns, Stream stream,
                    const std::shared_ptr<DeviceBatch>& batch, std::vector<uint32_t>* versions = nullptr);
   void raise_if_broken(const Received& received);
+  // Strict: drops a rank that is alive but has not sent long after others have, and says so.
+  void give_up_missing(const Received& received);
   // By peer index, after one look.
   std::vector<uint32_t> read_versions(Stream stream);
   // Launches until there is something to tell or the deadline has passed.
@@ -81,6 +83,7 @@ class DeviceExpertComm final : public DeviceComm<ExpertSide> {
                          const std::shared_ptr<DeviceBatch>& batch);
 
   ExpertView view_{};
+  std::vector<uint32_t> unserved_;  // [peer]
   std::vector<SlotLists> slots_;
   std::vector<std::shared_ptr<void>> list_memory_;  // by slot
   Received* received_;
@@ -92,6 +95,7 @@ class DeviceExpertComm final : public DeviceComm<ExpertSide> {
   std::shared_ptr<void> received_event_;
   std::vector<std::weak_ptr<DeviceBatch>> batches_;  // [slot]: the last one that was received
   std::mutex receive_mutex_;                         // one launch that receives at a time
+  int64_t waits_since_ns_ = 0;  // strict: for how long a message has waited for others; 0: none does
 };
 
 }  // namespace m2n

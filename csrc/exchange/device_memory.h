@@ -70,16 +70,20 @@ class DeviceMemory {
     const std::lock_guard lock(mirror_mutex_);
     const uint32_t count = peers_.on_host.size();
     for (uint32_t i = 0; i < count; ++i) {
-      const PeerState state = peers_.on_host.state(i);
+      PeerState state = peers_.on_host.state(i);
       if (i == mirrored_.size()) {
-        mirrored_.push_back({PeerState::kUnused, 0});
+        mirrored_.push_back({PeerState::kUnused, 0, 0});
         const uint32_t num_known = i + 1;
         machine_->copy(peers_.table.count, &num_known, sizeof num_known);
       }
       Mirrored& known = mirrored_[i];
+      PeerEntry* mirror = &peers_.table.entries[i];
+      if (const uint32_t given_up = peers_.on_host.is_given_up(i); known.is_given_up != given_up) {
+        machine_->copy(&mirror->is_given_up, &given_up, sizeof given_up);
+        known.is_given_up = given_up;
+      }
       if (known.state == state) continue;
       const PeerEntry& entry = peers_.on_host.entries[i];
-      PeerEntry* mirror = &peers_.table.entries[i];
       const bool is_new = known.state == PeerState::kUnused, is_over = state == PeerState::kUnused;
       if (is_new) {
         known.rank = entry.rank;
@@ -87,8 +91,12 @@ class DeviceMemory {
         machine_->copy(&mirror->joined, &entry.joined, sizeof entry.joined);
         machine_->copy(&mirror->view, &entry.view, sizeof entry.view);
       }
-      machine_->copy(&mirror->state, &state, sizeof state);
-      known.state = state;
+      // Until both agree: the watcher may have found the end while LIVE was on its way, and a verb told it before.
+      while (known.state != state) {
+        machine_->copy(&mirror->state, &state, sizeof state);  // SYNC: peer-mirror
+        known.state = state;
+        state = peers_.on_host.state(i);
+      }
       if ((!is_new && !is_over) || known.rank >= max_peers_) continue;
       const int32_t newest = peers_.on_host.find(known.rank);
       machine_->copy(&peers_.newest[known.rank], &newest, sizeof newest);
@@ -120,6 +128,7 @@ class DeviceMemory {
   struct Mirrored {
     PeerState state;  // verbs may have seen a later one
     uint32_t rank;
+    uint32_t is_given_up;
   };
   std::vector<Mirrored> mirrored_;  // by peer index
 };

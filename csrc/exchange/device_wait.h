@@ -23,7 +23,7 @@ M2N_HD inline int64_t read_timeout(const Control* control, int64_t timeout_ns) {
   return timeout_ns == kTimeoutOfComm ? load_relaxed(&control->timeout_ns) : timeout_ns;  // relaxed: a plain number
 }
 
-enum class Trouble : uint32_t { kNone, kTimeout, kGone, kRefused, kViolation };
+enum class Trouble : uint32_t { kNone, kTimeout, kGone, kRefused, kViolation, kWrongBatch };
 enum class Verb : uint32_t { kDispatchSend, kCombineRecv };
 
 // What went wrong with a peer, in one word of host memory per peer. The first trouble stays until the host takes it.
@@ -31,7 +31,7 @@ struct Status {
   Trouble trouble;
   Verb verb;
   uint32_t slot;
-  uint32_t detail;  // kRefused: the expert that it does not host; kViolation: the value that is wrong
+  uint32_t detail;  // kRefused: the expert that it does not host; kViolation, kWrongBatch: the value that is wrong
 };
 
 M2N_HD constexpr uint64_t pack(const Status& status) {
@@ -61,10 +61,14 @@ struct Peers {
   PeerTable on_host;
   int32_t* newest;  // [max_peers]: of a rank, the peer of its newest life, or -1
 
+  // Only an end is brought over, and that is final for the link: who has read LIVE and was overtaken, by the host or
+  // another verb that has seen the end, stores nothing. LIVE comes from the host alone (DeviceMemory::update_mirror),
+  // before any verb knows of the peer, and the host looks again behind it.
   M2N_HD void refresh(uint32_t peer_idx) const {
-    const uint32_t state = static_cast<uint32_t>(on_host.state(peer_idx));
+    const PeerState state = on_host.state(peer_idx);
+    if (!is_gone(state)) return;
     // Relaxed: whoever acts on a loss looks for the message once more.
-    store_relaxed(&table.entries[peer_idx].state, state);  // SYNC: peer-mirror
+    store_relaxed(&table.entries[peer_idx].state, static_cast<uint32_t>(state));  // SYNC: peer-mirror
   }
 };
 

@@ -13,6 +13,7 @@ ExpertComm::ExpertComm(const Shape& shape, uint32_t rank, uint32_t max_peers, co
       inboxes_(static_cast<size_t>(max_peers) * layout_.num_slots),
       copy_choices_(inboxes_.size()),
       holds_(std::make_shared<uint32_t[]>(inboxes_.size())),
+      unserved_(max_peers),
       inbox_view_{layout_, shape.max_tokens, peers_, small_window()->data(), inboxes_.data()},
       next_(local_experts.size()) {
   for (Inbox& box : inboxes_) box.seq = {first_seq_, first_seq_};
@@ -20,17 +21,37 @@ ExpertComm::ExpertComm(const Shape& shape, uint32_t rank, uint32_t max_peers, co
 
 void ExpertComm::keep_verbs_out(const std::function<void()>& body) {
   std::lock_guard lock(inbox_mutex_);
+  note_unserved();
   body();
 }
 
+void ExpertComm::note_unserved() {
+  Scanned scanned;
+  for (uint32_t peer_idx = 0; peer_idx < peers_.size(); ++peer_idx) {
+    const PeerState state = peers_.state(peer_idx);
+    bool is_pending = false;
+    for (uint32_t slot = 0; m2n::is_gone(state) && slot < layout_.num_slots; ++slot) {
+      with_sender([&](HostExec& exec) { return look_at(exec, inbox_view_, peer_idx, slot, state, &scanned); });
+      is_pending |= inbox(peer_idx, slot).is_pending;
+    }
+    // Relaxed: it is asked for by who holds this lock, and in words.
+    store_relaxed(&unserved_[peer_idx], uint32_t{is_pending && inbox_view_.is_served(peer_idx)});
+  }
+  if (scanned.num_arrived == 0) return;
+  stamp(inbox_view_, now_ns());
+  add_relaxed(&stats_.messages_received, uint64_t{scanned.num_arrived});
+  add_relaxed(&stats_.messages_sent, uint64_t{scanned.num_answered});
+}
+
 bool ExpertComm::is_held(uint32_t peer_idx) {
+  if (!is_closed() && load_relaxed(&unserved_[peer_idx]) != 0) return true;
   for (uint32_t slot = 0; slot < layout_.num_slots; ++slot) {
     if (m2n::is_held(&holds_[peer_idx * layout_.num_slots + slot])) return true;
   }
   return false;
 }
 
-std::string ExpertComm::why_held() const { return "sent what is not answered: call combine_send for open batches"; }
+std::string ExpertComm::why_held() const { return "sent what is not answered: call dispatch_recv and combine_send, or recover() for each"; }
 
 void ExpertComm::reset_peer(uint32_t peer_idx) {
   for (uint32_t slot = 0; slot < layout_.num_slots; ++slot) {
@@ -79,8 +100,29 @@ std::shared_ptr<Batch> ExpertComm::look(const Wanted& wanted, Found* found) {
   }
   // What has come and stays lingers from now on. Usually nothing does.
   if (num_arrived > num_just_arrived(batch.get())) stamp(inbox_view_, clock());
-  if (batch == nullptr) raise_if_lost(wanted);
+  if (batch == nullptr) raise_if_lost(missing_rank(inbox_view_, wanted));
   return batch;
+}
+
+int64_t ExpertComm::give_up_at(const Wanted& wanted) {
+  if (!wanted.is_strict() || give_up_ns_ == kForeverNs) return kNever;
+  std::lock_guard lock(inbox_mutex_);
+  int64_t seen_ns = kNever;
+  for (uint32_t i = 0; i < peers_.size() * layout_.num_slots; ++i) {
+    const bool is_listed = wanted.is_listed(rank_of(i / layout_.num_slots));
+    if (is_listed && wanted.matches(inboxes_[i])) seen_ns = std::min(seen_ns, inboxes_[i].seen_ns);
+  }
+  return seen_ns == kNever ? kNever : seen_ns + give_up_ns_;
+}
+
+bool ExpertComm::give_up_missing(const Wanted& wanted) {
+  if (now_ns() < give_up_at(wanted)) return false;
+  std::lock_guard lock(inbox_mutex_);
+  const int32_t missing = missing_rank(inbox_view_, wanted);
+  const int32_t peer_idx = missing < 0 ? kNone : peers_.find(static_cast<uint32_t>(missing));
+  if (peer_idx == kNone || !peers_.is_live(static_cast<uint32_t>(peer_idx))) return false;
+  give_up_late(static_cast<uint32_t>(peer_idx));
+  return true;
 }
 
 std::shared_ptr<Batch> ExpertComm::dispatch_recv(const Wanted& wanted, int64_t deadline_ns) {
@@ -91,14 +133,15 @@ std::shared_ptr<Batch> ExpertComm::dispatch_recv(const Wanted& wanted, int64_t d
     Found found;
     std::shared_ptr<Batch> batch = look(wanted, &found);
     if (batch != nullptr) return batch;
-    const int64_t seen_linger_ns = found.linger_until_ns;
+    const int64_t seen_linger_ns = found.linger_until_ns, late_ns = give_up_at(wanted);
     // A first message starts the lingering: then wait again, with the shorter deadline.
     const auto is_changed = [&] {
       batch = look(wanted, &found);
-      return batch != nullptr || found.linger_until_ns != seen_linger_ns;
+      return batch != nullptr || found.linger_until_ns != seen_linger_ns || give_up_at(wanted) != late_ns;
     };
-    wait(is_changed, std::min(deadline_ns, seen_linger_ns));
+    wait(is_changed, std::min({deadline_ns, seen_linger_ns, late_ns}));
     if (batch != nullptr) return batch;
+    if (give_up_missing(wanted)) continue;  // what follows raises
     if (deadline_ns != kNoWait && now_ns() < deadline_ns) continue;
     if (found.is_started && wanted.is_strict()) raise_timeout(missing_rank(inbox_view_, wanted));
     return nullptr;  // what has arrived stays, and goes on lingering from when it came
@@ -114,7 +157,7 @@ std::optional<Work> ExpertComm::wait_work(int64_t deadline_ns) {
     const Found found = find_complete(inbox_view_, Wanted{}, now_ns);  // without lingering: the first of all
     if (num_arrived != 0) stamp(inbox_view_, now_ns());
     if (found.is_complete) work = Work{found.layer, found.microbatch};
-    if (!work) raise_if_lost({});
+    if (!work) raise_if_lost();
     return work.has_value();
   };
   wait(look, deadline_ns);
@@ -256,7 +299,9 @@ void ExpertComm::recover(uint32_t attention_rank) {
   require_usable();  // before the lock: in a forked child nobody may be left to free it
   {
     std::lock_guard lock(inbox_mutex_);
-    give_up(attention_rank);
+    for (uint32_t peer_idx : give_up(attention_rank)) {
+      for (uint32_t slot = 0; slot < layout_.num_slots; ++slot) inbox(peer_idx, slot).is_pending = false;
+    }
   }
   return_gone();
 }
@@ -285,7 +330,7 @@ void ExpertComm::wait_placement(uint32_t version, int64_t deadline_ns) {
     std::lock_guard lock(inbox_mutex_);
     look_and_stamp();
     behind = find_behind(version, [&](uint32_t peer_idx) { return shown = shown_version(inbox_view_, peer_idx); });
-    if (behind != kNone) raise_if_lost({}, doing.c_str());
+    if (behind != kNone) raise_if_lost(doing.c_str());
     return behind == kNone;
   };
   if (wait(is_shown, deadline_ns) == WaitResult::kTimeout) raise_behind(static_cast<uint32_t>(behind), version, shown);

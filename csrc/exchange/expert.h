@@ -35,8 +35,8 @@ class ExpertComm final : public ExpertSide {
   std::optional<Work> wait_work(int64_t deadline_ns);
   // y: [P][hidden] expert-major, or with is_reduced [R][hidden] in wire order, already weighted and summed.
   void combine_send(Batch& batch, const unsigned char* y, uint64_t y_stride_bytes, DType y_dtype, bool is_reduced);
-  // Gives up an attention rank that is lost or has left: nothing of it is waited for or served.
-  void recover(uint32_t attention_rank);
+  // Nothing of such a life is waited for or served any more.
+  void recover(uint32_t attention_rank) override;
   // The global ids hosted here from now on, ascending. Batches that were received before keep their local indices.
   void set_experts(const std::vector<uint32_t>& local_experts);
   // Both look at what has arrived, received or not.
@@ -55,6 +55,13 @@ class ExpertComm final : public ExpertSide {
   uint32_t look_around();
   // The same where nothing is taken: what stays lingers from now on.
   void look_and_stamp();
+  // Strict: until when the first message that waits for others goes on waiting for one that is alive.
+  int64_t give_up_at(const Wanted& wanted);
+  // Strict, and others have sent long ago: drops the first rank that has not, if it is alive. False: nobody is to
+  // blame.
+  bool give_up_missing(const Wanted& wanted);
+  // Peers that are gone are looked at for the last time, and notes which of them have sent what is still to be served.
+  void note_unserved();
   // Messages of a batch that no earlier look has seen.
   uint32_t num_just_arrived(const Batch* batch) const;
   // One look: the batch that is asked for, if it is complete.
@@ -68,6 +75,7 @@ class ExpertComm final : public ExpertSide {
   std::vector<Inbox> inboxes_;               // [peer][slot]
   std::vector<CopyChoice> copy_choices_;     // likewise
   const std::shared_ptr<uint32_t[]> holds_;  // likewise; see Batch
+  std::vector<uint32_t> unserved_;           // [peer]: as of note_unserved()
   const InboxView inbox_view_;
   uint32_t hosting_ = 0;  // how many times the hosted experts have changed
   // Held while looking and collecting, never while waiting: several threads may receive at once.

@@ -53,11 +53,11 @@ M2N_HD bool scan_together(Exec& exec, const ExpertView& view, bool is_long) {
     const uint32_t peer_idx = i / inbox.layout.num_slots;
     const uint32_t slot = i - peer_idx * inbox.layout.num_slots;
     if (is_long && slot == 0) view.peers.refresh(peer_idx);
-    if (!inbox.peers.is_live(peer_idx)) continue;  // there may be no memory at this index just now
-    const Signal signal = poll_signal(inbox.signal_of(peer_idx, slot));
-    if (signal_seq(signal) == inbox.at(peer_idx, slot).seq.accepted) continue;
-    is_broken |= accept(exec, inbox, peer_idx, slot, signal, &scanned).breach != Breach::kNone;
-    inbox.at(peer_idx, slot).seen_ns = exec.now_ns();
+    const PeerState state = inbox.peers.state(peer_idx);
+    if (state == PeerState::kUnused) continue;  // there may be no memory at this index just now
+    const uint32_t num_before = scanned.num_arrived;
+    is_broken |= look_at(exec, inbox, peer_idx, slot, state, &scanned).breach != Breach::kNone;
+    if (scanned.num_arrived != num_before) inbox.at(peer_idx, slot).seen_ns = exec.now_ns();
   }
   if (scanned.num_arrived != 0) {
     add_relaxed(&view.counters->messages_received, uint64_t{scanned.num_arrived});

@@ -20,6 +20,7 @@ struct Inbox {
   RecvSeq seq;
   bool is_pending = false;
   bool is_expected = false;  // has dispatched before, and did not say IDLE_NEXT
+  bool is_closed = false;    // its peer is gone, and what it completed before has been seen: nothing more counts
   int64_t seen_ns = kNever;  // kNever until stamp()
   Header header{};
 };
@@ -37,6 +38,14 @@ struct InboxView {
   }
   M2N_HD const Signal* signal_of(uint32_t peer_idx, uint32_t slot) const {
     return reinterpret_cast<const Signal*>(small_of(peer_idx) + layout.dispatch_small.signal(slot));
+  }
+  // Do messages of this peer count that have come? Those of one that is gone do until it is given up, or its rank has a
+  // newer life.
+  M2N_HD bool is_served(uint32_t peer_idx) const {
+    const PeerState state = peers.state(peer_idx);
+    if (state == PeerState::kLive) return true;
+    return is_gone(state) && !peers.is_given_up(peer_idx) &&
+           peers.find(peers.entries[peer_idx].rank) == static_cast<int32_t>(peer_idx);
   }
 };
 
@@ -114,6 +123,21 @@ M2N_HD Violation accept(Exec& exec, const InboxView& view, uint32_t peer_idx, ui
   return {};
 }
 
+// One look at a slot whose peer was in this `state` before. A peer that is gone is looked at once more, as by look_for:
+// what it completed before its end still counts. What else it wrote there is nobody's any more, and no violation.
+template <class Exec>
+M2N_HD Violation look_at(Exec& exec, const InboxView& view, uint32_t peer_idx, uint32_t slot, PeerState state,
+                         Scanned* scanned) {
+  Inbox& box = view.at(peer_idx, slot);
+  if (state == PeerState::kUnused || box.is_closed) return {};
+  const Signal signal = poll_signal(view.signal_of(peer_idx, slot));
+  Violation violation;
+  if (signal_seq(signal) != box.seq.accepted) violation = accept(exec, view, peer_idx, slot, signal, scanned);
+  if (!is_gone(state)) return violation;
+  box.is_closed = true;
+  return {};
+}
+
 // Notes everything that has arrived since the last look, up to the first violation. For one thread. What it finds has
 // no time yet: a reading of the clock takes as long as a hop between cores, and a batch that is complete needs none.
 template <class Exec>
@@ -121,11 +145,9 @@ M2N_HD Scanned scan(Exec& exec, const InboxView& view) {
   Scanned scanned;
   const uint32_t num_peers = view.peers.size();
   for (uint32_t peer_idx = 0; peer_idx < num_peers; ++peer_idx) {
-    if (!view.peers.is_live(peer_idx)) continue;
+    const PeerState state = view.peers.state(peer_idx);
     for (uint32_t slot = 0; slot < view.layout.num_slots; ++slot) {
-      const Signal signal = poll_signal(view.signal_of(peer_idx, slot));
-      if (signal_seq(signal) == view.at(peer_idx, slot).seq.accepted) continue;
-      scanned.violation = accept(exec, view, peer_idx, slot, signal, &scanned);
+      scanned.violation = look_at(exec, view, peer_idx, slot, state, &scanned);
       if (scanned.violation.breach != Breach::kNone) return scanned;
     }
   }
@@ -191,13 +213,13 @@ M2N_HD bool is_complete(const InboxView& view, const Wanted& wanted, uint32_t la
   bool is_anyone_missing = false;
   uint32_t num_listed = 0;
   for (uint32_t peer_idx = 0; peer_idx < view.peers.size(); ++peer_idx) {
-    if (!view.peers.is_live(peer_idx)) continue;
     const Inbox& box = view.at(peer_idx, microbatch);
-    const bool is_here = box.is_pending && box.header.layer == layer;
+    const bool is_here = box.is_pending && box.header.layer == layer && view.is_served(peer_idx);
     if (is_here && box.seen_ns < first_seen_ns) first_seen_ns = box.seen_ns;
     if (is_here && wanted.is_listed(view.peers.entries[peer_idx].rank)) ++num_listed;
     // A peer whose slot holds another layer cannot send this one before that is answered.
-    if (!box.is_pending && box.is_expected && box.seq.accepted == box.seq.replied) is_anyone_missing = true;
+    const bool may_come = !box.is_pending && box.is_expected && box.seq.accepted == box.seq.replied;
+    if (may_come && view.peers.is_live(peer_idx)) is_anyone_missing = true;
   }
   if (wanted.is_strict()) return num_listed == wanted.num_attention_ranks;
   if (!is_anyone_missing || wanted.linger_ns == 0) return true;
@@ -214,12 +236,11 @@ M2N_HD Found find_complete(const InboxView& view, const Wanted& wanted, Clock&& 
   Found found;
   int64_t found_seen_ns = kNever;
   for (uint32_t peer_idx = 0; peer_idx < view.peers.size(); ++peer_idx) {
-    if (!view.peers.is_live(peer_idx)) continue;
     const uint32_t first = wanted.is_any_microbatch ? 0 : wanted.microbatch;
     const uint32_t end = wanted.is_any_microbatch ? view.layout.num_slots - 1 : wanted.microbatch + 1;
     for (uint32_t microbatch = first; microbatch < end; ++microbatch) {
       const Inbox& box = view.at(peer_idx, microbatch);
-      if (!wanted.matches(box)) continue;
+      if (!wanted.matches(box) || !view.is_served(peer_idx)) continue;
       found.is_started = true;
       if (found.is_complete && box.seen_ns >= found_seen_ns) continue;
       if (!is_complete(view, wanted, box.header.layer, microbatch, clock, &found.linger_until_ns)) continue;
@@ -232,24 +253,35 @@ M2N_HD Found find_complete(const InboxView& view, const Wanted& wanted, Clock&& 
   return found;
 }
 
-// Strict: the first listed rank of which nothing that matches waits, or -1.
-M2N_HD inline int32_t missing_rank(const InboxView& view, const Wanted& wanted) {
-  for (uint32_t i = 0; i < wanted.num_attention_ranks; ++i) {
-    const int32_t peer_idx = view.peers.find(wanted.attention_ranks[i]);
-    bool is_here = false;
-    for (uint32_t slot = 0; peer_idx >= 0 && slot + 1 < view.layout.num_slots; ++slot) {
-      is_here |= wanted.matches(view.at(static_cast<uint32_t>(peer_idx), slot));
-    }
-    if (!is_here) return static_cast<int32_t>(wanted.attention_ranks[i]);
+// Strict: does a message that matches wait, of this rank?
+M2N_HD inline bool has_sent(const InboxView& view, const Wanted& wanted, uint32_t rank) {
+  const int32_t peer_idx = view.peers.find(rank);
+  if (peer_idx < 0 || !view.is_served(static_cast<uint32_t>(peer_idx))) return false;
+  bool is_here = false;
+  for (uint32_t slot = 0; slot + 1 < view.layout.num_slots; ++slot) {
+    is_here |= wanted.matches(view.at(static_cast<uint32_t>(peer_idx), slot));
   }
-  return -1;
+  return is_here;
+}
+
+// Strict: the first listed rank that has not sent and never will, else the first that has not, or -1.
+M2N_HD inline int32_t missing_rank(const InboxView& view, const Wanted& wanted) {
+  int32_t missing = -1;
+  for (uint32_t i = 0; i < wanted.num_attention_ranks; ++i) {
+    const uint32_t rank = wanted.attention_ranks[i];
+    if (has_sent(view, wanted, rank)) continue;
+    const int32_t peer_idx = view.peers.find(rank);
+    if (peer_idx >= 0 && !view.peers.is_live(static_cast<uint32_t>(peer_idx))) return static_cast<int32_t>(rank);
+    if (missing < 0) missing = static_cast<int32_t>(rank);
+  }
+  return missing;
 }
 
 // Does this message go into the batch (layer, microbatch)?
 M2N_HD inline bool belongs(const InboxView& view, const Wanted& wanted, uint32_t layer, uint32_t microbatch,
                            uint32_t peer_idx) {
   const Inbox& box = view.at(peer_idx, microbatch);
-  if (!box.is_pending || box.header.layer != layer || !view.peers.is_live(peer_idx)) return false;
+  if (!box.is_pending || box.header.layer != layer || !view.is_served(peer_idx)) return false;
   return !wanted.is_strict() || wanted.is_listed(view.peers.entries[peer_idx].rank);
 }
 

@@ -3,6 +3,12 @@
 #include "exchange/sides.h"
 
 namespace m2n {
+namespace {
+
+constexpr const char* kNeedsRank =
+    ", and the route needs it: bring its next life, or a placement without it, by set_placement";
+
+}  // namespace
 
 void AttentionSide::require_microbatch(uint32_t microbatch) const {
   require_usable();
@@ -21,13 +27,15 @@ void AttentionSide::require_x_dtype(DType x_dtype) const {
 uint32_t AttentionSide::require_live(uint32_t expert_rank) const {
   const int32_t peer_idx = peers_.find(expert_rank);
   if (peer_idx < 0) {
-    if (const auto peer = find_gone(expert_rank)) raise_gone(*peer, "dispatch_send");
+    if (const auto peer = find_gone(expert_rank)) raise_gone(*peer, "dispatch_send", kNeedsRank);
     throw Error(Failure::kPeerLost,
                 "dispatch_send: the route needs expert rank " + std::to_string(expert_rank) +
                     ", which this rank never connected to; check the placement",
                 static_cast<int>(expert_rank));
   }
-  if (!peers_.is_live(static_cast<uint32_t>(peer_idx))) raise_lost(static_cast<uint32_t>(peer_idx), "dispatch_send");
+  if (!peers_.is_live(static_cast<uint32_t>(peer_idx))) {
+    raise_lost(static_cast<uint32_t>(peer_idx), "dispatch_send", kNeedsRank);
+  }
   return static_cast<uint32_t>(peer_idx);
 }
 
@@ -83,14 +91,24 @@ void ExpertSide::host(const std::vector<uint32_t>& local_experts) {
   for (uint32_t i = 0; i < num_local_experts_; ++i) expert_idx_.at(local_experts[i]) = static_cast<int32_t>(i);
 }
 
-void ExpertSide::raise_if_lost(const Wanted& wanted, const char* doing) const {
+void ExpertSide::raise_if_lost(const char* doing) const {
   for (uint32_t peer_idx = 0; peer_idx < peers_.size(); ++peer_idx) {
-    const bool is_awaited =
-        wanted.is_listed(rank_of(peer_idx)) && peers_.find(rank_of(peer_idx)) == static_cast<int32_t>(peer_idx);
-    if (is_lost(peer_idx) || (is_awaited && peers_.state(peer_idx) == PeerState::kLeft)) {
-      raise_lost(peer_idx, doing);
-    }
+    if (is_lost(peer_idx)) raise_lost(peer_idx, doing);
   }
+}
+
+void ExpertSide::raise_if_lost(int32_t missing_rank) const {
+  raise_if_lost();
+  if (missing_rank < 0) return;
+  const int32_t peer_idx = peers_.find(static_cast<uint32_t>(missing_rank));
+  if (peer_idx != kNone && peers_.is_live(static_cast<uint32_t>(peer_idx))) return;
+  const auto peer = peer_idx == kNone ? find_gone(static_cast<uint32_t>(missing_rank))
+                                      : std::optional(info_of(static_cast<uint32_t>(peer_idx)));
+  if (!peer) return;  // it has not come yet
+  throw Error(
+      Failure::kPeerLost,
+      "dispatch_recv: " + words_for(*peer) + "; take it off attention_ranks, or wait for its next life (wait_peer)",
+      missing_rank);
 }
 
 void ExpertSide::raise_timeout(int32_t missing_rank) const {

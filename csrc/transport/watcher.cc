@@ -35,18 +35,22 @@ struct Watched {
   Control control{};
   int64_t heard_ns = 0;    // when something came last, not counting time in which this thread did not run
   int64_t send_at_ns = 0;  // the next heartbeat
+  bool is_over = false;    // its connection is closed; the listener could not be told yet
+  PeerState end_state = PeerState::kLive;
+  LossCause cause = LossCause::kNone;
 };
 
 // What a look at a connection found.
-enum class Heard : uint32_t { kOpen, kGoodbye, kNonsense, kClosed };
+enum class Heard : uint32_t { kOpen, kGoodbye, kDropped, kNonsense, kClosed };
 
 // epoll carries the ticket and, in the lowest bit, which of the two descriptors became ready.
 constexpr uint64_t kPidfdBit = 1;
 constexpr int64_t kNsPerMs = 1'000'000;
+constexpr int64_t kTellAgainNs = 10 * kNsPerMs;
 
 // Reads what there is.
 Heard listen_to(Watched& watched) {
-  char bytes[256];
+  char bytes[1024];  // more than any message: the rest of a packet would be lost
   while (true) {
     const ssize_t num_read = recv(watched.connection_fd, bytes, sizeof bytes, MSG_DONTWAIT);
     if (num_read < 0 && errno == EINTR) continue;
@@ -54,9 +58,10 @@ Heard listen_to(Watched& watched) {
     if (num_read == 0) return Heard::kClosed;
     watched.heard_ns = now_ns();
     const Control::Said said = watched.control.take(bytes, static_cast<size_t>(num_read), watched.heard_ns);
-    if (said != Control::Said::kNothingMore) {
-      return said == Control::Said::kGoodbye ? Heard::kGoodbye : Heard::kNonsense;
-    }
+    if (said == Control::Said::kNothingMore) continue;
+    return said == Control::Said::kGoodbye   ? Heard::kGoodbye
+           : said == Control::Said::kDropped ? Heard::kDropped
+                                             : Heard::kNonsense;
   }
 }
 
@@ -101,15 +106,17 @@ class Watcher {
     return ticket;
   }
 
-  bool remove(uint64_t ticket, bool say_goodbye) {
+  bool remove(uint64_t ticket, bool say_goodbye, const std::string& reason) {
+    const std::string last_words = say_goodbye ? std::string(1, kGoodbye) : pack_drop(reason);
     std::lock_guard lock(mutex_);
     const auto found = watched_.find(ticket);
     if (found == watched_.end()) return false;  // the peer went first
-    const bool has_left = listen_to(found->second) == Heard::kGoodbye;
-    if (say_goodbye) {
-      (void)!send(found->second.connection_fd, &kGoodbye, 1, MSG_NOSIGNAL | MSG_DONTWAIT);
+    bool has_left = found->second.end_state == PeerState::kLeft;
+    if (!found->second.is_over) {
+      has_left = listen_to(found->second) == Heard::kGoodbye;
+      (void)!send(found->second.connection_fd, last_words.data(), last_words.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
+      close_both(found->second);
     }
-    close_both(found->second);
     watched_.erase(found);
     return has_left;
   }
@@ -173,19 +180,24 @@ class Watcher {
     // Held during the listener's call, so that remove() returns only when no call is under way.
     std::lock_guard lock(mutex_);
     const auto found = watched_.find(key & ~kPidfdBit);
-    if (found == watched_.end()) return;
+    if (found == watched_.end() || found->second.is_over) return;
     // A goodbye may still lie in the connection of a process that has ended: read first, whatever woke us.
     switch (listen_to(found->second)) {
       case Heard::kOpen:
         if ((key & kPidfdBit) != 0) gone(found, PeerState::kLost, LossCause::kProcessDied);
-        return;
+        break;
       case Heard::kGoodbye:
-        return gone(found, PeerState::kLeft, LossCause::kNone);
+        gone(found, PeerState::kLeft, LossCause::kNone);
+        break;
+      case Heard::kDropped:
+        gone(found, PeerState::kLost, LossCause::kDropped);
+        break;
       case Heard::kNonsense:
-        return gone(found, PeerState::kLost, LossCause::kProtocol);
+        gone(found, PeerState::kLost, LossCause::kProtocol);
+        break;
       case Heard::kClosed:
         const bool is_dead = has_died(found->second.pidfd);
-        return gone(found, PeerState::kLost, is_dead ? LossCause::kProcessDied : LossCause::kConnectionClosed);
+        gone(found, PeerState::kLost, is_dead ? LossCause::kProcessDied : LossCause::kConnectionClosed);
     }
   }
 
@@ -197,6 +209,10 @@ class Watcher {
     for (auto next = watched_.begin(); next != watched_.end();) {
       const auto at = next++;
       Watched& watched = at->second;
+      if (watched.is_over) {
+        if (!tell(at)) sleep_ns = std::min(sleep_ns, kTellAgainNs);
+        continue;
+      }
       if (watched.heartbeats.send_every_ns == 0) continue;
       watched.heard_ns = std::min(watched.heard_ns + missed_ns, now);
       bool is_lost = now - watched.heard_ns >= watched.heartbeats.lost_after_ns;
@@ -206,7 +222,7 @@ class Watcher {
         is_lost = !send_heartbeat(watched);
       }
       if (is_lost) {
-        gone(at, PeerState::kLost, LossCause::kSilent);
+        if (!gone(at, PeerState::kLost, LossCause::kSilent)) sleep_ns = std::min(sleep_ns, kTellAgainNs);
         continue;
       }
       const int64_t lost_at_ns = watched.heard_ns + watched.heartbeats.lost_after_ns;
@@ -215,11 +231,25 @@ class Watcher {
     return sleep_ns;
   }
 
-  void gone(std::unordered_map<uint64_t, Watched>::iterator at, PeerState state, LossCause cause) {
-    const Watched watched = std::move(at->second);
+  // False: the listener could not be told; beat() tries again.
+  bool gone(std::unordered_map<uint64_t, Watched>::iterator at, PeerState state, LossCause cause) {
+    Watched& watched = at->second;
     close_both(watched);
+    watched.is_over = true;
+    watched.end_state = state;
+    watched.cause = cause;
+    return tell(at);
+  }
+
+  bool tell(std::unordered_map<uint64_t, Watched>::iterator at) {
+    const Watched& watched = at->second;
+    try {
+      watched.listener->peer_gone(watched.peer_idx, watched.end_state, watched.cause, watched.control.reason());
+    } catch (...) {  // no memory at this moment, which must not end the process
+      return false;
+    }
     watched_.erase(at);
-    watched.listener->peer_gone(watched.peer_idx, state, cause);
+    return true;
   }
 
   static constexpr int64_t kForever = int64_t{1} << 62;
@@ -254,7 +284,9 @@ uint64_t watch_peer(std::shared_ptr<PeerListener> listener, uint32_t peer_idx, i
   return there.add({std::move(listener), peer_idx, connection.release(), process.release(), heartbeats});
 }
 
-bool unwatch_peer(uint64_t ticket, bool say_goodbye) { return watcher().remove(ticket, say_goodbye); }
+bool unwatch_peer(uint64_t ticket, bool say_goodbye, const std::string& reason) {
+  return watcher().remove(ticket, say_goodbye, reason);
+}
 
 ClockOffset clock_offset(uint64_t ticket) { return watcher().offset(ticket); }
 

@@ -4,16 +4,18 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 
 #include "core/peer.h"
 
 namespace m2n {
 
-// Told once, from the watcher's thread.
+// Told once, from the watcher's thread. A call that throws (memory) is made again a little later.
 class PeerListener {
  public:
   virtual ~PeerListener() = default;
-  virtual void peer_gone(uint32_t peer_idx, PeerState state, LossCause cause) = 0;
+  // `reason`: kDropped: what the peer said; printable, it may be empty.
+  virtual void peer_gone(uint32_t peer_idx, PeerState state, LossCause cause, const std::string& reason) = 0;
 };
 
 // How a process that cannot be watched by the system says that it is alive. 0: it need not.
@@ -36,10 +38,10 @@ void start_watcher();
 uint64_t watch_peer(std::shared_ptr<PeerListener> listener, uint32_t peer_idx, int connection_fd, int pidfd,
                     const Heartbeats& heartbeats);
 
-// Stops watching, says goodbye if asked to, and closes the connection. No call to the listener comes after it
-// returns.
+// Stops watching, says goodbye, or that the link is dropped and why, and closes the connection. No call to the listener
+// comes after it returns.
 // True when the peer's own goodbye was waiting to be read.
-bool unwatch_peer(uint64_t ticket, bool say_goodbye);
+bool unwatch_peer(uint64_t ticket, bool say_goodbye, const std::string& reason = "");
 
 // Of a peer that is no longer watched: not known.
 ClockOffset clock_offset(uint64_t ticket);
