@@ -15,12 +15,14 @@ from typing import Any
 import m2n
 
 from .errors import InputError
+from .launcher import RankFailed
 from .result import RunResult
 from .run_config import ATTENTION, RunConfig
 from .worker import run_rank, settle
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LEAVE_S = 5.0
+_LOOK_S = 1.0
 
 
 def is_torchrun() -> bool:
@@ -60,22 +62,35 @@ def run_under_torchrun(run: RunConfig, prompts: list[list[int]]) -> RunResult | 
             result.add(events[-1])
 
     share = run.share(role_rank, len(prompts)) if role == ATTENTION else []
-    run_rank(run, role, role_rank, {idx: prompts[idx] for idx in share}, store, emit, meet=functools.cache(settle))
+    own = {idx: prompts[idx] for idx in share}
+    try:
+        run_rank(run, role, role_rank, own, store, emit, meet=functools.cache(settle))
+    except Exception as error:
+        store.set("failed", f"{role} rank {role_rank}: {error}")
+        raise
     if rank != 0:
         store.set(f"result/{rank}", json.dumps(events))
-        # Rank 0 may still be generating: torchrun ends this process if it fails.
-        store.wait(["end"], timedelta(days=1))
+        _await(store, "end")
         store.set(f"left/{rank}", "1")
         return None
     for other in range(1, world_size):
-        # The others may still be generating: torchrun ends this process if one of them fails.
-        store.wait([f"result/{other}"], timedelta(days=1))
+        _await(store, f"result/{other}")
         for event in json.loads(store.get(f"result/{other}")):
             result.add(event)
     store.set("end", "1")
     with contextlib.suppress(RuntimeError):  # who serves the store goes last
         store.wait([f"left/{other}" for other in range(1, world_size)], timedelta(seconds=_LEAVE_S))
     return result
+
+
+def _await(store: Any, key: str) -> None:
+    """Waits for a rank that may still be generating, however long; but not for one that has failed."""
+    while True:
+        try:
+            return store.wait([key], timedelta(seconds=_LOOK_S))
+        except RuntimeError:  # it is not there yet, or the store has gone, which the next call raises
+            if store.check(["failed"]):
+                raise RankFailed(f"another rank failed: {store.get('failed').decode()}") from None
 
 
 def _store(rank: int, run: RunConfig) -> tuple[Any, Any]:
