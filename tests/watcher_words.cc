@@ -11,9 +11,13 @@
 
 #include "transport/control.h"
 #include "transport/host_exec.h"
+#include "transport/transport.h"
 
 namespace m2n {
 uint32_t fork_count() { return 0; }
+Fd::~Fd() {
+  if (fd_ >= 0) close(fd_);
+}
 }  // namespace m2n
 
 namespace {

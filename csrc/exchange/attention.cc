@@ -238,7 +238,8 @@ void AttentionComm::combine_recv(unsigned char* y, uint64_t y_stride_bytes, uint
 
 void AttentionComm::end_round(Slot& slot, uint32_t slot_idx) {
   for (uint32_t rank = 0; rank < slot.peer_of_rank.size(); ++rank) {
-    if (owes_rows(slot, rank) && slot.peer_of_rank[rank] != kNone) drop_hold(&hold(static_cast<uint32_t>(slot.peer_of_rank[rank]), slot_idx));
+    if (owes_rows(slot, rank) && slot.peer_of_rank[rank] != kNone)
+      drop_hold(&hold(static_cast<uint32_t>(slot.peer_of_rank[rank]), slot_idx));
   }
   slot.is_busy = false;
   slot.route.reset();

@@ -178,7 +178,7 @@ Received DeviceExpertComm::receive_until(const Wanted& wanted, bool is_peek, int
       waits_since_ns_ = 0;
       return received;
     }
-    raise_if_lost(received.missing_rank);
+    raise_if_lost(wanted, received.missing_rank);
     give_up_missing(received);
     if (now_ns() >= deadline_ns) return received;
     if (on_sleep != nullptr) on_sleep();

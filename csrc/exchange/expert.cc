@@ -51,7 +51,9 @@ bool ExpertComm::is_held(uint32_t peer_idx) {
   return false;
 }
 
-std::string ExpertComm::why_held() const { return "sent what is not answered: call dispatch_recv and combine_send, or recover() for each"; }
+std::string ExpertComm::why_held() const {
+  return "sent what is not answered: call dispatch_recv and combine_send, or recover() for each";
+}
 
 void ExpertComm::reset_peer(uint32_t peer_idx) {
   for (uint32_t slot = 0; slot < layout_.num_slots; ++slot) {
@@ -100,7 +102,7 @@ std::shared_ptr<Batch> ExpertComm::look(const Wanted& wanted, Found* found) {
   }
   // What has come and stays lingers from now on. Usually nothing does.
   if (num_arrived > num_just_arrived(batch.get())) stamp(inbox_view_, clock());
-  if (batch == nullptr) raise_if_lost(missing_rank(inbox_view_, wanted));
+  if (batch == nullptr) raise_if_lost(wanted, missing_rank(inbox_view_, wanted));
   return batch;
 }
 

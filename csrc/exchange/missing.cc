@@ -103,9 +103,7 @@ bool AttentionComm::wait_or_give_up(const Slot& slot, Ready&& ready, DropLate&& 
 }
 
 void AttentionComm::finish_empty_messages(uint32_t slot_idx, const RouteView* route, int64_t deadline_ns) {
-  const auto is_late = [&](uint32_t peer_idx) {
-    return is_ours(peer_idx, slot_idx) && is_awaited(peer_idx, route);
-  };
+  const auto is_late = [&](uint32_t peer_idx) { return is_ours(peer_idx, slot_idx) && is_awaited(peer_idx, route); };
   const auto drop_late = [&] {
     for (uint32_t peer_idx = 0; peer_idx < peers_.size(); ++peer_idx) {
       if (is_late(peer_idx) && look_for_reply(peer_idx, slot_idx) == Look::kPending) give_up_late(peer_idx);

@@ -97,18 +97,24 @@ void ExpertSide::raise_if_lost(const char* doing) const {
   }
 }
 
-void ExpertSide::raise_if_lost(int32_t missing_rank) const {
+void ExpertSide::raise_if_lost(const Wanted& wanted, int32_t missing_rank) const {
   raise_if_lost();
-  if (missing_rank < 0) return;
-  const int32_t peer_idx = peers_.find(static_cast<uint32_t>(missing_rank));
-  if (peer_idx != kNone && peers_.is_live(static_cast<uint32_t>(peer_idx))) return;
-  const auto peer = peer_idx == kNone ? find_gone(static_cast<uint32_t>(missing_rank))
-                                      : std::optional(info_of(static_cast<uint32_t>(peer_idx)));
-  if (!peer) return;  // it has not come yet
+  for (uint32_t i = 0; i < wanted.num_attention_ranks; ++i) {
+    const uint32_t rank = wanted.attention_ranks[i];
+    const int32_t peer_idx = peers_.find(rank);
+    if (peer_idx == kNone) {
+      if (const auto peer = find_gone(rank)) raise_listed(*peer);
+    } else if (static_cast<int32_t>(rank) == missing_rank && !peers_.is_live(static_cast<uint32_t>(peer_idx))) {
+      raise_listed(info_of(static_cast<uint32_t>(peer_idx)));
+    }
+  }
+}
+
+void ExpertSide::raise_listed(const PeerInfo& peer) const {
   throw Error(
       Failure::kPeerLost,
-      "dispatch_recv: " + words_for(*peer) + "; take it off attention_ranks, or wait for its next life (wait_peer)",
-      missing_rank);
+      "dispatch_recv: " + words_for(peer) + "; take it off attention_ranks, or wait for its next life (wait_peer)",
+      static_cast<int>(peer.rank));
 }
 
 void ExpertSide::raise_timeout(int32_t missing_rank) const {

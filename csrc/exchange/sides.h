@@ -43,8 +43,9 @@ class ExpertSide : public Comm {
 
   // A lost peer ends a wait that would otherwise go on: once no batch is ready, the caller must know.
   void raise_if_lost(const char* doing = "dispatch_recv") const;
-  // Strict: so does a listed rank that has not sent and is gone in any way (`missing_rank`).
-  void raise_if_lost(int32_t missing_rank) const;
+  // Strict: so does a listed rank that has not sent and is gone in any way: `missing_rank`, if an index is left of it.
+  void raise_if_lost(const Wanted& wanted, int32_t missing_rank) const;
+  [[noreturn]] void raise_listed(const PeerInfo& peer) const;
   // Strict: `missing_rank` has not sent, or (-1) all have, but of different batches.
   [[noreturn]] void raise_timeout(int32_t missing_rank) const;
   // wait_placement() is over, and this peer had shown an older version.
