@@ -2,7 +2,9 @@
 // What fuzz_attention keeps of an attention rank: links, and dispatches in flight.
 #pragma once
 
+#include <cmath>
 #include <memory>
+#include <vector>
 
 #include "harness.h"
 
@@ -36,6 +38,16 @@ struct Flight {
   float weights[kMaxTokens][kTopK];
   uint32_t peer_of_rank[kRanks];  // who owes a reply with rows
 };
+
+// Did the comm go without the rows of this rank? A verdict may have been there before the reply.
+inline bool is_without(const Flight& flight, uint32_t rank, const std::vector<float>& y) {
+  for (uint32_t token = 0; token < flight.num_tokens; ++token) {
+    for (const int32_t id : flight.ids[token]) {
+      if (id != -1 && static_cast<uint32_t>(id % 2) == rank) return std::isnan(y[size_t{token} * kHidden]);
+    }
+  }
+  return false;
+}
 
 inline Flight make_flight(Bytes& bytes) {
   Flight flight{};

@@ -13,6 +13,7 @@ using namespace fuzz;
 using namespace m2n;
 
 constexpr uint32_t kMaxOps = 48;
+constexpr uint32_t kLayer = 1;  // of every dispatch
 
 enum class Reply { kPending, kGone, kGood, kRefused, kBroken };
 
@@ -66,7 +67,7 @@ class World {
     if (what < 5) return idle();
     if (what < 9) return ask(bytes.below(kMicrobatches));
     if (what < 22) return send(bytes, bytes.below(kMicrobatches));
-    if (what < 34) return receive(bytes.below(kMicrobatches));
+    if (what < 34) return receive(bytes.below(kMicrobatches), bytes.below(4) == 0);
     reply(bytes);
   }
 
@@ -82,6 +83,9 @@ class World {
     Header header{};
     header.num_rows = raw & 8 ? bytes.take<uint32_t>() : num_rows;
     header.detail = raw & 16 ? bytes.take<uint32_t>() : 1;
+    header.layer = kLayer;
+    header.microbatch = slot;
+    if (raw & 128) (bytes.below(2) == 0 ? header.layer : header.microbatch) += 1;
     const auto fill = static_cast<float>(bytes.take<int8_t>());
     const float odd = raw & 32 ? bytes.take<float>() : 0.5f;
     for (uint32_t i = 0; i < layout_.combine_rows.max_rows * kHidden; ++i) {
@@ -100,9 +104,10 @@ class World {
     const Signal signal = peer.fake->signal_at(layout_.combine_small.signal(slot));
     if (signal_seq(signal) == lane.sent - 1) return peer.is_live ? Reply::kPending : Reply::kGone;
     if (signal_seq(signal) != lane.sent) return Reply::kBroken;
-    if (signal_rows(signal) == kRefusedRows) return Reply::kRefused;
     Header header;
     std::memcpy(&header, peer.fake->small() + layout_.combine_small.header(slot), sizeof header);
+    if (header.layer != kLayer || header.microbatch != slot) return Reply::kBroken;
+    if (signal_rows(signal) == kRefusedRows) return Reply::kRefused;
     const bool is_right = signal_rows(signal) == lane.reply_rows && header.num_rows == signal_rows(signal);
     return is_right ? Reply::kGood : Reply::kBroken;
   }
@@ -176,7 +181,7 @@ class World {
     const bool has_credit = is_credit_there(slot);
     const std::vector<unsigned char> x(size_t{flight.num_tokens} * layout_.dispatch_rows.row_bytes, 0x3C);
     try {
-      comm_->dispatch_send(x.data(), layout_.dispatch_rows.row_bytes, shape_.dispatch_dtype, route, slot, 1, 0);
+      comm_->dispatch_send(x.data(), layout_.dispatch_rows.row_bytes, shape_.dispatch_dtype, route, slot, kLayer, 0);
     } catch (const Error& error) {
       if (error.kind() == Failure::kSlotBusy) return require(flights_[slot].is_busy, "kSlotBusy is for a busy slot");
       if (error.kind() == Failure::kTimeout)
@@ -215,18 +220,21 @@ class World {
     }
   }
 
-  void receive(uint32_t slot) {
+  void receive(uint32_t slot, bool takes_nan = false) {
     Flight& flight = flights_[slot];
     // Exactly as large as it must be, so that a write behind it is found.
     std::vector<float> y(size_t{flight.num_tokens} * kHidden, 77.0f);
     if (flight.is_busy) note_gone(slot);
     try {
-      comm_->combine_recv(reinterpret_cast<unsigned char*>(y.data()), kHidden * sizeof(float), slot, 0);
+      comm_->combine_recv(reinterpret_cast<unsigned char*>(y.data()), kHidden * sizeof(float), slot, 0, takes_nan);
     } catch (const Error& error) {
       if (!flight.is_busy) return require(error.kind() == Failure::kArgument, "nothing was dispatched");
       if (error.kind() == Failure::kTimeout)
         return require(is_any(slot, Reply::kPending), "kTimeout: a reply is missing");
-      if (error.kind() == Failure::kPeerLost) require(may_be_gone(slot), "kPeerLost: a reply will never come");
+      if (error.kind() == Failure::kPeerLost) {
+        require(may_be_gone(slot) && !takes_nan, "kPeerLost: a reply will never come");
+        require(!error.owed().empty() && comm_->missing(slot) == error.owed(), "and the rows are told");
+      }
       if (error.kind() == Failure::kProtocol && !comm_->is_busy(slot)) {
         require(is_any(slot, Reply::kRefused), "a refusal frees the slot");
         require(!is_any(slot, Reply::kPending) && !is_any(slot, Reply::kGone), "once every reply is there");
@@ -236,9 +244,11 @@ class World {
       return note_error(error);
     }
     require(flight.is_busy, "what was not dispatched is not received");
-    for (uint32_t peer_idx : flight.peer_of_rank) {
-      require(peer_idx >= kMaxLives || reply_of(peers_[peer_idx], slot) == Reply::kGood,
-              "only good replies are summed");
+    for (uint32_t& peer_idx : flight.peer_of_rank) {
+      if (peer_idx >= kMaxLives) continue;
+      const bool is_missing = takes_nan && (peers_[peer_idx].lanes[slot].was_gone || !peers_[peer_idx].is_live);
+      require(is_missing || reply_of(peers_[peer_idx], slot) == Reply::kGood, "only good replies are summed");
+      if (is_missing && is_without(flight, peers_[peer_idx].fake->rank(), y)) peer_idx = kMaxLives;
     }
     check_sums(flight, slot, y);
     flight.is_busy = false;
@@ -341,18 +351,11 @@ class World {
 
   void recover(uint32_t rank) {
     Peer* peer = newest(rank);
-    const bool is_right = peer != nullptr && !peer->is_live;
     try {
       comm_->recover(rank);
-      require(is_right, "only who is gone can be given up");
-      peer->is_given_up = true;
-      for (Flight& flight : flights_) {
-        for (uint32_t& peer_idx : flight.peer_of_rank) {
-          if (flight.is_busy && peer_idx == peer->fake->idx()) peer_idx = kMaxLives;  // its share becomes NaN
-        }
-      }
+      require(peer != nullptr, "only who was there can be given up");
     } catch (const Error& error) {
-      require(!is_right && error.kind() == Failure::kArgument, "who is gone can be given up");
+      require(peer == nullptr && error.kind() == Failure::kArgument, "who was there can be given up");
     }
   }
 
@@ -363,6 +366,8 @@ class World {
         Lane& lane = peer.lanes[slot];
         Header header{};
         header.num_rows = lane.reply_rows;
+        header.layer = kLayer;
+        header.microbatch = slot;
         std::memcpy(peer.fake->small() + layout_.combine_small.header(slot), &header, sizeof header);
         peer.fake->ring(layout_.combine_small.signal(slot), make_signal(lane.reply_rows, lane.sent));
         lane.is_answered = true;

@@ -108,10 +108,11 @@ class FakePeer {
   }
   void ring(uint64_t offset, m2n::Signal value) { m2n::store_signal(word(small() + offset), value); }
 
-  // The comm has closed the connection: the peer learns of its end.
+  // The comm has closed the connection, and said before why: the peer learns of its end.
   bool is_told() const {
-    char byte;
-    return recv(connection_, &byte, 1, MSG_DONTWAIT) == 0;
+    char bytes[1024];
+    const bool is_reasoned = recv(connection_, bytes, sizeof bytes, MSG_DONTWAIT) > 0 && bytes[0] == m2n::kDrop;
+    return is_reasoned && recv(connection_, bytes, 1, MSG_DONTWAIT) == 0;
   }
 
   // Ends the connection, with a goodbye or without, and waits until the comm knows.
