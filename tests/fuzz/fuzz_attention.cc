@@ -12,8 +12,7 @@ namespace {
 using namespace fuzz;
 using namespace m2n;
 
-constexpr uint32_t kMaxOps = 48;
-constexpr uint32_t kLayer = 1;  // of every dispatch
+constexpr uint32_t kMaxOps = 48, kLayer = 1;  // the layer of every dispatch
 
 enum class Reply { kPending, kGone, kGood, kRefused, kBroken };
 
