@@ -23,7 +23,7 @@ _MODEL_EXTRAS = e2e.PROGRAM_NEEDS
 _PINGPONG = """What one more microbatch gains: one attention and one expert process on a core each, with m = 1 to 4
 microbatches, while signals are held back so that T_c/T_f is as given. Beside it what the simulator makes of T_a, T_e
 and T_c, and what the paper measured. With --links the network is a real one: attention and experts run in a network
-namespace each, with TCP over a link of such a rate and delay between them (needs root and UCX)."""
+namespace each, with TCP over a link of such a rate and delay between them (needs root)."""
 
 
 def build_parser() -> argparse.ArgumentParser:

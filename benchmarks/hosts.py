@@ -140,8 +140,8 @@ class Hosts:
         return f"10.79.0.{host + 1}"
 
     def place(self, host: int) -> Place:
-        """What makes a command run there, and finds its peers through UCX over TCP."""
-        settings = {"M2N_BIND": "eth0", "M2N_JOB_KEY": _KEY, "UCX_TLS": "tcp,self", "OMP_NUM_THREADS": "1"}
+        """What makes a command run there, and its peers reach it."""
+        settings = {"M2N_BIND": "eth0", "M2N_JOB_KEY": _KEY, "OMP_NUM_THREADS": "1"}
         return Place(("ip", "netns", "exec", self.namespaces[host + 1]), settings)
 
     def start(self, host: int, command: Sequence[str | Path], pids: bool = False, **env: str) -> subprocess.Popen[str]:

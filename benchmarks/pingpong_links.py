@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """m2n-bench pingpong --links: what m microbatches gain where attention and experts are a shaped link apart.
 
-Each side runs in a network namespace; transport ucx over TCP. benchmarks/README.md explains every number.
+Each side runs in a network namespace; rows go over TCP. benchmarks/README.md explains every number.
 """
 
 from __future__ import annotations
@@ -69,10 +69,8 @@ class OneLink:
 
 
 def require_links() -> None:
-    """Raises InputError where hosts with such a link between them cannot be made, or UCX is missing."""
-    features = m2n.features()
-    reason = why_no_links() if features["ucx"] else features["ucx_words"]
-    if reason is not None:
+    """Raises InputError where hosts with such a link between them cannot be made."""
+    if (reason := why_no_links()) is not None:
         raise InputError(f"--links: {reason}")
 
 

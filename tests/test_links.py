@@ -51,7 +51,6 @@ def test_bad_links_are_refused_before_any_process_starts(
     options: str, expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Pool, "__init__", lambda *_: pytest.fail("a process was started"))
-    monkeypatch.setattr(pingpong_links.m2n, "features", lambda: {"ucx": True})
     monkeypatch.setattr(pingpong_links, "why_no_links", lambda: "there are no namespaces")
     assert cli.main(["pingpong", *shlex.split(options)]) == 2
     assert expected in capsys.readouterr().err

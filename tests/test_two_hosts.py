@@ -67,7 +67,7 @@ def running(num_hosts: int, attention: list[int], experts: list[int], **env: str
 
 LAUNCHES = {"TEST_DEVICE": "emulated", "M2N_TRANSPORT": "tcp"}
 # UCX over TCP, beside a key that is still asked for.
-OVER_UCX = {"M2N_TRANSPORT": "ucx", "M2N_INSECURE": "1"}
+OVER_UCX = {"M2N_TRANSPORT": "ucx", "M2N_INSECURE": "1", "UCX_TLS": "tcp,self"}
 
 
 @pytest.mark.parametrize(
