@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-import m2n
 from m2n.reference_model import trace
 from m2n.reference_model.errors import InputError
 from m2n.reference_model.pipeline import samples_ns

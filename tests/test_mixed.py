@@ -50,11 +50,14 @@ def test_cpu_ranks_and_ranks_that_launch_equal_the_oracle(devices: tuple[str, st
     check(dataclasses.replace(SHAPE, reduce_at=reduce_at), devices, ON_HOST)
 
 
-@pytest.mark.ucx
+over_networks = pytest.mark.parametrize("network", ["tcp", pytest.param("ucx", marks=pytest.mark.ucx)])
+
+
+@over_networks
 @pytest.mark.parametrize("devices", [*CPU_AND_LAUNCHES, ("emulated", "emulated")])
-def test_the_same_over_a_network(devices: tuple[str, str]) -> None:
+def test_the_same_over_a_network(devices: tuple[str, str], network: str) -> None:
     """What launches write into send areas goes out when they ring; what arrives they find in memory of the host."""
-    check(SHAPE, devices, bodies.config_of("ucx"))
+    check(SHAPE, devices, bodies.config_of(network))
 
 
 @pytest.mark.parametrize("devices", CPU_AND_LAUNCHES)
@@ -141,10 +144,10 @@ def test_cpu_and_gpu_ranks_equal_the_oracle(devices: tuple[str, str], processes:
 
 
 @pytest.mark.cuda
-@pytest.mark.ucx
+@over_networks
 @pytest.mark.parametrize("devices", [*CPU_AND_GPU, ("cuda:0", "cuda:0")])
-def test_gpu_ranks_over_a_network_equal_the_oracle(devices: tuple[str, str]) -> None:
-    check(SHAPE, devices, bodies.config_of("ucx"))
+def test_gpu_ranks_over_a_network_equal_the_oracle(devices: tuple[str, str], network: str) -> None:
+    check(SHAPE, devices, bodies.config_of(network))
 
 
 @pytest.mark.cuda

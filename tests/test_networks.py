@@ -176,3 +176,41 @@ def test_closing_ends_a_sleep_in_the_network(transport: str, tmp_path: Path) -> 
         server.close()
         thread.join(20)
         assert errors and "the comm is closed" in str(errors[0])
+
+
+@over_messages
+def test_both_sides_may_send_more_than_sockets_hold_at_once(transport: str, tmp_path: Path) -> None:
+    shape = m2n.Shape(4096, 4, 1, 2048, 2, dispatch_dtype="float32", combine_dtype="float32")
+    options: dict[str, Any] = {"shape": shape, "placement": ONE, "store": tmp_path, "config": bodies.NUMPY}
+    x = np.full((2048, 4096), 3, np.float32)
+    with m2n.ExpertComm(0, **options) as server, m2n.AttentionComm(0, **options) as comm, ThreadPoolExecutor() as pool:
+        route = comm.route(np.zeros((2048, 1), np.int32), np.ones((2048, 1), np.float32))
+
+        def answer(microbatch: int) -> None:
+            batch = server.dispatch_recv(microbatch=microbatch)
+            assert batch is not None
+            y = batch.gather()
+            server.combine_send(batch, y)
+            y[:] = -1  # it is the caller's again
+
+        comm.dispatch_send(x, route, 0)
+        answered = pool.submit(answer, 0)
+        comm.dispatch_send(x, route, 1)  # nobody takes it before its turn
+        answered.result(20)
+        assert (comm.combine_recv(0) == x).all()
+        answer(1)
+        assert (comm.combine_recv(1) == x).all()
+
+
+@over_messages
+def test_who_leaves_with_a_message_unread_takes_no_reply_back(transport: str, tmp_path: Path) -> None:
+    """A socket that is closed before everything was read takes back what its peer has not."""
+    with small_expert(tmp_path) as server, small_attention(tmp_path) as comm:
+        expected = small_dispatch(comm, 0)
+        batch = server.dispatch_recv(microbatch=0)
+        small_dispatch(comm, 1)
+        server.combine_send(batch, testing.expert_outputs(batch, range(4)))
+        server.close()
+        assert np.array_equal(comm.combine_recv(0), expected)
+        with pytest.raises(m2n.PeerLost, match="has left"):
+            comm.combine_recv(1)

@@ -26,7 +26,7 @@ SHAPE = m2n.Shape(
     hidden=520, num_experts=8, top_k=2, max_tokens=700, microbatches=2, dispatch_dtype="float32",
     combine_dtype="float32",
 )  # fmt: skip
-NETWORKS = tuple(pytest.param(name, marks=pytest.mark.ucx) for name in ("ucx", "ucx-put"))
+NETWORKS = ("tcp", *(pytest.param(name, marks=pytest.mark.ucx) for name in ("ucx", "ucx-put")))
 every_transport = pytest.mark.parametrize("transport", ("shm", *NETWORKS), indirect=True)
 over_networks = pytest.mark.parametrize("transport", NETWORKS, indirect=True)
 
