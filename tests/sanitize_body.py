@@ -114,7 +114,8 @@ def answer(comm: m2n.ExpertComm, num_attention: int) -> int:
 def exchange(seed: int, reduce_at: str, hidden: int, dispatch_dtype: str, device: str) -> None:
     """Three attention ranks and three expert ranks, everything in flight, all watched.
 
-    On "emulated" each verb is run by a team of threads, as a GPU runs it, and streams wait by themselves.
+    On "emulated" each verb is run by a team of threads, as a GPU runs it, and streams wait by themselves. "tcp": on
+    CPUs, over sockets.
     """
 
     def attention(comm: m2n.AttentionComm) -> None:
@@ -127,6 +128,8 @@ def exchange(seed: int, reduce_at: str, hidden: int, dispatch_dtype: str, device
 
     shape = make_shape(reduce_at, hidden, dispatch_dtype)
     config = CONFIG if device == "cpu" else dataclasses.replace(CONFIG, transport="shm", stream_waits=True)
+    if device == "tcp":
+        config, device = dataclasses.replace(CONFIG, transport="tcp"), "cpu"
     run_ranks((attention, expert), 3, 3, shape=shape, config=config, max_peers=8, device=device)
 
 
@@ -208,7 +211,7 @@ def main(seconds: float, seed: int) -> None:
     ends = time.monotonic() + seconds
     num_rounds = 0
     while num_rounds == 0 or time.monotonic() < ends:
-        for device, is_float8 in (("cpu", seed % 2 == 1), ("emulated", seed % 2 == 0)):
+        for device, is_float8 in (("cpu", seed % 2 == 1), ("tcp", seed % 2 == 1), ("emulated", seed % 2 == 0)):
             dispatch_dtype = "float8_e4m3fn" if is_float8 else "float32"
             exchange(seed, ("expert", "attention")[seed % 4 // 2], 40 if seed % 3 else 4096, dispatch_dtype, device)
         come_and_go(seed)

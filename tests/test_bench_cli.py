@@ -100,6 +100,14 @@ def test_packed_and_not_packed_take_turns(capsys: pytest.CaptureFixture[str], tm
     assert all(row["p50_us"] > 0 and row["x_stride_rows"] == 2 for row in rows)
 
 
+@pytest.mark.ucx
+def test_networks_and_a_bare_socket_take_turns(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ("--baselines", "m2n-ucx,socket", "--transport", "tcp", "--sizes", "8192", "--expert-ranks", "2")
+    rows = run(capsys, tmp_path / "n.json", "sweep", *TINY, *words)["rows"]
+    assert {row["contender"] for row in rows} == {"m2n", "m2n-ucx", "socket"}
+    assert all(row["p50_us"] > 0 and row["transport"] == "tcp" for row in rows)
+
+
 def test_a_plot_and_a_comparison(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     words = ("sweep", *TINY, "--sizes", "1024,2048", "--baselines", "memcpy")
     run(capsys, tmp_path / "old.json", *words)
