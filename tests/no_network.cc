@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// In the place of transport/ucx*.cc, for programs of tests that never ask for it: those take long to compile.
+// In the place of transport/network*.cc, tcp*.cc and ucx*.cc, for programs of tests that never ask for a network: those
+// take long to compile.
 #include <memory>
 #include <string>
 
@@ -8,6 +9,9 @@
 
 namespace m2n {
 
+std::unique_ptr<Transport> make_tcp_transport(const std::string&) {
+  throw Error(Failure::kSetup, "tcp: not in this program");
+}
 std::unique_ptr<Transport> make_ucx_transport(const std::string&) {
   throw Error(Failure::kSetup, "ucx: not in this program");
 }

@@ -100,7 +100,7 @@ def build() -> dict[str, Path]:
     # What every build has: the sources that CMake adds only with CUDA come by target_sources().
     cmake = "".join(re.findall(r"add_library\(m2n_\w+ STATIC[^)]*\)", (ROOT / "CMakeLists.txt").read_text()))
     # Nor what runs the verbs on a device or over a network, which no target does: it takes long to compile.
-    names = re.findall(r"csrc/\w+/(?!device_|doorbell_|run_|machine|stream_|ucx)\w+\.cc", cmake)
+    names = re.findall(r"csrc/\w+/(?!device_|doorbell_|run_|machine|network|stream_|tcp|ucx)\w+\.cc", cmake)
     library = [ROOT / path for path in (*names, "tests/no_network.cc")]
     shutil.rmtree(BUILD, ignore_errors=True)
     BUILD.mkdir(parents=True)
