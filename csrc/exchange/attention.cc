@@ -270,16 +270,4 @@ void AttentionComm::idle(int64_t deadline_ns, uint32_t placement_version) {
   }
 }
 
-void AttentionComm::recover(uint32_t expert_rank) {
-  for (const uint32_t peer_idx : give_up(expert_rank)) {
-    for (uint32_t slot_idx = 0; slot_idx < layout_.num_slots; ++slot_idx) {
-      if (!is_ours(peer_idx, slot_idx) || slots_[slot_idx].is_busy) continue;
-      SendSeq& seq = send_seq(peer_idx, slot_idx);
-      seq.consumed = seq.sent;
-      drop_hold(&hold(peer_idx, slot_idx));
-    }
-  }
-  return_gone();
-}
-
 }  // namespace m2n

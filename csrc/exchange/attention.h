@@ -81,9 +81,6 @@ class AttentionComm final : public AttentionSide {
   // Nothing to send for now: tells it to every peer, on each free slot. `placement_version` as of dispatch_send.
   void idle(int64_t deadline_ns, uint32_t placement_version = 0);
 
-  // Its slots that nothing is in flight on are free then. Rows that it owes stay missing.
-  void recover(uint32_t expert_rank) override;
-
  protected:
   void peers_changed() override;
 
