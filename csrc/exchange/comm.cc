@@ -169,6 +169,13 @@ void Comm::require_usable() const {
   if (is_closed()) throw Error(Failure::kSetup, own_name() + ": the comm is closed");
 }
 
+void Comm::require_microbatch(uint32_t microbatch) const {
+  require_usable();
+  if (microbatch < shape_.microbatches) return;
+  throw Error(Failure::kArgument, "microbatch: expected 0 to " + std::to_string(shape_.microbatches - 1) + ", got " +
+                                      std::to_string(microbatch));
+}
+
 std::string Comm::peer_name(uint32_t peer_rank) const {
   return (role_ == Role::kExpert ? "attention rank " : "expert rank ") + std::to_string(peer_rank);
 }

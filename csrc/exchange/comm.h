@@ -181,6 +181,8 @@ class Comm : public PeerListener, public LinkListener, public std::enable_shared
   // Drops a peer that is alive but has owed an answer for give_up_ns_.
   void give_up_late(uint32_t peer_idx);
   void require_usable() const;
+  // And usable.
+  void require_microbatch(uint32_t microbatch) const;
   // False in a child after fork().
   bool is_own_process() const { return fork_count_ == m2n::fork_count(); }
   // The peer's name in messages, as in "expert rank 3".

@@ -168,7 +168,7 @@ void DeviceExpertComm::raise_if_broken(const Received& received) {
 
 Received DeviceExpertComm::receive_until(const Wanted& wanted, bool is_peek, int64_t deadline_ns, Stream stream,
                                          const std::shared_ptr<DeviceBatch>& batch) {
-  require_usable();
+  require_microbatch(wanted.is_any_microbatch ? 0 : wanted.microbatch);
   require_few_ranks(wanted);
   while (true) {
     if (has_gone()) return_gone();
@@ -216,12 +216,8 @@ std::shared_ptr<DeviceBatch> DeviceExpertComm::dispatch_recv(const Wanted& wante
 
 std::shared_ptr<DeviceBatch> DeviceExpertComm::launch_recv(const Wanted& wanted, int64_t timeout_ns, Stream stream) {
   std::lock_guard receive_lock(receive_mutex_);
-  require_usable();
   require_few_ranks(wanted);
-  if (wanted.microbatch >= shape_.microbatches) {
-    throw Error(Failure::kArgument, "microbatch: expected 0 to " + std::to_string(shape_.microbatches - 1) + ", got " +
-                                        std::to_string(wanted.microbatch));
-  }
+  require_microbatch(wanted.microbatch);
   raise_trouble();
   Machine& machine = memory_.machine();
   const uint32_t slot = wanted.microbatch;

@@ -128,7 +128,7 @@ bool ExpertComm::give_up_missing(const Wanted& wanted) {
 }
 
 std::shared_ptr<Batch> ExpertComm::dispatch_recv(const Wanted& wanted, int64_t deadline_ns) {
-  require_usable();
+  require_microbatch(wanted.is_any_microbatch ? 0 : wanted.microbatch);
   while (true) {
     if (has_gone()) [[unlikely]]
       return_gone();
@@ -145,8 +145,9 @@ std::shared_ptr<Batch> ExpertComm::dispatch_recv(const Wanted& wanted, int64_t d
     if (batch != nullptr) return batch;
     if (give_up_missing(wanted)) continue;  // what follows raises
     if (deadline_ns != kNoWait && now_ns() < deadline_ns) continue;
-    if (found.is_started && wanted.is_strict()) raise_timeout(missing_rank(inbox_view_, wanted));
-    return nullptr;  // what has arrived stays, and goes on lingering from when it came
+    if (!found.is_started || !wanted.is_strict()) return nullptr;  // what has come stays, and lingers on
+    std::lock_guard lock(inbox_mutex_);
+    raise_timeout(missing_rank(inbox_view_, wanted));
   }
 }
 

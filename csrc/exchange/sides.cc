@@ -10,13 +10,6 @@ constexpr const char* kNeedsRank =
 
 }  // namespace
 
-void AttentionSide::require_microbatch(uint32_t microbatch) const {
-  require_usable();
-  if (microbatch < shape_.microbatches) return;
-  throw Error(Failure::kArgument, "microbatch: expected 0 to " + std::to_string(shape_.microbatches - 1) + ", got " +
-                                      std::to_string(microbatch));
-}
-
 void AttentionSide::require_x_dtype(DType x_dtype) const {
   // Rows become float8 only on their way.
   const bool is_float8 = shape_.dispatch_dtype == DType::kFloat8E4M3;

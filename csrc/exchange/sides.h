@@ -17,7 +17,6 @@ class AttentionSide : public Comm {
   AttentionSide(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport)
       : Comm(Role::kAttention, shape, rank, max_peers, transport) {}
 
-  void require_microbatch(uint32_t microbatch) const;
   void require_x_dtype(DType x_dtype) const;
   // Throws for a rank that cannot be sent to: it is gone, or was never there. Else its peer index.
   uint32_t require_live(uint32_t expert_rank) const;
