@@ -215,9 +215,7 @@ class Faults:
                 f"jitter_us: expected delay_us + jitter_us of at most {_MAX_DELAY_US}, "
                 f"got {self.delay_us!r} + {self.jitter_us!r}"
             )
-        object.__setattr__(self, "seed", require_int("seed", self.seed, 0))
-        if self.seed >= 2**64:
-            raise ValueError(f"seed: expected an int below 2**64, got {self.seed}")
+        object.__setattr__(self, "seed", require_int("seed", self.seed, 0, 2**64 - 1))
 
     @classmethod
     def _from_environment(cls) -> Faults | None:

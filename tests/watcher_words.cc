@@ -15,9 +15,6 @@
 
 namespace m2n {
 uint32_t fork_count() { return 0; }
-Fd::~Fd() {
-  if (fd_ >= 0) close(fd_);
-}
 }  // namespace m2n
 
 namespace {
