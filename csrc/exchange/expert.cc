@@ -34,8 +34,10 @@ void ExpertComm::note_unserved() {
       with_sender([&](HostExec& exec) { return look_at(exec, inbox_view_, peer_idx, slot, state, &scanned); });
       is_pending |= inbox(peer_idx, slot).is_pending;
     }
-    // Relaxed: it is asked for by who holds this lock, and in words.
-    store_relaxed(&unserved_[peer_idx], uint32_t{is_pending && inbox_view_.is_served(peer_idx)});
+    // One that ends only now has not been looked at once more. Relaxed: it is asked for by who holds this lock, and in
+    // words.
+    const bool is_unserved = !m2n::is_gone(state) || (is_pending && inbox_view_.is_served(peer_idx));
+    store_relaxed(&unserved_[peer_idx], uint32_t{is_unserved});
   }
   if (scanned.num_arrived == 0) return;
   stamp(inbox_view_, now_ns());
