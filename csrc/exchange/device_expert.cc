@@ -51,7 +51,7 @@ void DeviceExpertComm::keep_verbs_out(const std::function<void()>& body) {
   DeviceComm::keep_verbs_out([&] {
     for (uint32_t peer_idx = 0; peer_idx < peers_.size(); ++peer_idx) {
       // Relaxed: as of ExpertComm.
-      store_relaxed(&unserved_[peer_idx], uint32_t{is_gone(peer_idx) && has_unserved(peer_idx)});
+      store_relaxed(&unserved_[peer_idx], uint32_t{!is_gone(peer_idx) || has_unserved(peer_idx)});
     }
     body();
   });
