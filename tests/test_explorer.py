@@ -127,8 +127,9 @@ LOSE_THEN_LOOK = """\
   await([] { return !is_any_held(); });
 """
 LOOK_THEN_LOSE = "".join(reversed(LOSE_THEN_LOOK.splitlines(keepends=True)))
-SET_LOST = "  set_state(m2n::PeerState::kLost);"
-SET_LOST_BY_RELEASE = "  m2n::store_release(&shared.state, uint32_t{3});"
+SET_LIVE = "  set_state(m2n::PeerState::kLive);\n"
+SET_LOST = SET_LIVE + "  set_state(m2n::PeerState::kLost);"
+SET_LOST_BY_RELEASE = SET_LIVE + "  m2n::store_release(&shared.state, uint32_t{3});"
 END_USE = "  m2n::drop_hold(&shared.holds[slot]);\n}"
 GIVE_BACK = "  set_state(m2n::PeerState::kUnused);\n"
 RESET_HOLD = "  m2n::drop_hold(&shared.holds[0]);\n"
