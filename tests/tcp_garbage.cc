@@ -43,6 +43,7 @@ struct Rank : LinkListener {
     int socket = -1;
     std::string violation;
     bool is_broken = false;
+    uint32_t num_refusals = 1;  // how many times there is no memory to take the news with
     unsigned char* rows() { return memory.data() + kGuardBytes; }
     unsigned char* small() { return rows() + kRowsBytes + kGuardBytes; }
     uint64_t word() { return load_signal(reinterpret_cast<const Signal*>(small())); }
@@ -67,13 +68,18 @@ struct Rank : LinkListener {
     for (Peer& peer : peers) close(peer.socket);
   }
   void link_broke(uint32_t peer_idx, const std::string& violation) override {
+    if (peers[peer_idx].num_refusals-- != 0) throw std::bad_alloc();
     peers[peer_idx].is_broken = true;
     peers[peer_idx].violation = violation;
   }
   void link_ended(uint32_t) override {}
   void progress() {
     for (int i = 0; i < 4; ++i) links.look();
-    links.report(*this);
+    try {
+      links.report(*this);
+    } catch (const std::bad_alloc&) {  // as the network's thread: it comes again
+      links.report(*this);
+    }
   }
   // In pieces of any size, or what of it fits.
   void send(uint32_t peer_idx, const std::vector<unsigned char>& bytes) {

@@ -11,6 +11,7 @@
 
 #include "transport/control.h"
 #include "transport/host_exec.h"
+#include "transport/own_thread.h"
 #include "transport/transport.h"
 
 namespace m2n {
@@ -111,6 +112,16 @@ void survive_a_listener_that_throws() {
   close(ends[0]);
 }
 
+// A thread of the library's own goes on, whatever its work throws.
+void survive_work_that_throws() {
+  uint32_t num_calls = 0;
+  start_own_thread("m2n-test", [&num_calls] {
+    if (++num_calls == 1) throw std::bad_alloc();
+    if (num_calls == 2) throw Error(Failure::kSetup, "a listener failed");
+  }).join();
+  require(num_calls == 3, "until it returns");
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -118,4 +129,5 @@ int main(int, char** arguments) {
   drop_in_words();
   for (int i = std::atoi(arguments[2]); i > 0; --i) talk(random);
   survive_a_listener_that_throws();
+  survive_work_that_throws();
 }

@@ -201,12 +201,15 @@ int64_t Links::report(LinkListener& listener) {
       if (link->ending_ns >= 0) {
         if (link->is_broken || is_due(link->ending_ns + kEndingNs)) ended.push_back(link->peer_idx);
       } else if (link->is_broken && !link->is_told && is_due(link->tell_ns)) {
-        link->is_told = true;
         broken.emplace_back(link->peer_idx, link->violation);
       }
     }
   }
-  for (const auto& [peer_idx, violation] : broken) listener.link_broke(peer_idx, violation);
+  for (const auto& [peer_idx, violation] : broken) {
+    listener.link_broke(peer_idx, violation);  // one that throws is told again
+    std::lock_guard lock(mutex_);
+    find(peer_idx)->is_told = true;  // there: nothing is released meanwhile
+  }
   for (uint32_t peer_idx : ended) {
     end_now(peer_idx);
     listener.link_ended(peer_idx);

@@ -327,8 +327,7 @@ int64_t Links::report(LinkListener& listener) {
           come_at(until_ns);
         }
       } else if (link->is_broken && !link->is_told) {
-        link->is_told = now >= link->tell_ns;
-        if (link->is_told) {
+        if (now >= link->tell_ns) {
           broken.emplace_back(link->peer_idx, link->violation);
         } else {
           come_at(link->tell_ns);
@@ -336,7 +335,11 @@ int64_t Links::report(LinkListener& listener) {
       }
     }
   }
-  for (const auto& [peer_idx, violation] : broken) listener.link_broke(peer_idx, violation);
+  for (const auto& [peer_idx, violation] : broken) {
+    listener.link_broke(peer_idx, violation);  // one that throws is told again
+    std::lock_guard lock(mutex_);
+    find(peer_idx)->is_told = true;  // there: nothing is released meanwhile
+  }
   for (uint32_t peer_idx : ended) {
     end_now(peer_idx);
     listener.link_ended(peer_idx);
