@@ -75,6 +75,17 @@ def test_an_expert_rank_comes_back_more_often_than_there_are_peer_indices(tmp_pa
         assert len(comm.peers()) == 6
 
 
+def test_an_older_life_whose_batch_is_held_is_not_lost_again_once_a_newer_one_has_left(tmp_path: Path) -> None:
+    with expert(tmp_path) as server, attention(tmp_path) as first:
+        dispatch(first)
+        batch = server.dispatch_recv(timeout=SOON_S)
+        attention(tmp_path).close()  # its next life
+        until(lambda: server.peers()[-1].state == "left")
+        assert server.dispatch_recv(timeout=0) is None  # looks for indices to give back
+        server.check()
+        server.combine_send(batch, expert_outputs(batch, range(4)))
+
+
 def test_the_memory_of_a_life_that_is_gone_goes_back(tmp_path: Path) -> None:
     with expert(tmp_path) as server:
         before = set(objects_mapped())  # those of earlier tests too, which may still go

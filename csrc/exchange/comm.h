@@ -171,6 +171,8 @@ class Comm : public PeerListener, public LinkListener, public std::enable_shared
   // LOST, not given up, and no newer life of the rank has joined: the caller must know.
   bool is_lost(uint32_t peer_idx) const;
   bool is_gone(uint32_t peer_idx) const;
+  // Has its rank an older link here, which somebody still holds? It would be the newest again, and its end a loss.
+  bool has_older(uint32_t peer_idx) const;
   // Marks all links with a rank that have ended as known to the caller; their peer indices. Throws where there never
   // was one.
   std::vector<uint32_t> give_up(uint32_t peer_rank);

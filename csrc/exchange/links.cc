@@ -132,6 +132,14 @@ bool Comm::is_gone(uint32_t peer_idx) const {
   return state == PeerState::kLeft || state == PeerState::kLost;
 }
 
+bool Comm::has_older(uint32_t peer_idx) const {
+  for (uint32_t i = 0; i < peers_.size(); ++i) {
+    const bool is_older = rank_of(i) == rank_of(peer_idx) && peers_.joined(i) < peers_.joined(peer_idx);
+    if (is_older && peers_.state(i) != PeerState::kUnused) return true;
+  }
+  return false;
+}
+
 void Comm::return_gone() {
   if (!has_gone() || !is_own_process()) return;
   keep_verbs_out([this] {
@@ -139,7 +147,7 @@ void Comm::return_gone() {
     if (is_closed()) return;
     for (uint32_t i = 0; i < peers_.size(); ++i) {
       const bool is_withdrawn = links_[i].is_withdrawn;
-      if (!is_withdrawn && (!is_gone(i) || is_lost(i) || is_held(i))) continue;
+      if (!is_withdrawn && (!is_gone(i) || is_lost(i) || is_held(i) || has_older(i))) continue;
       PeerInfo info = info_of(i);
       info.is_returned = true;
       if (!give_back(i)) continue;
