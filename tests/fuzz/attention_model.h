@@ -11,9 +11,10 @@
 namespace fuzz {
 
 inline constexpr uint32_t kExperts = 6, kTopK = 3, kMaxTokens = 4, kMicrobatches = 2, kHidden = 20;
-inline constexpr uint32_t kRanks = 2;  // expert e lives on rank e % 2
-inline constexpr uint32_t kMaxLives = 4;
-inline constexpr uint32_t kNobody = 0xFFFFFFFFu;
+inline constexpr uint32_t kRanks = 2;     // expert e lives on rank e % 2
+inline constexpr uint32_t kMaxLives = 4;  // at a time
+inline constexpr uint32_t kMostLinks = 8;
+inline constexpr uint32_t kNobody = 0xFFFFFFFFu, kMissing = kMostLinks;
 
 // What is known of one (peer, slot).
 struct Lane {
@@ -26,6 +27,7 @@ struct Lane {
 struct Peer {
   std::unique_ptr<FakePeer> fake;
   bool is_live = true;
+  bool has_left = false;  // with a goodbye
   bool is_given_up = false;
   Lane lanes[kMicrobatches];
 };
@@ -36,18 +38,8 @@ struct Flight {
   uint32_t num_tokens = 0;
   int32_t ids[kMaxTokens][kTopK];
   float weights[kMaxTokens][kTopK];
-  uint32_t peer_of_rank[kRanks];  // who owes a reply with rows
+  uint32_t peer_of_rank[kRanks];  // who owes a reply with rows: which of all links, kNobody or kMissing
 };
-
-// Did the comm go without the rows of this rank? A verdict may have been there before the reply.
-inline bool is_without(const Flight& flight, uint32_t rank, const std::vector<float>& y) {
-  for (uint32_t token = 0; token < flight.num_tokens; ++token) {
-    for (const int32_t id : flight.ids[token]) {
-      if (id != -1 && static_cast<uint32_t>(id % 2) == rank) return std::isnan(y[size_t{token} * kHidden]);
-    }
-  }
-  return false;
-}
 
 inline Flight make_flight(Bytes& bytes) {
   Flight flight{};

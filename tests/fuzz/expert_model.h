@@ -33,23 +33,50 @@ struct Box {
   uint32_t accepted = 0;
   uint32_t replied = 0;
   bool is_pending = false;
-  Header header{};  // as it was when the message was accepted
+  bool is_doubtful = false;  // or perhaps it is not: one of several that break the protocol was thrown away
+  Header header{};           // as it was when the message was accepted
 };
 
 struct Peer {
   std::unique_ptr<FakePeer> fake;
   bool is_live = true;
+  bool has_left = false;  // with a goodbye
   bool is_given_up = false;
+  bool is_closed = false;  // gone, and looked at for the last time
   Box boxes[kSlots];
+};
+
+// All links that there have been, in order, and which of them count.
+class Peers : public std::vector<Peer> {
+ public:
+  Peer* newest(uint32_t rank) {
+    Peer* found = nullptr;
+    for (Peer& peer : *this) {
+      if (peer.fake->rank() == rank) found = &peer;
+    }
+    return found;
+  }
+  // Who has an index, or had it last.
+  Peer* at_index(uint32_t peer_idx) {
+    Peer* found = nullptr;
+    for (Peer& peer : *this) {
+      if (peer.fake->idx() == peer_idx) found = &peer;
+    }
+    return found;
+  }
+  // What came whole before its sender's end counts until that is given up or has a newer life.
+  bool is_served(const Peer& peer) { return peer.is_live || (!peer.is_given_up && newest(peer.fake->rank()) == &peer); }
+  // The caller must say that it knows.
+  bool is_lost(const Peer& peer) { return !peer.is_live && !peer.has_left && is_served(peer); }
 };
 
 enum class Verdict { kFine, kBroken, kNotHosted };
 
 inline const int32_t* ids_of(const Layout& layout, const Peer& peer, uint32_t slot) {
-  return reinterpret_cast<const int32_t*>(peer.fake->small() + layout.dispatch_small.ids(slot));
+  return reinterpret_cast<const int32_t*>(std::as_const(*peer.fake).small() + layout.dispatch_small.ids(slot));
 }
 inline const float* weights_of(const Layout& layout, const Peer& peer, uint32_t slot) {
-  return reinterpret_cast<const float*>(peer.fake->small() + layout.dispatch_small.weights(slot));
+  return reinterpret_cast<const float*>(std::as_const(*peer.fake).small() + layout.dispatch_small.weights(slot));
 }
 
 // What must come of a message whose header is in order.
@@ -64,6 +91,24 @@ inline Verdict judge(const Layout& layout, const Peer& peer, uint32_t slot) {
     }
   }
   return Verdict::kFine;
+}
+
+// The comm's look at a slot. False: its message breaks the protocol.
+inline bool look_at(const Layout& layout, Peer& peer, uint32_t slot) {
+  Box& box = peer.boxes[slot];
+  const Signal signal = peer.fake->signal_at(layout.dispatch_small.signal(slot));
+  if (signal_seq(signal) == box.accepted) return true;
+  if (signal_seq(signal) != box.accepted + 1 || box.accepted != box.replied) return false;
+  Header header;
+  std::memcpy(&header, peer.fake->small() + layout.dispatch_small.header(slot), sizeof header);
+  if (signal_rows(signal) > kMaxTokens || header.num_rows != signal_rows(signal)) return false;
+  if (slot != layout.retry_slot() && header.microbatch != slot) return false;
+  if (header.flags > 3) return false;
+  box.accepted = signal_seq(signal);
+  box.header = header;
+  box.is_pending = header.num_rows != 0 || (header.flags & kFlagIdleNext) == 0;
+  if (!box.is_pending) box.replied = box.accepted;
+  return true;
 }
 
 inline void check_lists(const Batch& batch, const std::vector<std::pair<int32_t, float>>* by_expert,

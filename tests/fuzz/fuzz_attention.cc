@@ -38,7 +38,7 @@ class World {
     g_first_seq = first_seq_;
     comm_ = std::make_shared<AttentionComm>(shape_, 0, kMaxLives, "shm");
     layout_ = comm_->layout();
-    while (desks_.size() < kMaxLives) {
+    while (desks_.size() < kMostLinks) {
       desks_.push_back(std::make_unique<Desk>(layout_.dispatch_rows, layout_.dispatch_small));
     }
     for (uint32_t rank = 0; rank < kRanks; ++rank) join(rank);
@@ -46,16 +46,33 @@ class World {
   }
 
   void join(uint32_t rank) {
-    if (peers_.size() == kMaxLives) return;
-    for (Peer& peer : peers_) {
-      if (peer.fake->rank() == rank) peer.is_live = false;  // replaced
-    }
+    uint32_t num_used = 0, kept = 0;  // bits: indices that somebody has
+    for (const Peer& peer : peers_) num_used += has_index(peer);
+    if (peers_.size() == kMostLinks || num_used == kMaxLives) return;
+    for (const Peer& peer : peers_) kept |= uint32_t{has_index(peer) && is_held(peer)} << peer.fake->idx();
+    Peer* replaced = newest(rank);
     Peer peer;
     peer.fake = std::make_unique<FakePeer>(*comm_, *desks_[peers_.size()], rank);
+    require((kept >> peer.fake->idx() & 1) == 0, "an index is one peer's at a time");
     for (Lane& lane : peer.lanes) lane.sent = first_seq_;
+    if (replaced != nullptr) replaced->is_live = false;
     peers_.push_back(std::move(peer));
     is_spoiled_ = true;
   }
+
+  bool has_index(const Peer& peer) const { return !peer.fake->info(*comm_).is_returned; }
+
+  // Of a peer that has an index: does it surely stay?
+  bool is_held(const Peer& peer) {
+    const bool is_lost = !peer.is_live && !peer.has_left && !peer.is_given_up && newest(peer.fake->rank()) == &peer;
+    bool owes_rows = false;
+    for (const Flight& flight : flights_) {
+      for (const uint32_t link : flight.peer_of_rank) owes_rows |= flight.is_busy && link == link_of(peer);
+    }
+    return peer.is_live || !peer.fake->has_let_go() || is_lost || owes_rows;
+  }
+
+  uint32_t link_of(const Peer& peer) const { return static_cast<uint32_t>(&peer - peers_.data()); }
 
   void step(Bytes& bytes) {
     // What ends a link is rare: it costs a new comm afterwards.
@@ -63,8 +80,10 @@ class World {
     if (what == 0) return end_peer(bytes);
     if (what == 1) return recover(bytes.below(kRanks + 1));
     if (what == 2) return join(bytes.below(kRanks));
-    if (what < 5) return idle();
-    if (what < 9) return ask(bytes.below(kMicrobatches));
+    if (what == 3) return let_go(bytes);
+    if (what == 4) return drop(bytes.below(kRanks + 1));
+    if (what < 7) return idle();
+    if (what < 10) return ask(bytes.below(kMicrobatches));
     if (what < 22) return send(bytes, bytes.below(kMicrobatches));
     if (what < 34) return receive(bytes.below(kMicrobatches), bytes.below(4) == 0);
     reply(bytes);
@@ -73,6 +92,7 @@ class World {
   void reply(Bytes& bytes) {
     Peer& peer = peers_[bytes.below(static_cast<uint32_t>(peers_.size()))];
     const uint32_t slot = bytes.below(kMicrobatches);
+    if (peer.fake->has_let_go()) return;
     Lane& lane = peer.lanes[slot];
     const uint8_t raw = bytes.below(4) != 0 ? uint8_t{0} : bytes.take<uint8_t>();  // what the fuzzer likes
     uint32_t seq = lane.sent;
@@ -112,24 +132,24 @@ class World {
   }
 
   bool is_any(uint32_t slot, Reply wanted) const {
-    for (uint32_t peer_idx : flights_[slot].peer_of_rank) {
-      if (peer_idx < kMaxLives && reply_of(peers_[peer_idx], slot) == wanted) return true;
+    for (uint32_t link : flights_[slot].peer_of_rank) {
+      if (link < kMissing && reply_of(peers_[link], slot) == wanted) return true;
     }
     return false;
   }
 
   bool may_be_gone(uint32_t slot) const {
-    for (uint32_t peer_idx : flights_[slot].peer_of_rank) {
-      if (peer_idx < kMaxLives && peers_[peer_idx].lanes[slot].was_gone) return true;
+    for (uint32_t link : flights_[slot].peer_of_rank) {
+      if (link < kMissing && peers_[link].lanes[slot].was_gone) return true;
     }
     return false;
   }
 
   // Before a verb that looks at the replies of a slot.
   void note_gone(uint32_t slot) {
-    for (uint32_t peer_idx : flights_[slot].peer_of_rank) {
-      if (peer_idx >= kMaxLives || reply_of(peers_[peer_idx], slot) != Reply::kGone) continue;
-      peers_[peer_idx].lanes[slot].was_gone = true;
+    for (uint32_t link : flights_[slot].peer_of_rank) {
+      if (link >= kMissing || reply_of(peers_[link], slot) != Reply::kGone) continue;
+      peers_[link].lanes[slot].was_gone = true;
     }
   }
 
@@ -139,8 +159,11 @@ class World {
     for (Peer& peer : peers_) {  // all lives of the rank: an older one may still owe a reply
       if (static_cast<int>(peer.fake->rank()) != error.peer_rank()) continue;
       bool is_broken = false;
-      for (uint32_t slot = 0; slot < kMicrobatches; ++slot) is_broken |= reply_of(peer, slot) == Reply::kBroken;
-      const PeerInfo info = comm_->peer_infos().at(peer.fake->idx());
+      for (uint32_t slot = 0; slot < kMicrobatches; ++slot) {
+        if (reply_of(peer, slot) != Reply::kBroken) continue;
+        is_broken = peer.lanes[slot].was_gone = true;  // what it owed does not come, whatever it writes there later
+      }
+      const PeerInfo info = peer.fake->info(*comm_);
       require(info.state != PeerState::kLive || peer.is_live, "who is gone does not come back");
       is_deserved |= is_broken && info.state != PeerState::kLive;
       if (!peer.is_live || info.state == PeerState::kLive) continue;
@@ -192,7 +215,7 @@ class World {
     for (uint32_t rank = 0; rank < kRanks; ++rank) {
       const uint32_t num_rows = route->view().row_offsets[rank + 1] - route->view().row_offsets[rank];
       Peer* peer = newest(rank);
-      flight.peer_of_rank[rank] = num_rows != 0 ? peer->fake->idx() : kNobody;
+      flight.peer_of_rank[rank] = num_rows != 0 ? link_of(*peer) : kNobody;
       if (!peer->is_live) continue;
       const uint32_t pairs = route->view().pair_counts[rank];
       check_sent(*peer, slot, num_rows, shape_.reduce_at == ReduceAt::kExpert ? num_rows : pairs);
@@ -243,13 +266,10 @@ class World {
       return note_error(error);
     }
     require(flight.is_busy, "what was not dispatched is not received");
-    for (uint32_t& peer_idx : flight.peer_of_rank) {
-      if (peer_idx >= kMaxLives) continue;
-      const bool is_missing = takes_nan && (peers_[peer_idx].lanes[slot].was_gone || !peers_[peer_idx].is_live);
-      require(is_missing || reply_of(peers_[peer_idx], slot) == Reply::kGood, "only good replies are summed");
-      if (is_missing && is_without(flight, peers_[peer_idx].fake->rank(), y)) peer_idx = kMaxLives;
-    }
-    check_sums(flight, slot, y);
+    bool is_right = false;
+    for (uint32_t missing = 0; missing < 1u << kRanks; ++missing)
+      is_right |= is_sum(flight, missing, slot, takes_nan, y);
+    require(is_right, "good replies are summed, and nothing else");
     flight.is_busy = false;
   }
 
@@ -261,7 +281,19 @@ class World {
     return value;
   }
 
-  void check_sums(const Flight& flight, uint32_t slot, const std::vector<float>& y) const {
+  // Is it the sum of good replies, without the rows of `missing` (bits: ranks)? A verdict may have been there before
+  // the reply, so who is gone may be missing.
+  bool is_sum(Flight flight, uint32_t missing, uint32_t slot, bool takes_nan, const std::vector<float>& y) const {
+    for (uint32_t rank = 0; rank < kRanks; ++rank) {
+      uint32_t& link = flight.peer_of_rank[rank];
+      if (link >= kMissing) continue;
+      const Peer& peer = peers_[link];
+      const bool is_missing = missing >> rank & 1;
+      const bool may_be =
+          is_missing ? takes_nan && (peer.lanes[slot].was_gone || !peer.is_live) : reply_of(peer, slot) == Reply::kGood;
+      if (!may_be) return false;
+      if (is_missing) link = kMissing;
+    }
     uint32_t rows[kRanks] = {};   // of the tokens so far
     uint32_t pairs[kRanks] = {};  // in the order of the rows
     for (uint32_t token = 0; token < flight.num_tokens; ++token) {
@@ -283,16 +315,17 @@ class World {
         float total = 0.0f;
         bool is_lost = false;
         for (size_t i = 0; i < sources.size(); ++i) {
-          is_lost |= flight.peer_of_rank[sources[i].first] == kMaxLives;
+          is_lost |= flight.peer_of_rank[sources[i].first] == kMissing;
           if (is_lost) break;
           const float value = reply_value(flight, slot, sources[i].first, sources[i].second, h);
           total += shape_.reduce_at == ReduceAt::kExpert ? value : weights[i] * value;
         }
         const float seen = y[size_t{token} * kHidden + h];
         if (is_lost) total = NAN;
-        require(std::isnan(total) ? std::isnan(seen) : seen == total, "the sum of the replies");
+        if (std::isnan(total) ? !std::isnan(seen) : seen != total) return false;
       }
     }
+    return true;
   }
 
   void ask(uint32_t slot) {
@@ -335,7 +368,8 @@ class World {
   void end_peer(Bytes& bytes) {
     Peer& peer = peers_[bytes.below(static_cast<uint32_t>(peers_.size()))];
     if (!peer.is_live) return;
-    peer.fake->hang_up(*comm_, bytes.below(2) == 1);
+    peer.has_left = bytes.below(2) == 1;
+    peer.fake->hang_up(*comm_, peer.has_left);
     peer.is_live = false;
     is_spoiled_ = true;
   }
@@ -348,14 +382,35 @@ class World {
     return found;
   }
 
-  void recover(uint32_t rank) {
+  void let_go(Bytes& bytes) {
+    Peer& peer = peers_[bytes.below(static_cast<uint32_t>(peers_.size()))];
+    if (!peer.is_live && !peer.fake->has_let_go()) peer.fake->let_go();
+  }
+
+  void drop(uint32_t rank) {
     Peer* peer = newest(rank);
+    const bool was_live = peer != nullptr && peer->is_live;
+    if (was_live) peer->is_live = false;
+    give_up(rank, [&] { comm_->drop(rank, "enough"); });
+    is_spoiled_ |= was_live;
+    require(!was_live || peer->fake->is_told(), "who is dropped is told");
+  }
+
+  void recover(uint32_t rank) {
+    give_up(rank, [&] { comm_->recover(rank); });
+  }
+
+  // Every life of that rank that is gone.
+  template <class Call>
+  void give_up(uint32_t rank, const Call& call) {
+    const bool is_known = newest(rank) != nullptr;
     try {
-      comm_->recover(rank);
-      require(peer != nullptr, "only who was there can be given up");
+      call();
+      require(is_known, "only who was there can be given up");
     } catch (const Error& error) {
-      require(peer == nullptr && error.kind() == Failure::kArgument, "who was there can be given up");
+      return require(!is_known && error.kind() == Failure::kArgument, "who was there can be given up");
     }
+    for (Peer& peer : peers_) peer.is_given_up |= peer.fake->rank() == rank && !peer.is_live;
   }
 
   // Everybody answers as it should; then all is as at the start.
@@ -381,7 +436,7 @@ class World {
   Layout layout_{};
   std::shared_ptr<AttentionComm> comm_;
   std::vector<std::unique_ptr<Desk>> desks_;
-  std::vector<Peer> peers_;  // by peer index
+  std::vector<Peer> peers_;  // all links that there have been, in order
   Flight flights_[kMicrobatches];
   bool is_spoiled_ = false;  // the next input needs a new comm
 };

@@ -12,7 +12,8 @@ namespace {
 using namespace fuzz;
 using namespace m2n;
 
-constexpr uint32_t kMaxLives = 4;
+constexpr uint32_t kMaxLives = 4;  // at a time
+constexpr uint32_t kMostLinks = 8;
 constexpr uint32_t kMaxOps = 48;
 
 // One comm with its peers. It lives on while nobody breaks the protocol, so that most inputs are cheap.
@@ -34,7 +35,7 @@ class World {
     g_first_seq = first_seq_;
     comm_ = std::make_shared<ExpertComm>(shape_, 0, kMaxLives, "shm", kLocal);
     layout_ = comm_->layout();
-    while (desks_.size() < kMaxLives) {
+    while (desks_.size() < kMostLinks) {
       desks_.push_back(std::make_unique<Desk>(layout_.combine_rows, layout_.combine_small));
     }
     join(0);
@@ -43,15 +44,54 @@ class World {
   }
 
   void join(uint32_t rank) {
-    if (peers_.size() == kMaxLives) return;
-    for (Peer& peer : peers_) {
-      if (peer.fake->rank() == rank) peer.is_live = false;  // replaced
-    }
+    uint32_t num_used = 0, kept = 0;  // bits: indices that somebody has
+    for (const Peer& peer : peers_) num_used += may_keep_index(peer);
+    if (peers_.size() == kMostLinks || num_used >= kMaxLives) return;
+    close_gone();
+    for (const Peer& peer : peers_) kept |= uint32_t{has_index(peer) && is_held(peer)} << peer.fake->idx();
+    Peer* replaced = peers_.newest(rank);
     Peer peer;
     peer.fake = std::make_unique<FakePeer>(*comm_, *desks_[peers_.size()], rank);
+    require((kept >> peer.fake->idx() & 1) == 0, "an index is one peer's at a time");
     for (Box& box : peer.boxes) box.accepted = box.replied = first_seq_;
+    if (replaced != nullptr) replaced->is_live = false;
     peers_.push_back(std::move(peer));
+    close_gone();
     is_spoiled_ = true;
+  }
+
+  bool has_index(const Peer& peer) const { return !peer.fake->info(*comm_).is_returned; }
+
+  bool is_in_batch(const Peer& peer) const {
+    for (const auto& batch : batches_) {
+      for (const Batch::Message& message : batch->messages) {
+        if (message.arrived.peer_idx == peer.fake->idx()) return true;
+      }
+    }
+    return false;
+  }
+
+  // Of a peer that has an index: does it surely stay?
+  bool is_held(const Peer& peer) {
+    bool is_held = peer.is_live || !peer.fake->has_let_go() || peers_.is_lost(peer) || is_in_batch(peer);
+    for (const Box& box : peer.boxes) is_held |= box.is_pending && !box.is_doubtful && peers_.is_served(peer);
+    return is_held;
+  }
+
+  // Also with what was not looked at yet, and behind an older link of the same rank.
+  bool may_keep_index(const Peer& peer) {
+    if (!has_index(peer)) return false;
+    bool may_keep = is_held(peer);
+    for (uint32_t slot = 0; slot < kSlots; ++slot) {
+      const Box& box = peer.boxes[slot];
+      const Signal signal = peer.fake->signal_at(layout_.dispatch_small.signal(slot));
+      const bool is_new = !peer.is_closed && signal_seq(signal) != box.accepted;
+      may_keep |= (box.is_pending || is_new) && peers_.is_served(peer);
+    }
+    for (const Peer* older = peers_.data(); older != &peer; ++older) {
+      may_keep |= older->fake->rank() == peer.fake->rank() && has_index(*older);
+    }
+    return may_keep;
   }
 
   void step(Bytes& bytes) {
@@ -60,7 +100,9 @@ class World {
     if (what == 0) return end_peer(bytes);
     if (what == 1) return recover(bytes.below(3));
     if (what == 2) return join(bytes.below(3));
-    if (what < 6) return look_for_work();
+    if (what == 3) return let_go(bytes);
+    if (what == 4) return drop(bytes.below(3));
+    if (what < 7) return look_for_work();
     if (what < 14) return answer(bytes);
     if (what < 32) return receive(bytes);
     write(bytes);
@@ -68,6 +110,7 @@ class World {
 
   void write(Bytes& bytes) {
     const Peer& peer = peers_[bytes.below(static_cast<uint32_t>(peers_.size()))];
+    if (peer.fake->has_let_go()) return;
     const uint32_t slot = bytes.below(16) == 0 ? layout_.retry_slot() : bytes.below(kMicrobatches);
     const auto raw =
         bytes.below(4) != 0 ? uint8_t{0} : bytes.take<uint8_t>();  // which fields are what the fuzzer likes
@@ -98,31 +141,30 @@ class World {
   }
 
   // The comm's next look, in the model. Returns the peer that is found to have broken the protocol.
-  std::optional<uint32_t> scan() {
-    for (uint32_t i = 0; i < peers_.size(); ++i) {
-      for (uint32_t slot = 0; slot < kSlots && peers_[i].is_live; ++slot) {
-        Box& box = peers_[i].boxes[slot];
-        const Signal signal = peers_[i].fake->signal_at(layout_.dispatch_small.signal(slot));
-        if (signal_seq(signal) == box.accepted) continue;
-        if (signal_seq(signal) != box.accepted + 1 || box.accepted != box.replied) return i;
-        Header header;
-        std::memcpy(&header, peers_[i].fake->small() + layout_.dispatch_small.header(slot), sizeof header);
-        if (signal_rows(signal) > kMaxTokens || header.num_rows != signal_rows(signal)) return i;
-        if (slot != layout_.retry_slot() && header.microbatch != slot) return i;
-        if (header.flags > 3) return i;
-        box.accepted = signal_seq(signal);
-        box.header = header;
-        box.is_pending = header.num_rows != 0 || (header.flags & kFlagIdleNext) == 0;
-        if (!box.is_pending) box.replied = box.accepted;
+  Peer* scan() {
+    for (uint32_t i = 0; i < kMaxLives; ++i) {
+      Peer* peer = peers_.at_index(i);
+      if (peer == nullptr || peer->is_closed) continue;
+      for (uint32_t slot = 0; slot < kSlots; ++slot) {
+        if (!look_at(layout_, *peer, slot) && peer->is_live) return peer;
       }
+      peer->is_closed = !peer->is_live;
     }
-    return std::nullopt;
+    return nullptr;
+  }
+
+  // Before an index is given back: what a peer that is gone broke is nobody's any more.
+  void close_gone() {
+    for (Peer& peer : peers_) {
+      for (uint32_t slot = 0; slot < kSlots && !peer.is_live && !peer.is_closed; ++slot) look_at(layout_, peer, slot);
+      peer.is_closed = !peer.is_live;
+    }
   }
 
   // Idle messages without rows are answered at once.
   void check_idle_answers() const {
     for (const Peer& peer : peers_) {
-      for (uint32_t slot = 0; slot < kSlots && peer.is_live; ++slot) {
+      for (uint32_t slot = 0; slot < kSlots; ++slot) {
         const Box& box = peer.boxes[slot];
         if (box.replied == first_seq_) continue;
         const Signal answer = peer.fake->answer_at(layout_.combine_small.signal(slot));
@@ -144,7 +186,7 @@ class World {
         require(judge(layout_, peer, slot) == Verdict::kNotHosted, "only a message for experts of others is refused");
         require(header.num_rows == kRefusedRows && local_idx(static_cast<int32_t>(header.detail)) == kNone,
                 "a refusal names an expert that is not hosted");
-        box.is_pending = false;
+        box.is_pending = box.is_doubtful = false;
         box.replied = box.accepted;
         ++num_refused;
       }
@@ -171,7 +213,8 @@ class World {
 
   // False when there was nothing to receive.
   bool receive(const Wanted& wanted) {
-    const std::optional<uint32_t> culprit = scan();
+    close_gone();
+    Peer* culprit = scan();
     std::shared_ptr<Batch> batch;
     try {
       batch = comm_->dispatch_recv(wanted, 0);
@@ -193,36 +236,41 @@ class World {
         const Box& box = peer.boxes[slot];
         const bool is_wanted = (wanted.is_any_layer || wanted.layer == box.header.layer) &&
                                (wanted.is_any_microbatch || wanted.microbatch == slot);
-        require(num_refused != 0 || wanted.is_strict() || !peer.is_live || !box.is_pending || !is_wanted,
-                "what can be received is received");
+        const bool is_there = box.is_pending && !box.is_doubtful && peers_.is_served(peer);
+        require(num_refused != 0 || wanted.is_strict() || !is_there || !is_wanted, "what can be received is received");
       }
     }
     return num_refused != 0;
   }
 
-  void note_error(const Error& error, std::optional<uint32_t> culprit, bool is_strict) {
+  void note_error(const Error& error, Peer* culprit, bool is_strict) {
     is_spoiled_ = true;
     if (error.kind() == Failure::kProtocol) return note_drop(error, culprit);
-    require(!culprit, "what breaks the protocol is told before anything else");
+    require(culprit == nullptr, "what breaks the protocol is told before anything else");
     if (error.kind() == Failure::kTimeout) return require(is_strict, "only a strict receive times out with an error");
     require(error.kind() == Failure::kPeerLost, "only kProtocol, kPeerLost, and kTimeout where strict");
     bool is_any_lost = false;
-    for (const Peer& peer : peers_) is_any_lost |= !peer.is_live && !peer.is_given_up;
+    for (const Peer& peer : peers_) is_any_lost |= peers_.is_lost(peer);
     require(is_any_lost || is_strict, "kPeerLost is for a peer that is gone");
   }
 
-  // Somebody was dropped: it must have deserved it, and must know.
-  void note_drop(const Error& error, std::optional<uint32_t> culprit) {
-    Peer* dropped = culprit ? &peers_[*culprit] : nullptr;
-    for (Peer& peer : peers_) {
-      for (uint32_t slot = 0; slot < kMicrobatches && dropped == nullptr; ++slot) {
-        const bool is_broken = peer.boxes[slot].is_pending && judge(layout_, peer, slot) == Verdict::kBroken;
-        if (peer.is_live && is_broken && static_cast<int>(peer.fake->rank()) == error.peer_rank()) dropped = &peer;
+  // Somebody broke the protocol: by a message that was looked at now, or by what is in one that waited. Who is there is
+  // dropped, and must know.
+  void note_drop(const Error& error, Peer* culprit) {
+    Peer* dropped = culprit;
+    if (dropped == nullptr) {
+      dropped = peers_.newest(static_cast<uint32_t>(error.peer_rank()));
+      std::vector<Box*> broken;
+      for (uint32_t slot = 0; slot < kMicrobatches && dropped != nullptr; ++slot) {
+        Box& box = dropped->boxes[slot];
+        if (box.is_pending && judge(layout_, *dropped, slot) == Verdict::kBroken) broken.push_back(&box);
       }
+      require(!broken.empty() && peers_.is_served(*dropped), "who is dropped has broken the protocol");
+      for (Box* box : broken) (broken.size() == 1 ? box->is_pending : box->is_doubtful) = broken.size() != 1;
     }
-    require(dropped != nullptr, "who is dropped has broken the protocol");
     require(error.peer_rank() == static_cast<int>(dropped->fake->rank()), "the error names who broke the protocol");
-    const PeerInfo info = comm_->peer_infos().at(dropped->fake->idx());
+    if (!dropped->is_live) return;
+    const PeerInfo info = dropped->fake->info(*comm_);
     require(info.state == PeerState::kLost && info.cause == LossCause::kProtocol, "who breaks the protocol is dropped");
     require(dropped->fake->is_told(), "who is dropped is told");
     dropped->is_live = false;
@@ -235,13 +283,14 @@ class World {
     std::vector<std::pair<int32_t, uint32_t>> wire;              // (window row, local expert)
     uint32_t num_rows = 0;
     for (const Batch::Message& message : batch.messages) {
-      Peer& peer = peers_.at(message.arrived.peer_idx);
+      Peer& peer = *peers_.at_index(message.arrived.peer_idx);
       Box& box = peer.boxes[message.arrived.slot];
-      require(peer.is_live && box.is_pending && message.arrived.slot == batch.microbatch, "a message that waited");
+      require(peers_.is_served(peer) && box.is_pending && message.arrived.slot == batch.microbatch,
+              "a message that waited");
       require(box.header.layer == batch.layer && message.seq == box.accepted, "the message that was accepted");
       require(message.arrived.num_rows == box.header.num_rows && message.first_row == num_rows, "its rows");
       require(judge(layout_, peer, batch.microbatch) == Verdict::kFine, "only good messages are received");
-      box.is_pending = false;
+      box.is_pending = box.is_doubtful = false;
       for (uint32_t row = 0; row < box.header.num_rows; ++row) {
         const uint64_t at = layout_.dispatch_rows.row_in_window(message.arrived.peer_idx, batch.microbatch, row);
         require(at < comm_->window_rows(), "rows lie in the window");
@@ -262,15 +311,16 @@ class World {
   }
 
   void look_for_work() {
-    const std::optional<uint32_t> culprit = scan();
+    Peer* culprit = scan();
     try {
       const std::optional<Work> work = comm_->wait_work(0);
       require(!culprit, "what breaks the protocol is noticed by wait_work");
       bool is_any = false;
       for (const Peer& peer : peers_) {
         for (uint32_t slot = 0; slot < kMicrobatches; ++slot) {
-          if (!peer.is_live || !peer.boxes[slot].is_pending) continue;
-          is_any |= !work || (work->layer == peer.boxes[slot].header.layer && work->microbatch == slot);
+          const Box& box = peer.boxes[slot];
+          if (!box.is_pending || !peers_.is_served(peer)) continue;
+          is_any |= work ? work->layer == box.header.layer && work->microbatch == slot : !box.is_doubtful;
         }
       }
       require(is_any == work.has_value(), "wait_work names a message that waits");
@@ -291,9 +341,15 @@ class World {
     // Exactly as large as it must be, so that a read behind it is found.
     const std::vector<unsigned char> y(num_rows * row_bytes, bytes.take<uint8_t>());
     comm_->combine_send(*batch, y.data(), row_bytes, dtype, is_reduced);
+    const auto box_of = [&](const Batch::Message& message) -> Box& {
+      return peers_.at_index(message.arrived.peer_idx)->boxes[message.arrived.slot];
+    };
+    for (const Batch::Message& message : batch->messages) box_of(message).replied = message.seq;
+    close_gone();
     for (const Batch::Message& message : batch->messages) {
-      Peer& peer = peers_[message.arrived.peer_idx];
-      peer.boxes[message.arrived.slot].replied = message.seq;
+      const Peer& peer = *peers_.at_index(message.arrived.peer_idx);
+      // What a peer that is gone sent too early, against the protocol, is answered already where it was empty.
+      if (!peer.is_live && box_of(message).replied != message.seq) continue;
       const auto first = static_cast<size_t>(message.first_row);
       const uint32_t num_pairs =
           static_cast<uint32_t>(batch->pair_begin[first + message.arrived.num_rows] - batch->pair_begin[first]);
@@ -308,29 +364,46 @@ class World {
   void end_peer(Bytes& bytes) {
     Peer& peer = peers_[bytes.below(static_cast<uint32_t>(peers_.size()))];
     if (!peer.is_live) return;
-    peer.fake->hang_up(*comm_, bytes.below(2) == 1);
+    peer.has_left = bytes.below(2) == 1;
+    peer.fake->hang_up(*comm_, peer.has_left);
     peer.is_live = false;
     is_spoiled_ = true;
   }
 
-  Peer* newest(uint32_t rank) {
-    Peer* found = nullptr;
-    for (Peer& peer : peers_) {
-      if (peer.fake->rank() == rank) found = &peer;
-    }
-    return found;
+  void let_go(Bytes& bytes) {
+    Peer& peer = peers_[bytes.below(static_cast<uint32_t>(peers_.size()))];
+    if (!peer.is_live && !peer.fake->has_let_go()) peer.fake->let_go();
+  }
+
+  void drop(uint32_t rank) {
+    Peer* peer = peers_.newest(rank);
+    const bool was_live = peer != nullptr && peer->is_live;
+    if (was_live) peer->is_live = false;
+    give_up(rank, [&] { comm_->drop(rank, "enough"); });
+    is_spoiled_ |= was_live;
+    require(!was_live || peer->fake->is_told(), "who is dropped is told");
   }
 
   void recover(uint32_t rank) {
-    Peer* peer = newest(rank);
-    const bool is_right = peer != nullptr && !peer->is_live;
+    give_up(rank, [&] { comm_->recover(rank); });
+  }
+
+  // Every life of that rank that is gone.
+  template <class Call>
+  void give_up(uint32_t rank, const Call& call) {
+    const bool is_known = peers_.newest(rank) != nullptr;
     try {
-      comm_->recover(rank);
-      require(is_right, "only who is gone can be given up");
-      peer->is_given_up = true;
+      call();
+      require(is_known, "only who was there can be given up");
     } catch (const Error& error) {
-      require(!is_right && error.kind() == Failure::kArgument, "who is gone can be given up");
+      return require(!is_known && error.kind() == Failure::kArgument, "who was there can be given up");
     }
+    for (Peer& peer : peers_) {
+      if (peer.fake->rank() != rank || peer.is_live) continue;
+      peer.is_given_up = true;
+      for (Box& box : peer.boxes) box.is_pending = box.is_doubtful = false;
+    }
+    close_gone();
   }
 
   // Whatever came before: who is still there is served, and then all is as at the start.
@@ -338,12 +411,16 @@ class World {
     Bytes nothing(nullptr, 0);
     for (uint32_t i = 0; true; ++i) {
       for (const Peer& peer : peers_) {
-        if (!peer.is_live && !peer.is_given_up && newest(peer.fake->rank()) == &peer) recover(peer.fake->rank());
+        if (peers_.is_lost(peer)) recover(peer.fake->rank());
       }
       if (!receive(Wanted{})) break;
-      require(i < kMaxLives * kSlots * 4, "receiving comes to an end");
+      require(i < kMostLinks * kSlots * 4, "receiving comes to an end");
     }
     while (!batches_.empty()) answer(nothing);
+    if (is_spoiled_) receive(Wanted{});  // a life whose index goes back after that of an older one
+    for (const Peer& peer : peers_) {
+      require(!is_spoiled_ || may_keep_index(peer) || !has_index(peer), "whom nobody holds gives its index back");
+    }
     for (const Peer& peer : peers_) is_spoiled_ |= peer.boxes[layout_.retry_slot()].is_pending;
     for (const Peer& peer : peers_) {
       if (is_spoiled_) continue;
@@ -360,7 +437,7 @@ class World {
   Layout layout_{};
   std::shared_ptr<ExpertComm> comm_;
   std::vector<std::unique_ptr<Desk>> desks_;
-  std::vector<Peer> peers_;  // by peer index
+  Peers peers_;
   std::vector<std::shared_ptr<Batch>> batches_;
   bool is_spoiled_ = false;  // the next input needs a new comm
 };

@@ -73,6 +73,7 @@ class FakePeer {
     m2n::Comm::Offer offer = comm.offer(rank, 1);
     idx_ = offer.peer_idx;
     for (m2n::Handle& handle : offer.handles) {
+      num_bytes_.push_back(handle.bytes);
       mappings_.push_back(m2n::make_transport("shm")->attach(std::move(handle), offer.origin));
     }
     std::vector<m2n::Handle> handles(desk.ids.size());  // inside one process only the ids are looked at
@@ -82,6 +83,7 @@ class FakePeer {
     require(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) == 0, "socketpair");
     connection_ = ends[0];
     comm.watch(idx_, ends[1], -1);
+    joined_ = comm.peer_infos().back().joined;
   }
   ~FakePeer() {
     if (connection_ >= 0) close(connection_);
@@ -91,9 +93,24 @@ class FakePeer {
 
   uint32_t rank() const { return rank_; }
   uint32_t idx() const { return idx_; }
-  // Where this peer writes: its objects in the comm's windows.
-  unsigned char* rows() const { return mappings_[0]->data(); }
-  unsigned char* small() const { return mappings_[1]->data(); }
+  m2n::PeerInfo info(const m2n::Comm& comm) const {
+    for (const m2n::PeerInfo& info : comm.peer_infos()) {
+      if (info.joined == joined_) return info;
+    }
+    require(false, "the comm remembers every link");
+    return {};
+  }
+  // Where this peer writes: its objects in the comm's windows, or what it has left there.
+  unsigned char* rows() { return has_let_go() ? left_[0].data() : mappings_[0]->data(); }
+  unsigned char* small() { return has_let_go() ? left_[1].data() : mappings_[1]->data(); }
+  const unsigned char* rows() const { return const_cast<FakePeer*>(this)->rows(); }
+  const unsigned char* small() const { return const_cast<FakePeer*>(this)->small(); }
+  // It has the comm's memory no more: from now on its index may serve another one. It writes nothing any more.
+  bool has_let_go() const { return mappings_.empty(); }
+  void let_go() {
+    for (size_t i = 0; i < 2; ++i) left_.emplace_back(mappings_[i]->data(), mappings_[i]->data() + num_bytes_[i]);
+    mappings_.clear();
+  }
   // Where the comm writes.
   const unsigned char* desk_rows() const { return desk_.rows->data(); }
   const unsigned char* desk_small() const { return desk_.small->data(); }
@@ -121,7 +138,7 @@ class FakePeer {
     close(connection_);
     connection_ = -1;
     const int64_t deadline_ns = m2n::now_ns() + 4'000'000'000;
-    while (comm.peer_infos().at(idx_).state == m2n::PeerState::kLive) {
+    while (info(comm).state == m2n::PeerState::kLive) {
       require(m2n::now_ns() < deadline_ns, "the end of a connection is noticed");
       usleep(10);
     }
@@ -129,12 +146,16 @@ class FakePeer {
 
  private:
   static m2n::Signal* word(unsigned char* at) { return reinterpret_cast<m2n::Signal*>(at); }
+  static const m2n::Signal* word(const unsigned char* at) { return reinterpret_cast<const m2n::Signal*>(at); }
 
   uint32_t rank_;
   uint32_t idx_ = 0;
+  uint32_t joined_ = 0;  // its number among the comm's links
   Desk& desk_;
   int connection_ = -1;
   std::vector<std::shared_ptr<m2n::Mapping>> mappings_;
+  std::vector<uint64_t> num_bytes_;               // of the objects
+  std::vector<std::vector<unsigned char>> left_;  // rows and small, as they were when it let go
 };
 
 }  // namespace fuzz
