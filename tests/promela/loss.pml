@@ -8,7 +8,8 @@
  * others queue in order. With DEADLINES a wait may fail once per lap; then the caller calls again, or gives the lost
  * rows up.
  *
- *   microbatch   AttentionComm::dispatch_send (find_peers), combine_recv (look_for_reply, take_replies), recover;
+ *   microbatch   AttentionComm::dispatch_send (find_peers), combine_recv (look_for_reply, take_replies; with
+ *                missing="nan": leave_missing). A recover() touches no slot in flight, so it is no step here;
  *                designed, not built: resend and the queue for the retry slot (all in resend.pml)
  *   expert       ExpertComm::dispatch_recv, combine_send: any message that has arrived may be served
  *   watcher      Watcher, Comm::peer_gone

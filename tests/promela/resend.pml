@@ -101,8 +101,8 @@ inline consume_retry() {
   if :: need == 0 -> queue[a]??eval(mb); is_queued = false :: else fi
 }
 
-/* The caller gives up what is missing: NaN. */
-inline recover() {
+/* The slot's own thread takes NaN for what is missing. */
+inline take_nan() {
   given_up = given_up | need;
   need = 0;
   leave_queue()
@@ -150,14 +150,14 @@ inline combine_recv() {
   :: atomic { !was_gone && HAS(owes, 0) && IS_GONE(0, mb) -> was_gone = true }
 #endif
   :: atomic { need != 0 && !is_queued -> join_queue() }
-  :: atomic { need != 0 && retry_to == NOBODY && !IS_ANY_LIVE -> recover() }
+  :: atomic { need != 0 && retry_to == NOBODY && !IS_ANY_LIVE -> take_nan() }
   :: atomic { retry_to != NOBODY && REPLY_IS_HERE(BOX(a, retry_to, RETRY)) -> consume_retry() }
   :: atomic { retry_to != NOBODY && IS_GONE(retry_to, RETRY) ->
       assert(!was_here[BOX(a, retry_to, RETRY)]);
       need = need | to_expert[BOX(a, retry_to, RETRY)].groups;
       retry_to = NOBODY }
 #ifdef DEADLINES
-  :: atomic { !has_failed && !IS_READY -> fail_wait(); if :: need != 0 && retry_to == NOBODY -> recover() :: skip fi }
+  :: atomic { !has_failed && !IS_READY -> fail_wait(); if :: need != 0 && retry_to == NOBODY -> take_nan() :: skip fi }
 #endif
   :: atomic { MY_TURN && IS_READY ->
       take_reply(0);
