@@ -17,6 +17,7 @@ namespace fuzz {
 using namespace m2n;
 
 inline constexpr uint32_t kExperts = 6, kTopK = 3, kMaxTokens = 4, kMicrobatches = 2, kSlots = kMicrobatches + 1;
+inline constexpr uint32_t kMaxLives = 4;  // at a time
 inline const std::vector<uint32_t> kLocal{0, 2, 3, 5};
 
 inline Shape make_shape(ReduceAt reduce_at) {
@@ -46,6 +47,24 @@ struct Peer {
   Box boxes[kSlots];
 };
 
+// The comm's look at a slot. False: its message breaks the protocol.
+inline bool look_at(const Layout& layout, Peer& peer, uint32_t slot) {
+  Box& box = peer.boxes[slot];
+  const Signal signal = peer.fake->signal_at(layout.dispatch_small.signal(slot));
+  if (signal_seq(signal) == box.accepted) return true;
+  if (signal_seq(signal) != box.accepted + 1 || box.accepted != box.replied) return false;
+  Header header;
+  std::memcpy(&header, peer.fake->small() + layout.dispatch_small.header(slot), sizeof header);
+  if (signal_rows(signal) > kMaxTokens || header.num_rows != signal_rows(signal)) return false;
+  if (slot != layout.retry_slot() && header.microbatch != slot) return false;
+  if (header.flags > 3) return false;
+  box.accepted = signal_seq(signal);
+  box.header = header;
+  box.is_pending = header.num_rows != 0 || (header.flags & kFlagIdleNext) == 0;
+  if (!box.is_pending) box.replied = box.accepted;
+  return true;
+}
+
 // All links that there have been, in order, and which of them count.
 class Peers : public std::vector<Peer> {
  public:
@@ -66,6 +85,26 @@ class Peers : public std::vector<Peer> {
   }
   // What came whole before its sender's end counts until that is given up or has a newer life.
   bool is_served(const Peer& peer) { return peer.is_live || (!peer.is_given_up && newest(peer.fake->rank()) == &peer); }
+  // The comm's next look, in the model. Returns the peer that is found to have broken the protocol.
+  Peer* scan(const Layout& layout) {
+    for (uint32_t i = 0; i < kMaxLives; ++i) {
+      Peer* peer = at_index(i);
+      if (peer == nullptr || peer->is_closed) continue;
+      for (uint32_t slot = 0; slot < kSlots; ++slot) {
+        if (!look_at(layout, *peer, slot) && peer->is_live) return peer;
+      }
+      peer->is_closed = !peer->is_live;
+    }
+    return nullptr;
+  }
+
+  // Before an index is given back: what a peer that is gone broke is nobody's any more.
+  void close_gone(const Layout& layout) {
+    for (Peer& peer : *this) {
+      for (uint32_t slot = 0; slot < kSlots && !peer.is_live && !peer.is_closed; ++slot) look_at(layout, peer, slot);
+      peer.is_closed = !peer.is_live;
+    }
+  }
   // The caller must say that it knows.
   bool is_lost(const Peer& peer) { return !peer.is_live && !peer.has_left && is_served(peer); }
 };
@@ -93,22 +132,49 @@ inline Verdict judge(const Layout& layout, const Peer& peer, uint32_t slot) {
   return Verdict::kFine;
 }
 
-// The comm's look at a slot. False: its message breaks the protocol.
-inline bool look_at(const Layout& layout, Peer& peer, uint32_t slot) {
-  Box& box = peer.boxes[slot];
-  const Signal signal = peer.fake->signal_at(layout.dispatch_small.signal(slot));
-  if (signal_seq(signal) == box.accepted) return true;
-  if (signal_seq(signal) != box.accepted + 1 || box.accepted != box.replied) return false;
-  Header header;
-  std::memcpy(&header, peer.fake->small() + layout.dispatch_small.header(slot), sizeof header);
-  if (signal_rows(signal) > kMaxTokens || header.num_rows != signal_rows(signal)) return false;
-  if (slot != layout.retry_slot() && header.microbatch != slot) return false;
-  if (header.flags > 3) return false;
-  box.accepted = signal_seq(signal);
-  box.header = header;
-  box.is_pending = header.num_rows != 0 || (header.flags & kFlagIdleNext) == 0;
-  if (!box.is_pending) box.replied = box.accepted;
-  return true;
+// Writes a message, or what is none.
+inline void write_message(Bytes& bytes, const Layout& layout, const Peer& peer) {
+  const uint32_t slot = bytes.below(16) == 0 ? layout.retry_slot() : bytes.below(kMicrobatches);
+  const auto raw = bytes.below(4) != 0 ? uint8_t{0} : bytes.take<uint8_t>();  // which fields are what the fuzzer likes
+  const auto pick = [&](uint32_t bit, uint32_t good) { return raw >> bit & 1 ? bytes.take<uint32_t>() : good; };
+  uint32_t seq = peer.boxes[slot].accepted + 1;
+  if (raw & 1) seq += static_cast<uint32_t>(bytes.take<int8_t>());
+  const uint32_t num_rows = pick(1, bytes.below(kMaxTokens + 1));
+  Header header{};
+  header.layer = bytes.below(2);
+  header.num_rows = pick(2, num_rows);
+  header.microbatch = pick(3, slot);
+  header.flags = pick(4, bytes.below(4));
+  int32_t ids[kMaxTokens][kTopK];
+  float weights[kMaxTokens][kTopK];
+  for (auto& row : ids) {
+    for (uint32_t k = 0; k < kTopK; ++k) {
+      row[k] = static_cast<int32_t>(pick(5, k == 0 ? kLocal[bytes.below(4)] : bytes.below(kExperts + 1) - 1));
+    }
+  }
+  for (auto& row : weights) {
+    for (float& weight : row) weight = bits_to_float(pick(6, 0x3F000000u));
+  }
+  unsigned char* small = peer.fake->small();
+  std::memcpy(small + layout.dispatch_small.header(slot), &header, sizeof header);
+  std::memcpy(small + layout.dispatch_small.ids(slot), ids, sizeof ids);
+  std::memcpy(small + layout.dispatch_small.weights(slot), weights, sizeof weights);
+  if ((raw & 0x80) == 0) peer.fake->ring(layout.dispatch_small.signal(slot), make_signal(num_rows, seq));
+}
+
+inline Wanted make_wanted(Bytes& bytes) {
+  static constexpr uint32_t kRanks[] = {0, 1, 2};
+  const uint32_t how = bytes.below(32);
+  Wanted wanted;
+  wanted.is_any_layer = (how & 1) == 0;
+  wanted.layer = how >> 4;
+  wanted.is_any_microbatch = (how & 2) == 0;
+  wanted.microbatch = how >> 3 & 1;
+  if ((how & 12) == 12) {
+    wanted.attention_ranks = kRanks;
+    wanted.num_attention_ranks = 1 + how % 2;
+  }
+  return wanted;
 }
 
 inline void check_lists(const Batch& batch, const std::vector<std::pair<int32_t, float>>* by_expert,

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Fuzzes what expert peers write into an attention rank's window: replies of any seq, size, header and rows, at any
 // time. What must come of them is computed again in the simplest way.
-#include <cmath>
+#include <functional>
 
 #include "attention_model.h"
-#include "exchange/attention.h"
 #include "harness.h"
 
 namespace {
@@ -12,9 +11,7 @@ namespace {
 using namespace fuzz;
 using namespace m2n;
 
-constexpr uint32_t kMaxOps = 48, kLayer = 1;  // the layer of every dispatch
-
-enum class Reply { kPending, kGone, kGood, kRefused, kBroken };
+constexpr uint32_t kMaxOps = 48;
 
 class World {
  public:
@@ -78,7 +75,7 @@ class World {
     // What ends a link is rare: it costs a new comm afterwards.
     const uint32_t what = bytes.below(64);
     if (what == 0) return end_peer(bytes);
-    if (what == 1) return recover(bytes.below(kRanks + 1));
+    if (what == 1) return give_up(bytes.below(kRanks + 1), &Comm::recover);
     if (what == 2) return join(bytes.below(kRanks));
     if (what == 3) return let_go(bytes);
     if (what == 4) return drop(bytes.below(kRanks + 1));
@@ -86,54 +83,13 @@ class World {
     if (what < 10) return ask(bytes.below(kMicrobatches));
     if (what < 22) return send(bytes, bytes.below(kMicrobatches));
     if (what < 34) return receive(bytes.below(kMicrobatches), bytes.below(4) == 0);
-    reply(bytes);
-  }
-
-  void reply(Bytes& bytes) {
     Peer& peer = peers_[bytes.below(static_cast<uint32_t>(peers_.size()))];
-    const uint32_t slot = bytes.below(kMicrobatches);
-    if (peer.fake->has_let_go()) return;
-    Lane& lane = peer.lanes[slot];
-    const uint8_t raw = bytes.below(4) != 0 ? uint8_t{0} : bytes.take<uint8_t>();  // what the fuzzer likes
-    uint32_t seq = lane.sent;
-    if (raw & 1) seq += static_cast<uint32_t>(bytes.take<int8_t>());
-    uint32_t num_rows = raw & 2 ? bytes.take<uint32_t>() : lane.reply_rows;
-    if (raw & 4) num_rows = kRefusedRows;
-    Header header{};
-    header.num_rows = raw & 8 ? bytes.take<uint32_t>() : num_rows;
-    header.detail = raw & 16 ? bytes.take<uint32_t>() : 1;
-    header.layer = kLayer;
-    header.microbatch = slot;
-    if (raw & 128) (bytes.below(2) == 0 ? header.layer : header.microbatch) += 1;
-    const auto fill = static_cast<float>(bytes.take<int8_t>());
-    const float odd = raw & 32 ? bytes.take<float>() : 0.5f;
-    for (uint32_t i = 0; i < layout_.combine_rows.max_rows * kHidden; ++i) {
-      const float value = i % 7 == 0 ? odd : fill + static_cast<float>(i % 16);
-      const uint64_t at = layout_.combine_rows.row_in_object(slot, 0) * layout_.combine_rows.row_bytes;
-      std::memcpy(peer.fake->rows() + at + i * sizeof value, &value, sizeof value);
-    }
-    std::memcpy(peer.fake->small() + layout_.combine_small.header(slot), &header, sizeof header);
-    if (raw & 64) return;
-    peer.fake->ring(layout_.combine_small.signal(slot), make_signal(num_rows, seq));
-    lane.is_answered |= signal_seq(peer.fake->signal_at(layout_.combine_small.signal(slot))) == lane.sent;
-  }
-
-  Reply reply_of(const Peer& peer, uint32_t slot) const {
-    const Lane& lane = peer.lanes[slot];
-    const Signal signal = peer.fake->signal_at(layout_.combine_small.signal(slot));
-    if (signal_seq(signal) == lane.sent - 1) return peer.is_live ? Reply::kPending : Reply::kGone;
-    if (signal_seq(signal) != lane.sent) return Reply::kBroken;
-    Header header;
-    std::memcpy(&header, peer.fake->small() + layout_.combine_small.header(slot), sizeof header);
-    if (header.layer != kLayer || header.microbatch != slot) return Reply::kBroken;
-    if (signal_rows(signal) == kRefusedRows) return Reply::kRefused;
-    const bool is_right = signal_rows(signal) == lane.reply_rows && header.num_rows == signal_rows(signal);
-    return is_right ? Reply::kGood : Reply::kBroken;
+    if (!peer.fake->has_let_go()) write_reply(bytes, layout_, peer);
   }
 
   bool is_any(uint32_t slot, Reply wanted) const {
     for (uint32_t link : flights_[slot].peer_of_rank) {
-      if (link < kMissing && reply_of(peers_[link], slot) == wanted) return true;
+      if (link < kMissing && reply_of(layout_, peers_[link], slot) == wanted) return true;
     }
     return false;
   }
@@ -148,7 +104,7 @@ class World {
   // Before a verb that looks at the replies of a slot.
   void note_gone(uint32_t slot) {
     for (uint32_t link : flights_[slot].peer_of_rank) {
-      if (link >= kMissing || reply_of(peers_[link], slot) != Reply::kGone) continue;
+      if (link >= kMissing || reply_of(layout_, peers_[link], slot) != Reply::kGone) continue;
       peers_[link].lanes[slot].was_gone = true;
     }
   }
@@ -160,7 +116,7 @@ class World {
       if (static_cast<int>(peer.fake->rank()) != error.peer_rank()) continue;
       bool is_broken = false;
       for (uint32_t slot = 0; slot < kMicrobatches; ++slot) {
-        if (reply_of(peer, slot) != Reply::kBroken) continue;
+        if (reply_of(layout_, peer, slot) != Reply::kBroken) continue;
         is_broken = peer.lanes[slot].was_gone = true;  // what it owed does not come, whatever it writes there later
       }
       const PeerInfo info = peer.fake->info(*comm_);
@@ -273,14 +229,6 @@ class World {
     flight.is_busy = false;
   }
 
-  float reply_value(const Flight& flight, uint32_t slot, uint32_t rank, uint32_t row, uint32_t h) const {
-    const Peer& peer = peers_[flight.peer_of_rank[rank]];
-    const uint64_t at = layout_.combine_rows.row_in_object(slot, row) * layout_.combine_rows.row_bytes;
-    float value;
-    std::memcpy(&value, peer.fake->rows() + at + h * sizeof value, sizeof value);
-    return value;
-  }
-
   // Is it the sum of good replies, without the rows of `missing` (bits: ranks)? A verdict may have been there before
   // the reply, so who is gone may be missing.
   bool is_sum(Flight flight, uint32_t missing, uint32_t slot, bool takes_nan, const std::vector<float>& y) const {
@@ -289,8 +237,8 @@ class World {
       if (link >= kMissing) continue;
       const Peer& peer = peers_[link];
       const bool is_missing = missing >> rank & 1;
-      const bool may_be =
-          is_missing ? takes_nan && (peer.lanes[slot].was_gone || !peer.is_live) : reply_of(peer, slot) == Reply::kGood;
+      const bool may_be = is_missing ? takes_nan && (peer.lanes[slot].was_gone || !peer.is_live)
+                                     : reply_of(layout_, peer, slot) == Reply::kGood;
       if (!may_be) return false;
       if (is_missing) link = kMissing;
     }
@@ -317,7 +265,8 @@ class World {
         for (size_t i = 0; i < sources.size(); ++i) {
           is_lost |= flight.peer_of_rank[sources[i].first] == kMissing;
           if (is_lost) break;
-          const float value = reply_value(flight, slot, sources[i].first, sources[i].second, h);
+          const float value =
+              reply_value(layout_, peers_[flight.peer_of_rank[sources[i].first]], slot, sources[i].second, h);
           total += shape_.reduce_at == ReduceAt::kExpert ? value : weights[i] * value;
         }
         const float seen = y[size_t{token} * kHidden + h];
@@ -391,13 +340,9 @@ class World {
     Peer* peer = newest(rank);
     const bool was_live = peer != nullptr && peer->is_live;
     if (was_live) peer->is_live = false;
-    give_up(rank, [&] { comm_->drop(rank, "enough"); });
+    give_up(rank, [](Comm& comm, uint32_t gone) { comm.drop(gone, "enough"); });
     is_spoiled_ |= was_live;
     require(!was_live || peer->fake->is_told(), "who is dropped is told");
-  }
-
-  void recover(uint32_t rank) {
-    give_up(rank, [&] { comm_->recover(rank); });
   }
 
   // Every life of that rank that is gone.
@@ -405,7 +350,7 @@ class World {
   void give_up(uint32_t rank, const Call& call) {
     const bool is_known = newest(rank) != nullptr;
     try {
-      call();
+      std::invoke(call, *comm_, rank);
       require(is_known, "only who was there can be given up");
     } catch (const Error& error) {
       return require(!is_known && error.kind() == Failure::kArgument, "who was there can be given up");

@@ -12,7 +12,6 @@ namespace {
 using namespace fuzz;
 using namespace m2n;
 
-constexpr uint32_t kMaxLives = 4;  // at a time
 constexpr uint32_t kMostLinks = 8;
 constexpr uint32_t kMaxOps = 48;
 
@@ -47,7 +46,7 @@ class World {
     uint32_t num_used = 0, kept = 0;  // bits: indices that somebody has
     for (const Peer& peer : peers_) num_used += may_keep_index(peer);
     if (peers_.size() == kMostLinks || num_used >= kMaxLives) return;
-    close_gone();
+    peers_.close_gone(layout_);
     for (const Peer& peer : peers_) kept |= uint32_t{has_index(peer) && is_held(peer)} << peer.fake->idx();
     Peer* replaced = peers_.newest(rank);
     Peer peer;
@@ -56,7 +55,7 @@ class World {
     for (Box& box : peer.boxes) box.accepted = box.replied = first_seq_;
     if (replaced != nullptr) replaced->is_live = false;
     peers_.push_back(std::move(peer));
-    close_gone();
+    peers_.close_gone(layout_);
     is_spoiled_ = true;
   }
 
@@ -105,60 +104,8 @@ class World {
     if (what < 7) return look_for_work();
     if (what < 14) return answer(bytes);
     if (what < 32) return receive(bytes);
-    write(bytes);
-  }
-
-  void write(Bytes& bytes) {
     const Peer& peer = peers_[bytes.below(static_cast<uint32_t>(peers_.size()))];
-    if (peer.fake->has_let_go()) return;
-    const uint32_t slot = bytes.below(16) == 0 ? layout_.retry_slot() : bytes.below(kMicrobatches);
-    const auto raw =
-        bytes.below(4) != 0 ? uint8_t{0} : bytes.take<uint8_t>();  // which fields are what the fuzzer likes
-    const auto pick = [&](uint32_t bit, uint32_t good) { return raw >> bit & 1 ? bytes.take<uint32_t>() : good; };
-    uint32_t seq = peer.boxes[slot].accepted + 1;
-    if (raw & 1) seq += static_cast<uint32_t>(bytes.take<int8_t>());
-    const uint32_t num_rows = pick(1, bytes.below(kMaxTokens + 1));
-    Header header{};
-    header.layer = bytes.below(2);
-    header.num_rows = pick(2, num_rows);
-    header.microbatch = pick(3, slot);
-    header.flags = pick(4, bytes.below(4));
-    int32_t ids[kMaxTokens][kTopK];
-    float weights[kMaxTokens][kTopK];
-    for (auto& row : ids) {
-      for (uint32_t k = 0; k < kTopK; ++k) {
-        row[k] = static_cast<int32_t>(pick(5, k == 0 ? kLocal[bytes.below(4)] : bytes.below(kExperts + 1) - 1));
-      }
-    }
-    for (auto& row : weights) {
-      for (float& weight : row) weight = bits_to_float(pick(6, 0x3F000000u));
-    }
-    unsigned char* small = peer.fake->small();
-    std::memcpy(small + layout_.dispatch_small.header(slot), &header, sizeof header);
-    std::memcpy(small + layout_.dispatch_small.ids(slot), ids, sizeof ids);
-    std::memcpy(small + layout_.dispatch_small.weights(slot), weights, sizeof weights);
-    if ((raw & 0x80) == 0) peer.fake->ring(layout_.dispatch_small.signal(slot), make_signal(num_rows, seq));
-  }
-
-  // The comm's next look, in the model. Returns the peer that is found to have broken the protocol.
-  Peer* scan() {
-    for (uint32_t i = 0; i < kMaxLives; ++i) {
-      Peer* peer = peers_.at_index(i);
-      if (peer == nullptr || peer->is_closed) continue;
-      for (uint32_t slot = 0; slot < kSlots; ++slot) {
-        if (!look_at(layout_, *peer, slot) && peer->is_live) return peer;
-      }
-      peer->is_closed = !peer->is_live;
-    }
-    return nullptr;
-  }
-
-  // Before an index is given back: what a peer that is gone broke is nobody's any more.
-  void close_gone() {
-    for (Peer& peer : peers_) {
-      for (uint32_t slot = 0; slot < kSlots && !peer.is_live && !peer.is_closed; ++slot) look_at(layout_, peer, slot);
-      peer.is_closed = !peer.is_live;
-    }
+    if (!peer.fake->has_let_go()) write_message(bytes, layout_, peer);
   }
 
   // Idle messages without rows are answered at once.
@@ -194,27 +141,12 @@ class World {
     return num_refused;
   }
 
-  Wanted make_wanted(Bytes& bytes) {
-    static constexpr uint32_t kRanks[] = {0, 1, 2};
-    const uint32_t how = bytes.below(32);
-    Wanted wanted;
-    wanted.is_any_layer = (how & 1) == 0;
-    wanted.layer = how >> 4;
-    wanted.is_any_microbatch = (how & 2) == 0;
-    wanted.microbatch = how >> 3 & 1;
-    if ((how & 12) == 12) {
-      wanted.attention_ranks = kRanks;
-      wanted.num_attention_ranks = 1 + how % 2;
-    }
-    return wanted;
-  }
-
   void receive(Bytes& bytes) { receive(make_wanted(bytes)); }
 
   // False when there was nothing to receive.
   bool receive(const Wanted& wanted) {
-    close_gone();
-    Peer* culprit = scan();
+    peers_.close_gone(layout_);
+    Peer* culprit = peers_.scan(layout_);
     std::shared_ptr<Batch> batch;
     try {
       batch = comm_->dispatch_recv(wanted, 0);
@@ -311,7 +243,7 @@ class World {
   }
 
   void look_for_work() {
-    Peer* culprit = scan();
+    Peer* culprit = peers_.scan(layout_);
     try {
       const std::optional<Work> work = comm_->wait_work(0);
       require(!culprit, "what breaks the protocol is noticed by wait_work");
@@ -345,7 +277,7 @@ class World {
       return peers_.at_index(message.arrived.peer_idx)->boxes[message.arrived.slot];
     };
     for (const Batch::Message& message : batch->messages) box_of(message).replied = message.seq;
-    close_gone();
+    peers_.close_gone(layout_);
     for (const Batch::Message& message : batch->messages) {
       const Peer& peer = *peers_.at_index(message.arrived.peer_idx);
       // What a peer that is gone sent too early, against the protocol, is answered already where it was empty.
@@ -403,7 +335,7 @@ class World {
       peer.is_given_up = true;
       for (Box& box : peer.boxes) box.is_pending = box.is_doubtful = false;
     }
-    close_gone();
+    peers_.close_gone(layout_);
   }
 
   // Whatever came before: who is still there is served, and then all is as at the start.
