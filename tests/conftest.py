@@ -71,6 +71,10 @@ def why_no_ucx() -> str | None:
 
 def why_no_hosts() -> str | None:
     """Why tests with the marker `two_hosts` cannot run here; None when they can."""
+    from m2n import _C
+
+    if _C.sanitizer:
+        return "the sanitizers' library has no benchmarks beside it"
     from m2n.benchmarks import hosts
 
     return hosts.why_no_hosts()
