@@ -49,7 +49,14 @@ class HostExec {
   explicit HostExec(WakeWord* own_wake, SignalRelay* relay = nullptr, const NetworkSlot* network = nullptr)
       : own_wake_(own_wake), relay_(relay), network_(network) {}
   // The same, for sending one message over a network.
-  HostExec(const HostExec& exec, Draft* draft) : HostExec(exec) { draft_ = draft; }
+  HostExec(const HostExec& exec, Draft* draft)
+      : own_wake_(exec.own_wake_),
+        relay_(exec.relay_),
+        network_(exec.network_),
+        draft_(draft),
+        is_interruptible_(exec.is_interruptible_),
+        is_woken_by_all_(load_relaxed(&exec.is_woken_by_all_)),  // relaxed, both: other threads wait meanwhile
+        is_shared_(load_relaxed(&exec.is_shared_)) {}
 
   uint32_t thread() const { return 0; }
   uint32_t num_threads() const { return 1; }
