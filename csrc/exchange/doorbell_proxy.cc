@@ -43,12 +43,12 @@ void DoorbellProxy::run() {
 
 void DoorbellProxy::send_rung() {
   const std::lock_guard lock(sending_mutex_);
-  while (reader_.is_rung()) {
-    const Signal* word = nullptr;
-    const Signal value = reader_.take(&word);
+  while (word_ != nullptr || reader_.is_rung()) {
+    if (word_ == nullptr) value_ = reader_.take(&word_);
     pieces_.clear();
-    list_pieces_(word, value, pieces_);
-    network_.send(pieces_, word, value, /*is_free_after=*/false);
+    list_pieces_(word_, value_, pieces_);
+    network_.send(pieces_, word_, value_, /*is_free_after=*/false);
+    word_ = nullptr;  // what could not be sent, for want of memory, is tried again
   }
 }
 

@@ -31,7 +31,7 @@ class DoorbellProxy {
   // Was everything sent that was rung for?
   bool is_drained() {
     const std::lock_guard lock(sending_mutex_);
-    return !reader_.is_rung();
+    return word_ == nullptr && !reader_.is_rung();
   }
 
  private:
@@ -42,6 +42,8 @@ class DoorbellProxy {
   Network& network_;
   HostExec exec_;
   ListPieces list_pieces_;
+  const Signal* word_ = nullptr;  // of the message that was taken and not sent
+  Signal value_ = 0;
   std::vector<Piece> pieces_;
   std::mutex sending_mutex_;
   uint32_t is_stopped_ = 0;

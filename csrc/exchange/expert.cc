@@ -113,8 +113,9 @@ int64_t ExpertComm::give_up_at(const Wanted& wanted) {
   std::lock_guard lock(inbox_mutex_);
   int64_t seen_ns = kNever;
   for (uint32_t i = 0; i < peers_.size() * layout_.num_slots; ++i) {
-    const bool is_listed = wanted.is_listed(rank_of(i / layout_.num_slots));
-    if (is_listed && wanted.matches(inboxes_[i])) seen_ns = std::min(seen_ns, inboxes_[i].seen_ns);
+    const uint32_t peer_idx = i / layout_.num_slots;
+    if (!wanted.is_listed(rank_of(peer_idx)) || !wanted.matches(inboxes_[i])) continue;
+    if (inbox_view_.is_served(peer_idx)) seen_ns = std::min(seen_ns, inboxes_[i].seen_ns);
   }
   return seen_ns == kNever ? kNever : seen_ns + give_up_ns_;
 }
