@@ -50,6 +50,7 @@ def test_whatever_header_or_address_is_accepted_stays_within_its_objects(tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 @needs_compiler
 def test_whatever_comes_over_a_socket_stays_within_its_objects_and_holds_up_nobody_else(tmp_path: Path) -> None:
     sources = ("tcp_links", "tcp_traffic", "network_areas", "network_message", "memory_limit")
