@@ -91,7 +91,8 @@ void attention_combine_recv(AttentionComm& comm, const py::object& y, uint32_t m
   require_out_rows(rows, comm.shape(), comm.num_tokens(microbatch));
   const int64_t deadline_ns = deadline_after(timeout_s);
   const uint64_t bytes = rows.num_rows() * comm.layout().combine_rows.row_bytes;
-  const MaybeRelease release(bytes >= kLargeCopyBytes || !comm.is_ready(microbatch));
+  // Ready means that it will not wait, or that rows are missing: with NaN for those it waits for the others.
+  const MaybeRelease release(bytes >= kLargeCopyBytes || takes_nan || !comm.is_ready(microbatch));
   comm.combine_recv(rows.data(), rows.row_stride_bytes(), microbatch, deadline_ns, takes_nan);
 }
 
