@@ -316,23 +316,25 @@ class AttentionComm(Comm):
 
     def missing(self, microbatch: int = 0) -> dict[int, list[int]]:
         """Of what is in flight, for each expert rank that will not answer any more the tokens (rows of x) whose rows it
-        owes. Empty: nothing is missing so far, or nothing is in flight.
+        owes. Empty: nothing is missing so far, or nothing is in flight. To be asked by the thread that drives the
+        microbatch.
 
         Raises:
-            ValueError: a comm on a device, where only the kernels know; their rows are NaN.
+            ValueError: a comm on a device, where only the kernels know; their rows are NaN. Or no such microbatch.
         """
         if self.device != "cpu":
             raise ValueError(
                 f"missing: on device {self.device!r} only the kernels know which rows have not come; the results of "
                 "combine_recv are NaN there"
             )
-        return dict(self._native.missing(microbatch))
+        return dict(self._native.missing(require_int("microbatch", microbatch, 0)))
 
     def ready(self, microbatch: int) -> bool:
         """Would the next verb of this microbatch go without waiting?
 
         In flight: would `combine_recv` return, or raise? With nothing in flight: would `dispatch_send` go, or is there
         still an empty message that an expert rank has not answered? On a device a dispatch never waits on the host.
+        To be asked by the thread that drives the microbatch.
         """
         try:
             return bool(self._native.ready(microbatch, *self._on(None)))
@@ -343,7 +345,7 @@ class AttentionComm(Comm):
     def wait_ready(self, microbatches: Sequence[int], timeout: float | None = None) -> int | None:
         """Sleeps until one of these microbatches is `ready` and returns it; None at the timeout (seconds).
 
-        Of several that are ready it is the first in the given order.
+        Of several that are ready it is the first in the given order. None of them may be driven by another thread.
         """
         try:
             position = self._native.wait_ready(list(microbatches), self._timeout(timeout), *self._on(None))

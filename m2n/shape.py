@@ -318,6 +318,9 @@ class Config:
     gpu_direct: bool = False
 
     def __post_init__(self) -> None:
+        for field in ("insecure", "stream_waits", "gpu_direct"):  # a word like "no" would count as true
+            if not isinstance(getattr(self, field), bool):
+                raise TypeError(f"{field}: expected True or False, got {getattr(self, field)!r}")
         for field in ("timeout_s", "connect_timeout_s", "store_timeout_s"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"{field}: expected seconds > 0, got {getattr(self, field)!r}")

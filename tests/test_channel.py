@@ -371,6 +371,9 @@ def test_settings_of_the_wire_come_from_the_environment(monkeypatch: pytest.Monk
     for wrong in ({"job_key": "short"}, {"heartbeat_s": 0}, {"store_timeout_s": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             m2n.Config(**{"insecure": False, **wrong})
+    for field in ("insecure", "stream_waits", "gpu_direct"):
+        with pytest.raises(TypeError, match=f"{field}: expected True or False, got 'no'"):
+            m2n.Config(**{field: "no"})
 
 
 @pytest.mark.ucx

@@ -19,6 +19,7 @@ namespace {
 
 // A link that is down for a moment makes a peer "unreachable".
 constexpr int64_t kConnectNs = 5'000'000'000;
+constexpr useconds_t kAgainUs = 250'000;  // UCX itself says each failure on stderr
 constexpr int64_t kCloseNs = 1'000'000'000;
 constexpr int64_t kDrainNs = 5'000'000'000;
 
@@ -159,7 +160,7 @@ Areas Links::connect(uint32_t peer_idx, const std::string& bytes, Fd /*data*/, b
       if (now_ns() > until_ns) throw;
     }
     lock.unlock();
-    usleep(10'000);
+    usleep(kAgainUs);
     lock.lock();
   }
   link.peer_key = door.key;
