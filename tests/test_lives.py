@@ -75,17 +75,18 @@ def test_an_expert_rank_comes_back_more_often_than_there_are_peer_indices(tmp_pa
         assert len(comm.peers()) == 6
 
 
-def dispatch_and_die(directory: Path) -> None:
-    comm = attention(directory)
+def dispatch_and_stay(store: Path) -> None:
+    comm = attention(store)
     dispatch(comm)
-    os._exit(1)
+    time.sleep(60)
 
 
 def test_an_older_life_whose_batch_is_held_is_not_lost_again_once_a_newer_one_has_left(tmp_path: Path) -> None:
-    child = context.Process(target=dispatch_and_die, args=(tmp_path,))
+    child = context.Process(target=dispatch_and_stay, args=(tmp_path,))
     child.start()
     with expert(tmp_path) as server:
-        batch = server.dispatch_recv(timeout=SOON_S)
+        batch = server.dispatch_recv(timeout=60)
+        child.kill()  # once its message is here
         child.join()
         attention(tmp_path).close()  # its next life
         until(lambda: server.peers()[-1].state == "left")
