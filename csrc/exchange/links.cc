@@ -183,7 +183,7 @@ bool Comm::give_back(uint32_t peer_idx) {
   link.mappings.clear();
   peers_.entries[peer_idx].view = {};  // it pointed there
   if (!rows_window_->remove_object(peer_idx) || !small_window_->remove_object(peer_idx)) return false;
-  reset_peer(peer_idx);
+  if (peers_.state(peer_idx) != PeerState::kUnused) reset_peer(peer_idx);  // else no verb has seen it
   store_relaxed(&peers_.entries[peer_idx].is_given_up, 0u);  // relaxed: nobody asks for it before the state says so
   set_state(peer_idx, PeerState::kUnused);
   link = {};
