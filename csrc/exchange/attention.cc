@@ -154,16 +154,11 @@ void AttentionComm::dispatch_send(const unsigned char* x, uint64_t x_stride_byte
   count_sent(num_messages, num_rows);
 }
 
-Look AttentionComm::look_for_reply(uint32_t peer_idx, uint32_t slot) {
-  const SendSeq& seq = send_seq(peer_idx, slot);
-  const auto is_live = [&] { return peers_.is_live(peer_idx); };
-  const Look look = look_for(own_signal(peer_idx, slot), seq.sent - 1, is_live);
-  // What is read next comes from the same core.
-  if (look == Look::kArrived) prefetch(own_small(peer_idx) + small().header(slot));
-  if (look != Look::kViolation) return look;
+void AttentionComm::raise_bad_reply(uint32_t peer_idx, uint32_t slot) {
   const Signal seen = load_relaxed(own_signal(peer_idx, slot));  // relaxed: for the message only
-  raise_violation(peer_idx, "microbatch " + std::to_string(slot) + ": expected reply " + std::to_string(seq.sent) +
-                                ", saw " + std::to_string(signal_seq(seen)));
+  raise_violation(peer_idx, "microbatch " + std::to_string(slot) + ": expected reply " +
+                                std::to_string(send_seq(peer_idx, slot).sent) + ", saw " +
+                                std::to_string(signal_seq(seen)));
 }
 
 bool AttentionComm::is_ready(uint32_t microbatch) {

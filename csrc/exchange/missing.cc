@@ -38,12 +38,6 @@ void AttentionComm::peers_changed() {
   }
 }
 
-bool AttentionComm::is_awaited(uint32_t peer_idx, const RouteView* route) const {
-  if (load_relaxed(&hosts_nothing_[peer_idx]) == 0) return true;
-  const uint32_t rank = rank_of(peer_idx);
-  return route != nullptr && rank < route->num_ranks && route->row_offsets[rank + 1] != route->row_offsets[rank];
-}
-
 bool AttentionComm::is_free(uint32_t microbatch, const RouteView* route) {
   if (is_busy(microbatch)) return false;
   for (uint32_t peer_idx = 0; peer_idx < peers_.size(); ++peer_idx) {
@@ -57,18 +51,6 @@ bool AttentionComm::is_free(uint32_t microbatch, const RouteView* route) {
     drop_hold(&hold(peer_idx, microbatch));
   }
   return true;
-}
-
-bool AttentionComm::owes_rows(const Slot& slot, uint32_t rank) const {
-  const RouteView& view = slot.route->view();
-  return view.row_offsets[rank + 1] != view.row_offsets[rank];
-}
-
-Look AttentionComm::look_for_rows(Slot& slot, uint32_t slot_idx, uint32_t rank) {
-  if (slot.is_gone[rank]) return Look::kGone;
-  const Look look = look_for_reply(static_cast<uint32_t>(slot.peer_of_rank[rank]), slot_idx);
-  slot.is_gone[rank] = look == Look::kGone;
-  return look;
 }
 
 bool AttentionComm::would_go(uint32_t microbatch, bool takes_nan) {
