@@ -190,9 +190,11 @@ void AttentionComm::take_replies(Slot& slot, uint32_t slot_idx) {
     SendSeq& seq = send_seq(peer_idx, slot_idx);
     const uint32_t num_rows = signal_rows(poll_signal(own_signal(peer_idx, slot_idx)));
     const Header header = own_header(peer_idx, slot_idx);
-    if (const std::string fault = find_fault(slot, slot_idx, peer_idx, num_rows, header); !fault.empty()) {
+    const bool is_ours = header.layer == slot.layer && header.microbatch == slot_idx;
+    const bool is_whole = num_rows == kRefusedRows || (num_rows == seq.reply_rows && header.num_rows == num_rows);
+    if (!is_ours || !is_whole) [[unlikely]] {
       slot.is_gone[rank] = true;  // what it owed will not come
-      raise_violation(peer_idx, fault);
+      raise_violation(peer_idx, words_for_reply(slot, slot_idx, peer_idx, num_rows, header));
     }
     if (num_rows == kRefusedRows) {
       refused_by = static_cast<int32_t>(rank);

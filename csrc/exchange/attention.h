@@ -149,9 +149,9 @@ class AttentionComm final : public AttentionSide {
   uint32_t send_to_peer(uint32_t peer_idx, uint32_t slot_idx, const Header& header, const Slot& slot,
                         const unsigned char* x, uint64_t x_stride_bytes, DType x_dtype);
   void wait_replies(Slot& slot, uint32_t slot_idx, int64_t deadline_ns, bool takes_nan);
-  // "": a reply that has come is as it must be, or a refusal.
-  std::string find_fault(const Slot& slot, uint32_t slot_idx, uint32_t peer_idx, uint32_t num_rows,
-                         const Header& header);
+  // What is wrong with a reply.
+  std::string words_for_reply(const Slot& slot, uint32_t slot_idx, uint32_t peer_idx, uint32_t num_rows,
+                              const Header& header);
   void take_replies(Slot& slot, uint32_t slot_idx);
   void end_round(Slot& slot, uint32_t slot_idx);
   // Whose rows are missing: nothing is read of them, and nothing is awaited any more.

@@ -104,7 +104,7 @@ std::shared_ptr<Batch> ExpertComm::look(const Wanted& wanted, Found* found) {
   }
   // What has come and stays lingers from now on. Usually nothing does.
   if (num_arrived > num_just_arrived(batch.get())) stamp(inbox_view_, clock());
-  if (batch == nullptr) raise_if_lost(wanted, missing_rank(inbox_view_, wanted));
+  if (batch == nullptr && (has_gone() || wanted.is_strict())) raise_if_lost(wanted, missing_rank(inbox_view_, wanted));
   return batch;
 }
 
@@ -121,7 +121,8 @@ int64_t ExpertComm::give_up_at(const Wanted& wanted) {
 }
 
 bool ExpertComm::give_up_missing(const Wanted& wanted) {
-  if (now_ns() < give_up_at(wanted)) return false;
+  const int64_t late_ns = give_up_at(wanted);
+  if (late_ns == kNever || now_ns() < late_ns) return false;
   std::lock_guard lock(inbox_mutex_);
   const int32_t missing = missing_rank(inbox_view_, wanted);
   const int32_t peer_idx = missing < 0 ? kNone : peers_.find(static_cast<uint32_t>(missing));

@@ -147,6 +147,10 @@ M2N_HD Scanned scan(Exec& exec, const InboxView& view) {
   for (uint32_t peer_idx = 0; peer_idx < num_peers; ++peer_idx) {
     const PeerState state = view.peers.state(peer_idx);
     for (uint32_t slot = 0; slot < view.layout.num_slots; ++slot) {
+      // Mostly the peer is live, and nothing is new: waits look again and again.
+      const bool is_quiet = state == PeerState::kLive && signal_seq(poll_signal(view.signal_of(peer_idx, slot))) ==
+                                                             view.at(peer_idx, slot).seq.accepted;
+      if (is_quiet) continue;
       scanned.violation = look_at(exec, view, peer_idx, slot, state, &scanned);
       if (scanned.violation.breach != Breach::kNone) return scanned;
     }

@@ -68,7 +68,8 @@ bool AttentionComm::would_go(uint32_t microbatch, bool takes_nan) {
 
 template <class Ready, class DropLate>
 bool AttentionComm::wait_or_give_up(const Slot& slot, Ready&& ready, DropLate&& drop_late, int64_t deadline_ns) {
-  int64_t late_ns = give_up_ns_ == kForeverNs ? kForeverNs : slot.sent_ns + give_up_ns_;
+  if (give_up_ns_ == kForeverNs) return wait(ready, deadline_ns) == WaitResult::kReady;
+  int64_t late_ns = slot.sent_ns + give_up_ns_;
   while (true) {
     const bool is_late = late_ns != kForeverNs && now_ns() >= late_ns;
     if (wait(ready, is_late ? kNoWait : std::min(deadline_ns, late_ns)) == WaitResult::kReady) return true;
@@ -131,15 +132,14 @@ void AttentionComm::wait_replies(Slot& slot, uint32_t slot_idx, int64_t deadline
   }
 }
 
-std::string AttentionComm::find_fault(const Slot& slot, uint32_t slot_idx, uint32_t peer_idx, uint32_t num_rows,
-                                      const Header& header) {
-  const SendSeq& seq = send_seq(peer_idx, slot_idx);
+std::string AttentionComm::words_for_reply(const Slot& slot, uint32_t slot_idx, uint32_t peer_idx, uint32_t num_rows,
+                                           const Header& header) {
   if (header.layer != slot.layer || header.microbatch != slot_idx) {
     return "expected a reply to layer " + std::to_string(slot.layer) + " of microbatch " + std::to_string(slot_idx) +
            ", got one to layer " + std::to_string(header.layer) + " of microbatch " + std::to_string(header.microbatch);
   }
-  if (num_rows == kRefusedRows || (num_rows == seq.reply_rows && header.num_rows == num_rows)) return "";
-  return "expected a reply of " + std::to_string(seq.reply_rows) + " rows, got " + std::to_string(num_rows);
+  return "expected a reply of " + std::to_string(send_seq(peer_idx, slot_idx).reply_rows) + " rows, got " +
+         std::to_string(num_rows);
 }
 
 Owed AttentionComm::missing(uint32_t microbatch) {
