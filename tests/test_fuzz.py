@@ -132,7 +132,6 @@ def build_wrong(mutation: Mutation) -> Path:
     again = [ROOT / f"tests/fuzz/{mutation.target}.cc"]
     role = ROOT / f"csrc/exchange/{mutation.target.removeprefix('fuzz_')}.cc"
     again += [role] if mutation.target != "fuzz_route" else []
-    again += [ROOT / "csrc/exchange/missing.cc"] if mutation.target == "fuzz_attention" else []
     objects = compile_objects(again, directory / "objects", includes(directory))
     rest = [path for path in (BUILD / "objects").glob("*.o") if path.stem not in {*TARGETS, *(o.stem for o in objects)}]
     program = directory / mutation.target

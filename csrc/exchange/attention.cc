@@ -154,11 +154,16 @@ void AttentionComm::dispatch_send(const unsigned char* x, uint64_t x_stride_byte
   count_sent(num_messages, num_rows);
 }
 
-void AttentionComm::raise_bad_reply(uint32_t peer_idx, uint32_t slot) {
+Look AttentionComm::look_for_reply(uint32_t peer_idx, uint32_t slot) {
+  const SendSeq& seq = send_seq(peer_idx, slot);
+  const auto is_live = [&] { return peers_.is_live(peer_idx); };
+  const Look look = look_for(own_signal(peer_idx, slot), seq.sent - 1, is_live);
+  // What is read next comes from the same core.
+  if (look == Look::kArrived) prefetch(own_small(peer_idx) + small().header(slot));
+  if (look != Look::kViolation) return look;
   const Signal seen = load_relaxed(own_signal(peer_idx, slot));  // relaxed: for the message only
-  raise_violation(peer_idx, "microbatch " + std::to_string(slot) + ": expected reply " +
-                                std::to_string(send_seq(peer_idx, slot).sent) + ", saw " +
-                                std::to_string(signal_seq(seen)));
+  raise_violation(peer_idx, "microbatch " + std::to_string(slot) + ": expected reply " + std::to_string(seq.sent) +
+                                ", saw " + std::to_string(signal_seq(seen)));
 }
 
 bool AttentionComm::is_ready(uint32_t microbatch) {
@@ -190,11 +195,9 @@ void AttentionComm::take_replies(Slot& slot, uint32_t slot_idx) {
     SendSeq& seq = send_seq(peer_idx, slot_idx);
     const uint32_t num_rows = signal_rows(poll_signal(own_signal(peer_idx, slot_idx)));
     const Header header = own_header(peer_idx, slot_idx);
-    const bool is_ours = header.layer == slot.layer && header.microbatch == slot_idx;
-    const bool is_whole = num_rows == kRefusedRows || (num_rows == seq.reply_rows && header.num_rows == num_rows);
-    if (!is_ours || !is_whole) [[unlikely]] {
+    if (const std::string fault = find_fault(slot, slot_idx, peer_idx, num_rows, header); !fault.empty()) {
       slot.is_gone[rank] = true;  // what it owed will not come
-      raise_violation(peer_idx, words_for_reply(slot, slot_idx, peer_idx, num_rows, header));
+      raise_violation(peer_idx, fault);
     }
     if (num_rows == kRefusedRows) {
       refused_by = static_cast<int32_t>(rank);

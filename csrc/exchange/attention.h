@@ -109,33 +109,12 @@ class AttentionComm final : public AttentionSide {
   bool is_ours(uint32_t peer_idx, uint32_t slot) { return load_relaxed(&hold(peer_idx, slot)) != 0; }
   // Takes a hold of a live peer that is still the one of this rank.
   bool take_peer(uint32_t peer_idx, uint32_t slot, uint32_t rank);
-  // Never kViolation: that raises. Here, as the next two, because waits call it again and again.
-  Look look_for_reply(uint32_t peer_idx, uint32_t slot) {
-    const auto is_live = [&] { return peers_.is_live(peer_idx); };
-    const Look look = look_for(own_signal(peer_idx, slot), send_seq(peer_idx, slot).sent - 1, is_live);
-    // What is read next comes from the same core.
-    if (look == Look::kArrived) prefetch(own_small(peer_idx) + small().header(slot));
-    if (look == Look::kViolation) [[unlikely]]
-      raise_bad_reply(peer_idx, slot);
-    return look;
-  }
-  Look look_for_rows(Slot& slot, uint32_t slot_idx, uint32_t rank) {
-    if (slot.is_gone[rank]) return Look::kGone;
-    const Look look = look_for_reply(static_cast<uint32_t>(slot.peer_of_rank[rank]), slot_idx);
-    if (look == Look::kGone) slot.is_gone[rank] = true;
-    return look;
-  }
-  bool owes_rows(const Slot& slot, uint32_t rank) const {
-    const uint32_t* offsets = slot.route->view().row_offsets;
-    return offsets[rank + 1] != offsets[rank];
-  }
-  [[noreturn]] void raise_bad_reply(uint32_t peer_idx, uint32_t slot);
+  // Never kViolation: that raises.
+  Look look_for_reply(uint32_t peer_idx, uint32_t slot);
+  Look look_for_rows(Slot& slot, uint32_t slot_idx, uint32_t rank);
+  bool owes_rows(const Slot& slot, uint32_t rank) const;
   // Must a dispatch wait until this peer has answered the last, empty message?
-  bool is_awaited(uint32_t peer_idx, const RouteView* route) const {
-    if (load_relaxed(&hosts_nothing_[peer_idx]) == 0) return true;
-    const uint32_t rank = rank_of(peer_idx);
-    return route != nullptr && rank < route->num_ranks && route->row_offsets[rank + 1] != route->row_offsets[rank];
-  }
+  bool is_awaited(uint32_t peer_idx, const RouteView* route) const;
   // Waits for ready(); calls drop_late() once what it waits for is owed for give_up_ns_. False at the deadline.
   template <class Ready, class DropLate>
   bool wait_or_give_up(const Slot& slot, Ready&& ready, DropLate&& drop_late, int64_t deadline_ns);
@@ -149,9 +128,9 @@ class AttentionComm final : public AttentionSide {
   uint32_t send_to_peer(uint32_t peer_idx, uint32_t slot_idx, const Header& header, const Slot& slot,
                         const unsigned char* x, uint64_t x_stride_bytes, DType x_dtype);
   void wait_replies(Slot& slot, uint32_t slot_idx, int64_t deadline_ns, bool takes_nan);
-  // What is wrong with a reply.
-  std::string words_for_reply(const Slot& slot, uint32_t slot_idx, uint32_t peer_idx, uint32_t num_rows,
-                              const Header& header);
+  // "": a reply that has come is as it must be, or a refusal.
+  std::string find_fault(const Slot& slot, uint32_t slot_idx, uint32_t peer_idx, uint32_t num_rows,
+                         const Header& header);
   void take_replies(Slot& slot, uint32_t slot_idx);
   void end_round(Slot& slot, uint32_t slot_idx);
   // Whose rows are missing: nothing is read of them, and nothing is awaited any more.

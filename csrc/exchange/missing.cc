@@ -38,6 +38,12 @@ void AttentionComm::peers_changed() {
   }
 }
 
+bool AttentionComm::is_awaited(uint32_t peer_idx, const RouteView* route) const {
+  if (load_relaxed(&hosts_nothing_[peer_idx]) == 0) return true;
+  const uint32_t rank = rank_of(peer_idx);
+  return route != nullptr && rank < route->num_ranks && route->row_offsets[rank + 1] != route->row_offsets[rank];
+}
+
 bool AttentionComm::is_free(uint32_t microbatch, const RouteView* route) {
   if (is_busy(microbatch)) return false;
   for (uint32_t peer_idx = 0; peer_idx < peers_.size(); ++peer_idx) {
@@ -51,6 +57,18 @@ bool AttentionComm::is_free(uint32_t microbatch, const RouteView* route) {
     drop_hold(&hold(peer_idx, microbatch));
   }
   return true;
+}
+
+bool AttentionComm::owes_rows(const Slot& slot, uint32_t rank) const {
+  const RouteView& view = slot.route->view();
+  return view.row_offsets[rank + 1] != view.row_offsets[rank];
+}
+
+Look AttentionComm::look_for_rows(Slot& slot, uint32_t slot_idx, uint32_t rank) {
+  if (slot.is_gone[rank]) return Look::kGone;
+  const Look look = look_for_reply(static_cast<uint32_t>(slot.peer_of_rank[rank]), slot_idx);
+  slot.is_gone[rank] = look == Look::kGone;
+  return look;
 }
 
 bool AttentionComm::would_go(uint32_t microbatch, bool takes_nan) {
@@ -68,8 +86,7 @@ bool AttentionComm::would_go(uint32_t microbatch, bool takes_nan) {
 
 template <class Ready, class DropLate>
 bool AttentionComm::wait_or_give_up(const Slot& slot, Ready&& ready, DropLate&& drop_late, int64_t deadline_ns) {
-  if (give_up_ns_ == kForeverNs) return wait(ready, deadline_ns) == WaitResult::kReady;
-  int64_t late_ns = slot.sent_ns + give_up_ns_;
+  int64_t late_ns = give_up_ns_ == kForeverNs ? kForeverNs : slot.sent_ns + give_up_ns_;
   while (true) {
     const bool is_late = late_ns != kForeverNs && now_ns() >= late_ns;
     if (wait(ready, is_late ? kNoWait : std::min(deadline_ns, late_ns)) == WaitResult::kReady) return true;
@@ -132,14 +149,15 @@ void AttentionComm::wait_replies(Slot& slot, uint32_t slot_idx, int64_t deadline
   }
 }
 
-std::string AttentionComm::words_for_reply(const Slot& slot, uint32_t slot_idx, uint32_t peer_idx, uint32_t num_rows,
-                                           const Header& header) {
+std::string AttentionComm::find_fault(const Slot& slot, uint32_t slot_idx, uint32_t peer_idx, uint32_t num_rows,
+                                      const Header& header) {
+  const SendSeq& seq = send_seq(peer_idx, slot_idx);
   if (header.layer != slot.layer || header.microbatch != slot_idx) {
     return "expected a reply to layer " + std::to_string(slot.layer) + " of microbatch " + std::to_string(slot_idx) +
            ", got one to layer " + std::to_string(header.layer) + " of microbatch " + std::to_string(header.microbatch);
   }
-  return "expected a reply of " + std::to_string(send_seq(peer_idx, slot_idx).reply_rows) + " rows, got " +
-         std::to_string(num_rows);
+  if (num_rows == kRefusedRows || (num_rows == seq.reply_rows && header.num_rows == num_rows)) return "";
+  return "expected a reply of " + std::to_string(seq.reply_rows) + " rows, got " + std::to_string(num_rows);
 }
 
 Owed AttentionComm::missing(uint32_t microbatch) {
