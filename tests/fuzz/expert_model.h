@@ -135,7 +135,9 @@ inline Verdict judge(const Layout& layout, const Peer& peer, uint32_t slot) {
 // Writes a message, or what is none.
 inline void write_message(Bytes& bytes, const Layout& layout, const Peer& peer) {
   const uint32_t slot = bytes.below(16) == 0 ? layout.retry_slot() : bytes.below(kMicrobatches);
-  const auto raw = bytes.below(4) != 0 ? uint8_t{0} : bytes.take<uint8_t>();  // which fields are what the fuzzer likes
+  // Which fields are what the fuzzer likes: none, any, or one alone, behind which no other check hides.
+  const uint32_t how = bytes.below(8);
+  const uint32_t raw = how == 0 ? bytes.take<uint8_t>() : how == 1 ? 1u << bytes.below(8) : 0u;
   const auto pick = [&](uint32_t bit, uint32_t good) { return raw >> bit & 1 ? bytes.take<uint32_t>() : good; };
   uint32_t seq = peer.boxes[slot].accepted + 1;
   if (raw & 1) seq += static_cast<uint32_t>(bytes.take<int8_t>());
