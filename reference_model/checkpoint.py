@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import ModelConfig
-from .errors import CheckpointError
+from .errors import CheckpointError, brief
 
 if TYPE_CHECKING:
     import torch
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+HEAD = "lm_head.weight"
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the format itself
 _FLOAT_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
@@ -34,8 +35,8 @@ class Checkpoint:
 
     device: where the tensors that are read come to lie.
 
-    Raises CheckpointError, naming file and tensor, for files that are missing, truncated or contradict their
-    index.
+    Raises CheckpointError, naming file and tensor, for files that are missing or truncated, or lack what their index
+    promises.
     """
 
     def __init__(self, directory: str | Path, device: str = "cpu") -> None:
@@ -43,31 +44,30 @@ class Checkpoint:
         if not self.directory.is_dir():
             raise CheckpointError(f"no checkpoint directory {self.directory}")
         self.entries: dict[str, TensorEntry] = {}
-        index = self.directory / _INDEX
-        if index.exists():
-            self._read_shards(index)
-        elif (self.directory / _SINGLE).exists():
+        # What lies in a directory beside the file that counts is of an older save: transformers reads it neither.
+        if (self.directory / _SINGLE).exists():
             self.entries = _read_header(self.directory / _SINGLE)
+        elif (self.directory / _INDEX).exists():
+            self._read_shards(self.directory / _INDEX)
         else:
             raise CheckpointError(f"{self.directory} holds neither {_SINGLE} nor {_INDEX}")
         self._open_files: dict[Path, Any] = {}
 
     def _read_shards(self, index: Path) -> None:
+        """All tensors of the files that the index names; of two of one name that in the later file, as transformers
+        has it."""
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             shards = {name: str(file) for name, file in weight_map.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} has no readable weight_map: {error}") from error
+            raise CheckpointError(f"{index} has no readable weight_map: {brief(error)}") from error
         for file in sorted(set(shards.values())):
             if Path(file).name != file:
-                raise CheckpointError(f"{index} names a file outside its directory: {file!r}")
+                raise CheckpointError(f"{index} names a file outside its directory: {brief(file)}")
             path = self.directory / file
             if not path.exists():
                 raise CheckpointError(f"{index.name} names {file}, which is missing from {self.directory}")
-            for name, entry in _read_header(path).items():
-                if shards.get(name) != file:
-                    raise CheckpointError(f"{path} holds tensor {name}, which {index.name} does not place there")
-                self.entries[name] = entry
+            self.entries.update(_read_header(path))
         for name, file in shards.items():
             if name not in self.entries:
                 raise CheckpointError(f"{self.directory / file} lacks tensor {name}, which {index.name} places there")
@@ -112,7 +112,7 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path} has no readable safetensors header: {error}") from error
+        raise CheckpointError(f"{path} has no readable safetensors header: {brief(error)}") from error
     return entries
 
 
@@ -159,8 +159,7 @@ def expected_shapes(config: ModelConfig, names: ExpertNames) -> dict[str, tuple[
         "model.embed_tokens.weight": (config.vocab_size, config.hidden),
         "model.norm.weight": (config.hidden,),
     }
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, config.hidden)
+    shapes[HEAD] = (config.vocab_size, config.hidden)
     for layer, has_experts in enumerate(config.moe_layers):
         base = f"model.layers.{layer}"
         shapes[f"{base}.input_layernorm.weight"] = (config.hidden,)
@@ -209,6 +208,8 @@ def check(checkpoint: Checkpoint, config: ModelConfig) -> ExpertNames:
     shapes = expected_shapes(config, names)
     for name, shape in shapes.items():
         entry = checkpoint.entries.get(name)
+        if entry is None and name == HEAD and config.tie_word_embeddings:
+            continue
         if entry is None:
             raise CheckpointError(f"{checkpoint.directory} lacks tensor {name} {list(shape)}")
         if entry.shape != shape:
@@ -217,8 +218,7 @@ def check(checkpoint: Checkpoint, config: ModelConfig) -> ExpertNames:
             known = ", ".join(_FLOAT_TYPES)
             raise CheckpointError(f"{entry.path}: tensor {name} has type {entry.dtype}; supported are {known}")
     for name, entry in checkpoint.entries.items():
-        # Old files carry the rotary frequencies, and tied files may carry the tied copy.
-        is_copy = name.endswith(".rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)
-        if name not in shapes and not is_copy:
+        # Old files carry the rotary frequencies.
+        if name not in shapes and not name.endswith(".rotary_emb.inv_freq"):
             raise CheckpointError(f"{entry.path} holds tensor {name}, which {config.family} does not have")
     return names

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError, brief
+from .generation import OPTIONS as GENERATION_OPTIONS
+from .generation import GenerationRules
+from .options import DEFAULTS, is_understood, is_without_effect
 from .rope import RopeConfig
 
 FAMILIES: dict[str, str] = {
@@ -18,124 +21,6 @@ FAMILIES: dict[str, str] = {
     "olmoe": "OlmoeForCausalLM",
 }
 
-# What transformers assumes when config.json does not say.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "mixtral": {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1e6,
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "sliding_window": None,
-        "eos_token_id": 2,
-    },
-    "qwen3_moe": {
-        "vocab_size": 151936,
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e4,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "sliding_window": 4096,
-        "eos_token_id": None,
-        "moe_intermediate_size": 768,
-    },
-    "olmoe": {
-        "vocab_size": 50304,
-        "hidden_size": 2048,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 16,
-        "num_key_value_heads": None,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1e4,
-        "num_experts": 64,
-        "num_experts_per_tok": 8,
-        "sliding_window": None,
-        "eos_token_id": 50279,
-    },
-}
-
-# Options that change training, bookkeeping or what a library returns, never the logits.
-_WITHOUT_EFFECT = frozenset(
-    [
-        "_name_or_path",
-        "architectures",
-        "model_type",
-        "transformers_version",
-        "torch_dtype",
-        "dtype",
-        "use_cache",
-        "initializer_range",
-        "attention_dropout",
-        "output_router_logits",
-        "router_aux_loss_coef",
-        "router_jitter_noise",
-        "bos_token_id",
-        "pad_token_id",
-        "output_attentions",
-        "output_hidden_states",
-        "return_dict",
-        "_attn_implementation_autoset",
-        "tokenizer_class",
-        "id2label",
-        "label2id",
-        "problem_type",
-    ]
-)
-_UNDERSTOOD = frozenset(
-    [
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "hidden_act",
-        "max_position_embeddings",
-        "rms_norm_eps",
-        "rope_parameters",
-        "rope_scaling",
-        "rope_theta",
-        "partial_rotary_factor",
-        "original_max_position_embeddings",
-        "tie_word_embeddings",
-        "eos_token_id",
-        "num_experts",
-        "num_local_experts",
-        "num_experts_per_tok",
-        "sliding_window",
-        "layer_types",
-    ]
-)
-_UNDERSTOOD_BY: dict[str, frozenset[str]] = {
-    "mixtral": frozenset(),
-    "qwen3_moe": frozenset(
-        [
-            "attention_bias",
-            "use_sliding_window",
-            "max_window_layers",
-            "decoder_sparse_step",
-            "moe_intermediate_size",
-            "norm_topk_prob",
-            "mlp_only_layers",
-        ]
-    ),
-    "olmoe": frozenset(["attention_bias", "clip_qkv", "norm_topk_prob"]),
-}
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu")
 
 
@@ -165,29 +50,28 @@ class ModelConfig:
     attention_bias: bool
     clip_qkv: float | None
     sliding_window: int | None  # keys a query sees, itself included
-    tie_word_embeddings: bool
+    tie_word_embeddings: bool  # where the checkpoint has no head of its own
     eos_token_ids: frozenset[int]
+    generation: GenerationRules
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> ModelConfig:
-        """Read DIR/config.json, and the end tokens of DIR/generation_config.json where that exists.
+        """Read DIR/config.json and DIR/generation_config.json. Where the second exists it alone says what ends a text
+        and which rules its tokens follow, as in transformers; else the first does.
 
         Raises CheckpointError for a file that cannot be read, ConfigError for what this model does not run.
         """
         raw = _read_json(Path(directory) / "config.json")
         generation_path = Path(directory) / "generation_config.json"
-        if generation_path.exists():
-            eos = _read_json(generation_path).get("eos_token_id")
-            if eos is not None:
-                raw["eos_token_id"] = eos
-        return cls.from_dict(raw)
+        return cls.from_dict(raw, _read_json(generation_path) if generation_path.exists() else None)
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
-        """Make a ModelConfig of the contents of a config.json; raises ConfigError naming the option."""
+    def from_dict(cls, raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
+        """Make a ModelConfig of the contents of a config.json, and of a generation_config.json where there is one;
+        raises ConfigError naming the option."""
         family = _family(raw)
         _refuse_unknown(raw, family)
-        read = _Reader(raw, _DEFAULTS[family])
+        read = _Reader(raw, DEFAULTS[family])
         hidden, num_heads = read.count("hidden_size"), read.count("num_attention_heads")
         num_kv_heads = read.count("num_key_value_heads", default=num_heads)
         if raw.get("head_dim") is None and hidden % num_heads:
@@ -198,18 +82,20 @@ class ModelConfig:
         _check_heads(family, hidden, num_heads, num_kv_heads, head_dim)
         if top_k > num_experts:
             raise ConfigError(f"num_experts_per_tok {top_k} is more than the number of experts {num_experts}")
-        intermediate = read.count("intermediate_size")
+        intermediate, vocab_size = read.count("intermediate_size"), read.count("vocab_size")
+        rope = RopeConfig.from_dict(raw, read.number("rope_theta"), head_dim, context)
+        rules = raw if generation is None else generation
         return cls(
             family=family,
-            vocab_size=read.count("vocab_size"),
+            vocab_size=vocab_size,
             hidden=hidden,
             num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            context=context,
+            context=rope.context,
             rms_norm_eps=read.number("rms_norm_eps"),
-            rope=RopeConfig.from_dict(raw, read.number("rope_theta"), head_dim, context),
+            rope=rope,
             hidden_act=_activation(raw.get("hidden_act", "silu")),
             num_experts=num_experts,
             top_k=top_k,
@@ -223,7 +109,8 @@ class ModelConfig:
             clip_qkv=None if raw.get("clip_qkv") is None else read.number("clip_qkv"),
             sliding_window=_sliding_window(raw, family, num_layers),
             tie_word_embeddings=read.flag("tie_word_embeddings"),
-            eos_token_ids=_eos_token_ids(raw, family),
+            eos_token_ids=_eos_token_ids(rules),
+            generation=GenerationRules.from_dict(rules, vocab_size),
         )
 
 
@@ -242,19 +129,19 @@ class _Reader:
     def count(self, name: str, default: int | None = None) -> int:
         value = self._value(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name} must be a positive integer, not {value!r}")
+            raise ConfigError(f"{name} must be a positive integer, not {brief(value)}")
         return value
 
     def number(self, name: str) -> float:
         value = self._value(name, None)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-            raise ConfigError(f"{name} must be a positive number, not {value!r}")
+            raise ConfigError(f"{name} must be a positive number, not {brief(value)}")
         return float(value)
 
     def flag(self, name: str) -> bool:
         value = self.raw.get(name) or False
         if not isinstance(value, bool):
-            raise ConfigError(f"{name} must be true or false, not {value!r}")
+            raise ConfigError(f"{name} must be true or false, not {brief(value)}")
         return value
 
 
@@ -286,15 +173,22 @@ def _family(raw: Mapping[str, Any]) -> str:
 
 
 def _refuse_unknown(raw: Mapping[str, Any], family: str) -> None:
-    known = _WITHOUT_EFFECT | _UNDERSTOOD | _UNDERSTOOD_BY[family]
+    quantization = raw.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
+        raise ConfigError(
+            f"quantization_config: weights quantised by {brief(method)} are not supported; take a checkpoint in "
+            "bfloat16, float16 or float32"
+        )
     for name, value in raw.items():
-        if name not in known and value not in (None, False):
-            raise ConfigError(f"option {name} = {value!r} of config.json is not supported for {family}")
+        is_known = is_understood(name, family) or name in GENERATION_OPTIONS
+        if not is_known and not is_without_effect(name, value, family):
+            raise ConfigError(f"option {name} = {brief(value)} of config.json is not supported for {family}")
 
 
 def _num_experts(raw: Mapping[str, Any], family: str) -> int:
     names = ("num_experts", "num_local_experts")
-    values = {raw[name] for name in names if raw.get(name) is not None} or {_DEFAULTS[family]["num_experts"]}
+    values = {raw[name] for name in names if raw.get(name) is not None} or {DEFAULTS[family]["num_experts"]}
     if len(values) > 1:
         raise ConfigError(f"num_experts {raw['num_experts']} and num_local_experts {raw['num_local_experts']} differ")
     return _Reader({"num_experts": values.pop()}, {}).count("num_experts")
@@ -318,14 +212,14 @@ def _activation(name: Any) -> str:
 def _moe_layers(raw: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
     dense = raw.get("mlp_only_layers") or []
     if not isinstance(dense, list) or not all(isinstance(layer, int) for layer in dense):
-        raise ConfigError(f"mlp_only_layers must be a list of layer numbers, not {dense!r}")
+        raise ConfigError(f"mlp_only_layers must be a list of layer numbers, not {brief(dense)}")
     sparse_step = _Reader(raw, {"decoder_sparse_step": 1}).count("decoder_sparse_step")
     return tuple(layer not in dense and (layer + 1) % sparse_step == 0 for layer in range(num_layers))
 
 
 def _sliding_window(raw: Mapping[str, Any], family: str, num_layers: int) -> int | None:
     """Keys a query sees (None: all); options that would give layers of different kinds are refused."""
-    size = raw.get("sliding_window", _DEFAULTS[family]["sliding_window"])
+    size = raw.get("sliding_window", DEFAULTS[family]["sliding_window"])
     if family == "qwen3_moe" and not raw.get("use_sliding_window"):
         size = None
     if family == "olmoe" and size is not None:
@@ -346,9 +240,10 @@ def _sliding_window(raw: Mapping[str, Any], family: str, num_layers: int) -> int
     return size
 
 
-def _eos_token_ids(raw: Mapping[str, Any], family: str) -> frozenset[int]:
-    value = raw.get("eos_token_id", _DEFAULTS[family]["eos_token_id"])
+def _eos_token_ids(rules: Mapping[str, Any]) -> frozenset[int]:
+    """Any of them ends a text. transformers knows no default of a family here, and neither do we."""
+    value = rules.get("eos_token_id")
     values = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(isinstance(token, int) for token in values):
-        raise ConfigError(f"eos_token_id must be a token id or a list of them, not {value!r}")
+    if not all(type(token) is int for token in values):
+        raise ConfigError(f"eos_token_id must be a token id or a list of them, not {brief(value)}")
     return frozenset(values)

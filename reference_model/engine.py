@@ -155,7 +155,7 @@ class AttentionEngine:
         self.scheduler.end(action.microbatch)
         completed = [piece.sequence for piece in step.pieces if piece.completes]
         samplers = [sequence.sampler for sequence in completed if sequence.sampler is not None]
-        token_ids = draw(samplers, self._logits(step)) if completed else []
+        token_ids = draw(samplers, self._ruled(self._logits(step), completed)) if completed else []
         self.experts.check()
         for piece in step.pieces:
             piece.sequence.num_computed += piece.num_tokens
@@ -174,6 +174,18 @@ class AttentionEngine:
     def _logits(self, step: Step) -> torch.Tensor:
         """After the last token of each piece that completes its sequence."""
         return self.decoder.logits(step.batch)
+
+    def _ruled(self, logits_BV: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
+        """The logits after the rules of the checkpoint's generation config."""
+        config = self.decoder.config
+        if config.generation.changes_nothing:
+            return logits_BV
+        eos_token_ids = frozenset[int]() if self.ignore_eos else config.eos_token_ids
+        rows = [
+            config.generation.apply(logits_V, sequence.prompt_ids, sequence.output_ids, eos_token_ids)
+            for logits_V, sequence in zip(logits_BV, sequences)
+        ]
+        return torch.stack(rows)
 
     def _leave(self, sequence: Sequence) -> None:
         self.scheduler.leave(sequence)

@@ -19,6 +19,13 @@ class CheckpointError(InputError):
     """Files that do not hold what the configuration promises; names the file and the tensor."""
 
 
+def brief(value: object, most: int = 120) -> str:
+    """A value of a file, or an error's text, for a message of one line: at most so many characters of it."""
+    text = str(value) if isinstance(value, BaseException) else repr(value)
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def missing_packages(names: Iterable[str]) -> list[str]:
     """Those that cannot be imported here: a command says so before it does anything."""
     missing = []

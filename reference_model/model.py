@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from .checkpoint import Checkpoint, ExpertNames
+from .checkpoint import HEAD, Checkpoint, ExpertNames
 from .config import ModelConfig
 
 
@@ -214,7 +214,10 @@ class Decoder:
             return checkpoint.tensor(name, dtype)
 
         self.embedding = load("model.embed_tokens.weight")
-        self.head = self.embedding if config.tie_word_embeddings else load("lm_head.weight")
+        # A tied checkpoint may have a head of its own all the same: that one counts.
+        self.head = load(HEAD) if HEAD in checkpoint.entries else self.embedding
+        if torch.equal(self.head, self.embedding):
+            self.head = self.embedding
         self.final_norm = load("model.norm.weight")
         layers = [f"model.layers.{layer}" for layer in range(config.num_layers)]
         self.attention = [Attention(config, checkpoint, layer, dtype) for layer in range(config.num_layers)]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .errors import ConfigError
+from .errors import ConfigError, brief
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +34,7 @@ class RopeConfig:
     theta: float
     dim: int  # of a head, all of it rotated
     original_context: int
+    context: int  # most positions: what config.json says, or what the stretched frequencies are made for
     options: Mapping[str, Any]
 
     @classmethod
@@ -41,7 +42,7 @@ class RopeConfig:
         """Read rope_parameters (or the older rope_scaling); raises ConfigError naming the option."""
         given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
         if not isinstance(given, Mapping):
-            raise ConfigError(f"rope_parameters must be an object, not {given!r}")
+            raise ConfigError(f"rope_parameters must be an object, not {brief(given)}")
         options = {name: value for name, value in given.items() if value is not None}
         kind = options.pop("rope_type", None) or options.pop("type", None) or "default"
         options.pop("type", None)
@@ -59,7 +60,14 @@ class RopeConfig:
         for name in _REQUIRED.get(kind, ()):
             if name not in options:
                 raise ConfigError(f"rope_type {kind!r} needs the option {name}")
-        return cls(kind, theta, head_dim, int(original), options)
+        for name, value in options.items():
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if name != "truncate" and not (is_number and (value > 0 or (value == 0 and name != "factor"))):
+                raise ConfigError(f"option {name} of rope_type {kind!r} must be a positive number, not {brief(value)}")
+        if kind in ("linear", "yarn"):
+            trained = int(original) if kind == "yarn" else context
+            context = max(context, int(trained * options["factor"]))
+        return cls(kind, theta, head_dim, int(original), context, options)
 
     def frequencies(self) -> tuple[torch.Tensor, float]:
         """Inverse frequencies float32 [head_dim / 2] and the factor on cosine and sine."""

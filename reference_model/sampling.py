@@ -47,9 +47,9 @@ class Sampler:
         """The next token of float32 logits [V]."""
         if self.config.is_greedy:
             return int(logits_V.argmax())
-        probabilities, order = torch.softmax(logits_V.double() / self.config.temperature, dim=-1).sort(
-            descending=True, stable=True
-        )
+        # Less the largest, so that whatever temperature divides gives 0 there, and no infinity above.
+        scaled_V = (logits_V.double() - logits_V.max().double()) / self.config.temperature
+        probabilities, order = torch.softmax(scaled_V, dim=-1).sort(descending=True, stable=True)
         cumulative = probabilities.cumsum(0)
         # A token stays while the likelier ones have not reached top_p; the likeliest always stays.
         num_kept = max(1, int((cumulative - probabilities < self.config.top_p).sum()))

@@ -187,15 +187,11 @@ def test_a_damaged_checkpoint_is_refused_by_file_and_tensor(how: str, tmp_path: 
     assert expected in str(error.value) and str(tmp_path) in str(error.value)
 
 
-def test_shards_that_contradict_their_index_are_refused(tmp_path: Path) -> None:
+def test_shards_that_lack_what_their_index_promises_are_refused(tmp_path: Path) -> None:
     directory = tiny.save(tiny.make_model("olmoe"), tmp_path, max_shard_size="40KB")
     index = directory / "model.safetensors.index.json"
     whole = json.loads(index.read_text())
-    name, file = next(iter(whole["weight_map"].items()))
-    lost = {**whole, "weight_map": {key: value for key, value in whole["weight_map"].items() if key != name}}
-    index.write_text(json.dumps(lost))
-    with pytest.raises(CheckpointError, match="does not place there"):
-        MonolithicModel(directory)
+    file = next(iter(whole["weight_map"].values()))
     index.write_text(json.dumps({**whole, "weight_map": {**whole["weight_map"], "model.ghost": file}}))
     with pytest.raises(CheckpointError, match="lacks tensor model.ghost"):
         MonolithicModel(directory)
@@ -263,7 +259,7 @@ def test_an_option_that_is_not_supported_is_refused_by_name(
 def test_configurations_of_well_known_checkpoints_are_understood() -> None:
     qwen = ModelConfig.from_dict({**QWEN, "max_window_layers": 48, "sliding_window": None, "rope_scaling": None})
     assert (qwen.num_experts, qwen.top_k, qwen.expert_hidden, qwen.sliding_window) == (128, 8, 768, None)
-    olmoe = ModelConfig.from_dict({**OLMOE, "clip_qkv": None, "rope_theta": 10000.0})
+    olmoe = ModelConfig.from_dict({**OLMOE, "clip_qkv": None, "rope_theta": 10000.0, "eos_token_id": 50279})
     assert (olmoe.num_experts, olmoe.num_kv_heads, olmoe.eos_token_ids) == (64, 16, {50279})
     mixtral = ModelConfig.from_dict({**MIXTRAL, "router_jitter_noise": 0.1, "sliding_window": 4096})
     assert (mixtral.num_experts, mixtral.rope.theta, mixtral.sliding_window) == (8, 1e6, 4096)
