@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -79,7 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="tokens of one microbatch (default 256); longer prompts are computed in pieces",
     )  # fmt: skip
     output = parser.add_argument_group("output")
-    output.add_argument("--verify", action="store_true", help="compare with the monolithic model")
+    output.add_argument(
+        "--verify", action="store_true", help="compare with the monolithic model, and with transformers where installed"
+    )
     output.add_argument("--json", type=Path, metavar="FILE", help="write sequences and summary")
     output.add_argument(
         "--record-routes", type=Path, metavar="FILE", help="write every token's experts as .npz, described in routes.py"
@@ -265,18 +268,24 @@ def _report(args: argparse.Namespace, result: RunResult, tokenizer: Tokenizer, t
     if args.timeline is not None:
         draw_timeline(args.timeline, result.traces, result.run.microbatches)
         display.lines([f"timeline drawn to {args.timeline}"])
+    is_right = True
     if args.verify:
+        from .against_transformers import compare
         from .verify import describe, verify
 
         summary["verify"] = verify(result)
         display.lines(describe(summary["verify"]))
+        theirs = compare(result, texts)
+        display.lines(theirs.lines())
+        is_right = summary["verify"]["identical"] and not theirs.differences
+        summary["verify"]["transformers"] = dataclasses.asdict(theirs)
     if args.json is not None:
         sequences = [
             {"prompt": text, "token_ids": answer_ids, "text": answer, "finish": finish}
             for text, answer_ids, answer, finish in zip(texts, result.answers, answers, result.finishes)
         ]
         args.json.write_text(json.dumps({"sequences": sequences, "summary": summary}, indent=1) + "\n")
-    return 0 if not args.verify or summary["verify"]["identical"] else 1
+    return 0 if is_right else 1
 
 
 if __name__ == "__main__":

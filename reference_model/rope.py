@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary position embeddings: which frequencies a config.json asks for (default, linear, yarn, llama3)."""
+"""Rotary position embeddings: which frequencies a config.json asks for (default, linear, dynamic, yarn, llama3)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ if TYPE_CHECKING:
 _OPTIONS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
+    "dynamic": ("factor",),  # it stretches what lies behind max_position_embeddings, where no sequence of ours gets
     "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
 _REQUIRED: dict[str, tuple[str, ...]] = {
     "linear": ("factor",),
+    "dynamic": ("factor",),
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }

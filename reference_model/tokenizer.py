@@ -32,10 +32,11 @@ class Tokenizer:
             self._tokenizer: Any = HuggingFaceTokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"cannot read the tokenizer {path}: {brief(error)}") from error
+        padding = self._tokenizer.padding or {}
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         try:
-            added = list(_added_tokens(Path(directory)))
+            added = list(_added_tokens(Path(directory), padding.get("pad_token")))
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             if isinstance(error, CheckpointError):
                 raise
@@ -56,15 +57,16 @@ class Tokenizer:
         return whole[len(before) :] if whole.startswith(before) else self.decode(answer_ids)
 
 
-def _added_tokens(directory: Path) -> Iterator[Any]:
+def _added_tokens(directory: Path, pad_token: str | None) -> Iterator[Any]:
     """Tokens that tokenizer_config.json, special_tokens_map.json and added_tokens.json name, in the order of their ids
-    where they have one."""
+    where they have one. `pad_token`: what the training run padded with; it is a token unless the config has another."""
     config = _read(directory / "tokenizer_config.json")
     if "added_tokens_decoder" in config:
         numbered = {int(idx): token for idx, token in config["added_tokens_decoder"].items()}
     else:
         config = {**config, **_read(directory / "special_tokens_map.json")}
         numbered = {idx: token for token, idx in _read(directory / "added_tokens.json").items()}
+    config = {"pad_token": pad_token, **config}
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     names = (*_NAMED, *(name for name in config if name.endswith("_token") and name not in _NAMED))
     own = [config[name] for name in names if isinstance(config.get(name), (str, dict))]

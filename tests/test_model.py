@@ -228,7 +228,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (MIXTRAL, {"attention_bias": True}, "attention_bias"),
     (MIXTRAL, {"quantization_config": {"bits": 4}}, "quantization_config"),
     (MIXTRAL, {"hidden_act": "tanh"}, "hidden_act 'tanh'"),
-    (MIXTRAL, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
+    (MIXTRAL, {"rope_scaling": {"type": "dynamic"}}, "needs the option factor"),
     (MIXTRAL, {"rope_scaling": {"rope_type": "longrope"}}, "rope_type 'longrope'"),
     (MIXTRAL, {"rope_scaling": {"rope_type": "linear"}}, "needs the option factor"),
     (MIXTRAL, {"rope_parameters": {"rope_type": "default", "wavelength": 3}}, "option wavelength"),

@@ -9,57 +9,18 @@ from typing import Any
 
 import pytest
 
-tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors  # noqa: E402
+from tiny_tokenizers import KINDS, as_dict, byte_fallback, byte_level, save  # noqa: E402
+from tokenizers import AddedToken  # noqa: E402
 
 from m2n.reference_model.errors import CheckpointError  # noqa: E402
 from m2n.reference_model.tokenizer import TextStream, Tokenizer  # noqa: E402
 
 TEXTS = ["Hello world", " two  spaces", "a<sep>b<end>", "für 😀😀 end", "x" * 60, ""]
-
-
-def byte_fallback() -> Any:
-    """As sentencepiece models are converted: ▁ for spaces, single bytes for what is not in the vocabulary."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"Helowrdnatsp end"]
-    vocabulary = {piece: idx for idx, piece in enumerate(dict.fromkeys(pieces))}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = decoders.Sequence(parts)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    return tokenizer
-
-
-def byte_level() -> Any:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {piece: idx for idx, piece in enumerate([*alphabet, "He", "ll", "Ġw"])}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, [("H", "e"), ("l", "l"), ("Ġ", "w")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def word_piece() -> Any:
-    pieces = ["[UNK]", "[SEP]", *"abcdefghijklmnop", *(f"##{letter}" for letter in "abcdefghijklmnop"), "hello", "##lo"]
-    tokenizer = tokenizers.Tokenizer(models.WordPiece({p: i for i, p in enumerate(pieces)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.decoder = decoders.WordPiece(cleanup=False)
-    return tokenizer
-
-
-KINDS = {"byte_fallback": byte_fallback, "byte_level": byte_level, "word_piece": word_piece}
-
-
-def save(tokenizer: Any, directory: Path, **config: Any) -> Path:
-    tokenizer.save(str(directory / "tokenizer.json"))
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
-    (directory / "tokenizer_config.json").write_text(json.dumps(about))
-    return directory
 
 
 def same_as_transformers(directory: Path, texts: list[str] = TEXTS) -> None:
@@ -79,18 +40,13 @@ def test_how_a_training_run_cut_and_padded_is_ignored(kind: str, tmp_path: Path)
     assert len(Tokenizer(tmp_path).encode("hello " * 40)) >= 40
 
 
-def as_dict(content: str, special: bool) -> dict[str, Any]:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"__type": "AddedToken", "content": content, **flags, "special": special}
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "config",
     [
         {"added_tokens_decoder": {"500": as_dict("<end>", True), "499": as_dict("<sep>", False)}},
         {"eos_token": "<end>", "additional_special_tokens": ["<sep>"]},
-        {"eos_token": as_dict("<end>", True), "sep_token": "<sep>", "bos_token": None},
+        {"eos_token": as_dict("<end>", True, __type="AddedToken"), "sep_token": "<sep>", "bos_token": None},
         {"extra_special_tokens": ["<sep>", "<end>"], "add_bos_token": True},
         {"image_token": "<sep>"},
     ],
