@@ -12,7 +12,6 @@ import importlib.metadata
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from m2n.reference_model.children import python_command
 from m2n.reference_model.errors import InputError
 
 from . import plugins, stats
@@ -162,12 +162,11 @@ def start_native(case: Case, plan: Plan) -> Samples:
 def start_python(case: Case, name: str, plan: Plan) -> Samples:
     """One start of one contender at the Python boundary."""
     with run_folder(case, [name], plan) as folder:
-        python = [sys.executable, "-m"]
         if name == "mpi4py":
-            ranks = [*python, "m2n.benchmarks.python_ranks", str(folder), "mpi", name]
+            ranks = python_command("m2n.benchmarks.python_ranks", folder, "mpi", name)
             command = [*plugins.mpirun(case.num_processes), *ranks]
         else:
-            command = [*python, "m2n.benchmarks.forked_ranks", str(folder), str(case.num_processes), name]
+            command = python_command("m2n.benchmarks.forked_ranks", folder, case.num_processes, name)
         run_processes([command], plan.seconds + case.deadline_s + _GRACE_S)
         return _read(folder, [name], "python")
 
@@ -212,7 +211,7 @@ def _start_all(case: Case, plan: Plan, starts: dict[tuple[str, str, str], list[d
 
 
 def _without(plan: Plan, names: Sequence[str], error: RunFailed) -> Plan:
-    text = f"failed: {str(error).splitlines()[0]}"
+    text = f"failed: {next(iter(str(error).splitlines()), repr(error))}"
     native = tuple(name for name in plan.native if name not in names)
     python = tuple(name for name in plan.python if name not in names)
     return dataclasses.replace(

@@ -62,7 +62,7 @@ void dispatch_send(DeviceAttentionComm& comm, const py::object& x, std::shared_p
 
 void combine_recv(DeviceAttentionComm& comm, const py::object& y, uint32_t microbatch, double timeout_s, bool takes_nan,
                   uint32_t num_sms, uint64_t stream) {
-  const Tensor rows(y, "out", tensors_of(comm.device()));
+  const Tensor rows(y, "out", tensors_of(comm.device()), true);
   require_out_rows(rows, comm.shape(), comm.num_tokens(microbatch));
   const int64_t wait_ns = launch_timeout_ns(timeout_s);
   const WithoutLock release;

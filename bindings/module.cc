@@ -8,6 +8,7 @@
 #include "bind.h"
 #include "exchange/attention.h"
 #include "exchange/expert.h"
+#include "exchange/plain_floats.h"
 #include "transport/memory_limit.h"
 
 namespace m2n::bindings {
@@ -53,6 +54,7 @@ TopK read_topk(const Shape& shape, const py::object& topk_ids, const py::object&
   const Tensor ids(topk_ids, "topk_ids", kOnCpu);
   const Tensor weights(topk_weights, "topk_weights", kOnCpu);
   require_topk(shape, ids, weights);
+  const PlainFloats floats;  // weights may have to be rounded
   return {ids.read_ids(shape.top_k), weights.read_floats(shape.top_k), static_cast<uint32_t>(ids.num_rows())};
 }
 
@@ -87,7 +89,7 @@ void attention_dispatch_send(AttentionComm& comm, const py::object& x, std::shar
 
 void attention_combine_recv(AttentionComm& comm, const py::object& y, uint32_t microbatch, double timeout_s,
                             bool takes_nan) {
-  const Tensor rows(y, "out", kOnCpu);
+  const Tensor rows(y, "out", kOnCpu, true);
   require_out_rows(rows, comm.shape(), comm.num_tokens(microbatch));
   const int64_t deadline_ns = deadline_after(timeout_s);
   const uint64_t bytes = rows.num_rows() * comm.layout().combine_rows.row_bytes;

@@ -61,14 +61,20 @@ py::object call_dlpack(const py::object& object, const char* argument, DLDevice 
   }
   py::dict versioned(options.attr("copy")());
   versioned["max_version"] = py::make_tuple(1, 0);
+  const auto fail = [argument](const py::error_already_set& error) {
+    throw py::type_error(std::string(argument) + ": cannot be read through DLPack: " + error.what());
+  };
   try {
     return call(dlpack, versioned);
   } catch (py::error_already_set& error) {
-    if (!error.matches(PyExc_TypeError)) {
-      throw py::type_error(std::string(argument) + ": cannot be read through DLPack: " + error.what());
-    }
+    if (!error.matches(PyExc_TypeError)) fail(error);
   }
-  return call(dlpack, options);  // a library from before DLPack 1.0
+  try {
+    return call(dlpack, options);  // a library from before DLPack 1.0, which exports nothing that is read-only
+  } catch (py::error_already_set& error) {
+    fail(error);
+  }
+  return py::none();
 }
 
 // The C functions of a type, or nullptr. The last type asked for is remembered, under the GIL.
@@ -89,8 +95,8 @@ const ExchangeApi* api_of(PyTypeObject* type) {
 
 }  // namespace
 
-Tensor::Tensor(const py::object& object, const char* argument, DLDevice device) : argument_(argument) {
-  if (!read_by_api(object)) read_by_capsule(object, device);
+Tensor::Tensor(const py::object& object, const char* argument, DLDevice device, bool is_written) : argument_(argument) {
+  if (!read_by_api(object)) read_by_capsule(object, device, is_written);
   require_device(argument, tensor_->device, device);
 }
 
@@ -106,10 +112,14 @@ bool Tensor::read_by_api(const py::object& object) {
   return true;
 }
 
-void Tensor::read_by_capsule(const py::object& object, DLDevice device) {
+void Tensor::read_by_capsule(const py::object& object, DLDevice device, bool is_written) {
   owner_ = call_dlpack(object, argument_, device);
   if (PyCapsule_IsValid(owner_.ptr(), kVersioned)) {
-    tensor_ = &static_cast<DLManagedTensorVersioned*>(PyCapsule_GetPointer(owner_.ptr(), kVersioned))->tensor;
+    const auto* managed = static_cast<DLManagedTensorVersioned*>(PyCapsule_GetPointer(owner_.ptr(), kVersioned));
+    if (is_written && (managed->flags & (kReadOnly | kIsCopied)) != 0) {
+      throw py::value_error(std::string(argument_) + ": it is read-only; give a tensor that can be written");
+    }
+    tensor_ = &managed->tensor;
   } else if (PyCapsule_IsValid(owner_.ptr(), kPlain)) {
     tensor_ = &static_cast<DLManagedTensor*>(PyCapsule_GetPointer(owner_.ptr(), kPlain))->tensor;
   } else {

@@ -45,9 +45,11 @@ struct DLManagedTensorVersioned {
   uint32_t minor;
   void* context;
   void (*deleter)(DLManagedTensorVersioned*);
-  uint64_t flags;
+  uint64_t flags;  // see kReadOnly, kIsCopied
   DLTensor tensor;
 };
+constexpr uint64_t kReadOnly = 1;
+constexpr uint64_t kIsCopied = 2;  // what is written there, the tensor's owner does not see
 
 // What a type of tensors may offer beside __dlpack__: C functions, as `__dlpack_c_exchange_api__` (DLPack 1.3), which
 // take a fraction of the time. We use the one that fills in a DLTensor; it holds as long as the object lives.
@@ -65,8 +67,8 @@ enum class Kind : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBFloat = 4, kFloat
 class Tensor {
  public:
   // Throws TypeError or ValueError that names `argument` when `object` is no tensor on that device. On a GPU it is
-  // taken as it is: the caller's stream is what orders it.
-  Tensor(const py::object& object, const char* argument, DLDevice device);
+  // taken as it is: the caller's stream is what orders it. `is_written`: refuses what is read-only, or would be a copy.
+  Tensor(const py::object& object, const char* argument, DLDevice device, bool is_written = false);
   ~Tensor();
   Tensor(const Tensor&) = delete;
   Tensor& operator=(const Tensor&) = delete;
@@ -95,7 +97,7 @@ class Tensor {
 
   // True when the object's type has the C functions, and they know it.
   bool read_by_api(const py::object& object);
-  void read_by_capsule(const py::object& object, DLDevice device);
+  void read_by_capsule(const py::object& object, DLDevice device, bool is_written);
 
   const char* argument_;
   py::object owner_;  // the capsule, or the tensor itself

@@ -12,6 +12,17 @@ import numpy as np
 
 from . import _C
 
+# numpy 1 exports no array that is read-only, as it could not say so.
+_HIDES_READ_ONLY = np.lib.NumpyVersion(np.__version__) < "2.0.0"
+
+
+class _Readable:
+    """The memory of a numpy array that is only read, without the mark that says so."""
+
+    def __init__(self, array: Any) -> None:
+        self._array = array  # kept alive
+        self.__array_interface__ = {**array.__array_interface__, "data": (array.ctypes.data, False)}
+
 
 def is_torch(tensor: Any) -> bool:
     """Is it a torch tensor? Looks without importing torch."""
@@ -27,8 +38,10 @@ def is_on_cpu(tensor: Any) -> bool:
         return True
 
 
-def exportable(tensor: Any) -> Any:
+def exportable(tensor: Any, is_written: bool = False) -> Any:
     """What DLPack can carry: numpy's bfloat16 (ml_dtypes) goes as its bits, and torch's gradient stays behind."""
+    if _HIDES_READ_ONLY and not is_written and isinstance(tensor, np.ndarray) and not tensor.flags.writeable:
+        tensor = np.asarray(_Readable(tensor)).view(tensor.dtype)
     if isinstance(tensor, np.ndarray) and tensor.dtype.type.__name__ == "bfloat16":  # dtype.name takes 2 us
         return tensor.view(np.uint16)
     if is_torch(tensor) and tensor.requires_grad:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from . import _C, arrays, bootstrap
+from .checks import require_int, require_seconds
 from .comm import Comm, require_next_placement
 from .deadline import Deadline
-from .shape import MAX_LAYER, Config, Placement, Shape, require_int
+from .shape import MAX_LAYER, Config, Placement, Shape
 
 
 class Route:
@@ -307,7 +308,7 @@ class AttentionComm(Comm):
         try:
             timeout_s = self._launch_timeout(timeout, handle)
             options = self._launch_options(num_sms, handle)
-            self._native.combine_recv(arrays.exportable(out), microbatch, timeout_s, missing == "nan", *options)
+            self._native.combine_recv(arrays.exportable(out, True), microbatch, timeout_s, missing == "nan", *options)
         finally:
             # A launched combine may still have to run, or be called again: there the next dispatch ends the loan.
             if self.device == "cpu" and not self._native.is_closed and not self._native.is_busy(microbatch):
@@ -375,7 +376,7 @@ class AttentionComm(Comm):
             ValueError: another number of experts, an older version, or a comm on a device.
         """
         require_next_placement(placement, self)
-        deadline = Deadline(self.config.connect_timeout_s if timeout is None else timeout)
+        deadline = Deadline(self.config.connect_timeout_s if timeout is None else require_seconds("timeout", timeout))
         peers = {peer.rank: peer for peer in self.peers()}  # of several lives the last
         ended = {peer.life for peer in self.peers() if peer.state == "left"}  # a lost link may be made again
         for expert_rank in placement.members:

@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from . import _C, arrays
+from .checks import require_int, require_positive_seconds, require_seconds
 from .deadline import Deadline
 from .handshake import NETWORKS, Identity
 from .listener import Listener
 from .notes import say
-from .shape import Config, Placement, Shape, require_int
+from .shape import Config, Placement, Shape
 from .store import Store, describe_store, open_store
 
 _open_ranks: set[tuple[str, str, str, int]] = set()
@@ -196,9 +197,7 @@ class Comm:
     def set_timeout(self, timeout: float) -> None:
         """Another deadline, in seconds, for verbs that are given none; on a device also for those of captured graphs,
         from their next replay on."""
-        if not timeout > 0:
-            raise ValueError(f"timeout: expected seconds > 0, got {timeout!r}")
-        self._timeout_s = timeout
+        self._timeout_s = require_positive_seconds("timeout", timeout)
         if self.device != "cpu":
             self._native.set_timeout(timeout)
 
@@ -221,7 +220,9 @@ class Comm:
         return f"<m2n {self._identity} of {self.config.job!r}/{self._identity.name!r}>"
 
     def _timeout(self, timeout: float | None) -> float:
-        return self._timeout_s if timeout is None else timeout
+        if timeout is None:
+            return self._timeout_s
+        return timeout if type(timeout) is float else require_seconds("timeout", timeout)
 
     def _launch_timeout(self, timeout: float | None, handle: tuple[int, ...]) -> float:
         """Of a verb that may be launched; below 0 the launch itself reads what set_timeout() has set."""
@@ -229,7 +230,7 @@ class Comm:
             return self._timeout(timeout)
         if timeout is not None and self._native.is_capturing(*handle):
             raise ValueError("timeout: verbs of a captured graph have the comm's; use set_timeout, before any replay")
-        return -1.0 if timeout is None else timeout
+        return -1.0 if timeout is None else require_seconds("timeout", timeout)
 
     def _launch_options(self, num_sms: int | None, handle: tuple[int, ...]) -> tuple[int, ...]:
         """The last arguments of verbs that move rows on a device; none on the CPU."""

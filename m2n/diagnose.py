@@ -24,7 +24,7 @@ from .attention import AttentionComm
 from .deadline import Deadline
 from .expert import ExpertComm
 from .features import features
-from .interfaces import addresses
+from .interfaces import describe_addresses
 from .ranks import serve
 from .shape import Config, Placement, Shape
 from .store import Store, look_up, open_store
@@ -134,8 +134,7 @@ def advice() -> list[str]:
     if not has_rdma:
         lines.append("no RDMA device (/sys/class/infiniband): take tcp between hosts")
     if not config.bind:
-        have = ", ".join(f"{interface} ({address})" for interface, address in addresses().items())
-        lines.append(f"M2N_BIND is not set: expert ranks listen on this host only; it has {have}")
+        lines.append(f"M2N_BIND is not set: expert ranks listen on this host only; it has {describe_addresses()}")
     if config.job_key is None and not config.insecure:
         lines.append("M2N_JOB_KEY is not set: ranks of other hosts are refused")
     if config.insecure:

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from . import _C, arrays, bootstrap
+from .checks import require_int, require_version
 from .comm import Comm, require_next_placement
 from .deadline import Deadline
 from .listener import Listener
-from .shape import MAX_LAYER, MAX_RANK, Config, Placement, Shape, require_int, require_version
+from .shape import MAX_LAYER, MAX_RANK, Config, Placement, Shape
 
 
 class Batch:
@@ -107,7 +108,7 @@ class Batch:
             in float32 rounded once. `out` is filled and returned where given.
 
         Raises:
-            ValueError: an unknown layout.
+            ValueError: an unknown layout; an `out` of another shape, or one that is read-only.
         """
         if layout == "padded" and not self._is_counted:
             raise ValueError("layout: 'padded' needs counts on the host; receive with sync=True, or use 'expert_major'")
@@ -126,7 +127,12 @@ class Batch:
             raise ValueError(f"layout: expected 'expert_major' or 'padded', got {layout!r}")
         if out is None:
             return rows
-        out[...] = rows
+        try:
+            out[...] = rows
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"out: expected a tensor of shape {list(rows.shape)} that can be written: {error}"
+            ) from error
         return out
 
     def _take(self, index: Any) -> Any:

@@ -11,6 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from . import _C
+from .checks import (
+    flag_of,
+    require_int,
+    require_positive_seconds,
+    require_seconds,
+    require_text,
+    require_version,
+)
 
 DTYPES = ("float32", "bfloat16", "float16")
 FLOAT8 = "float8_e4m3fn"
@@ -29,22 +37,6 @@ def _dtype_name(field: str, dtype: Any) -> str:
 
 MAX_RANK = 2**31 - 1  # native code looks ranks up as numbers of 32 bits with a sign
 MAX_LAYER = 2**32 - 1
-
-
-def require_int(field: str, value: Any, minimum: int, maximum: int = 2**31 - 1) -> int:
-    """An int within the limits, which are those of native code."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{field}: expected an int, got {value!r}")
-    number = int(value.__index__())
-    if number < minimum:
-        raise ValueError(f"{field}: expected at least {minimum}, got {number}")
-    if number > maximum:
-        raise ValueError(f"{field}: expected at most {maximum}, got {number}")
-    return number
-
-
-def require_version(version: Any) -> int:
-    return require_int("version", version, 0, 2**32 - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,6 +239,10 @@ class Faults:
 _MIN_KEY_CHARS = 16
 
 
+def _flag(variable: str) -> bool:
+    return flag_of(variable, os.environ.get(variable))
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Settings of a comm that its peers need not share. The only place that reads environment variables.
@@ -258,12 +254,13 @@ class Config:
         store_timeout_s: how long one attempt to reach the store may take, in seconds. The store may be served later:
             after each attempt a line on stderr says what is waited for, until connect_timeout_s.
         bind: where an expert rank listens for attention ranks of other hosts: an address, an interface or a network, as
-            "10.0.0.5", "eth0" or "10.0.0.0/16", each with or without ":port"; default: M2N_BIND, or nowhere.
+            "10.0.0.5", "eth0", "10.0.0.0/16" or "[fd01::5]", each with or without ":port"; default: M2N_BIND, or
+            nowhere. It takes a job_key, or insecure=True.
         job_key: a secret of the job's ranks, by which those of different hosts prove that they belong to it; default:
             M2N_JOB_KEY. Who does not have it joins nothing and writes nothing. Nothing is encrypted.
-        insecure: the network is trusted; default: M2N_INSECURE=1. Ranks of different hosts may join without a key (one
-            that is set is still asked for), and UCX may take TCP, by which whoever reaches this host can read and write
-            all memory of this process.
+        insecure: the network is trusted; default: M2N_INSECURE=1 (or true, yes, on). Ranks of different hosts may join
+            without a key (one that is set is still asked for), and UCX may take TCP, by which whoever reaches this host
+            can read and write all memory of this process.
         heartbeat_s: how often, in seconds, a rank tells those of other hosts that it is alive. One that is silent for
             three of its own periods is lost.
         give_up_s: a peer that is alive but owes an answer for so many seconds is dropped by the call that waits for it,
@@ -304,13 +301,13 @@ class Config:
     store_timeout_s: float = 4.0
     bind: str = dataclasses.field(default_factory=lambda: os.environ.get("M2N_BIND", ""))
     job_key: str | None = dataclasses.field(default_factory=lambda: os.environ.get("M2N_JOB_KEY") or None, repr=False)
-    insecure: bool = dataclasses.field(default_factory=lambda: os.environ.get("M2N_INSECURE", "") == "1")
+    insecure: bool = dataclasses.field(default_factory=lambda: _flag("M2N_INSECURE"))
     heartbeat_s: float = 1.0
     give_up_s: float | None = None
     transport: str = dataclasses.field(default_factory=lambda: os.environ.get("M2N_TRANSPORT") or "auto")
     arrays: Literal["auto", "torch", "numpy", "cupy"] = "auto"
     num_sms: int = 64
-    stream_waits: bool = dataclasses.field(default_factory=lambda: os.environ.get("M2N_STREAM_WAITS", "") == "1")
+    stream_waits: bool = dataclasses.field(default_factory=lambda: _flag("M2N_STREAM_WAITS"))
     faults: Faults | None = dataclasses.field(default_factory=Faults._from_environment)
     ucx_library: str | None = dataclasses.field(default_factory=lambda: os.environ.get("M2N_UCX_LIBRARY") or None)
     ucx_way: Literal["auto", "message", "put"] = "auto"
@@ -322,12 +319,13 @@ class Config:
             if not isinstance(getattr(self, field), bool):
                 raise TypeError(f"{field}: expected True or False, got {getattr(self, field)!r}")
         for field in ("timeout_s", "connect_timeout_s", "store_timeout_s"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"{field}: expected seconds > 0, got {getattr(self, field)!r}")
-        if self.give_up_s is not None and not 0 < self.give_up_s <= 1e9:
+            require_positive_seconds(field, getattr(self, field))
+        if self.give_up_s is not None and not 0 < require_seconds("give_up_s", self.give_up_s) <= 1e9:
             raise ValueError(f"give_up_s: expected seconds > 0 or None, got {self.give_up_s!r}")
-        if not 0.01 <= self.heartbeat_s <= 3600:
+        if not 0.01 <= require_seconds("heartbeat_s", self.heartbeat_s) <= 3600:
             raise ValueError(f"heartbeat_s: expected seconds from 0.01 to 3600, got {self.heartbeat_s!r}")
+        for field in ("job", "bind"):
+            require_text(field, getattr(self, field))
         if self.job_key is not None and (not isinstance(self.job_key, str) or len(self.job_key) < _MIN_KEY_CHARS):
             raise ValueError(
                 f"job_key: expected at least {_MIN_KEY_CHARS} characters, as `openssl rand -hex 16` prints"
@@ -342,8 +340,12 @@ class Config:
                 raise ValueError(f"{field}: expected one of {', '.join(known)}, got {getattr(self, field)!r}")
         if self.faults is not None and not isinstance(self.faults, Faults):
             raise TypeError(f"faults: expected m2n.Faults or None, got {type(self.faults).__name__}")
+        if self.ucx_library is not None and not isinstance(self.ucx_library, (str, os.PathLike)):
+            raise TypeError(f"ucx_library: expected a path, got {self.ucx_library!r}")
         if self.ucx_library is not None and (not self.ucx_library or ";" in os.fspath(self.ucx_library)):
             raise ValueError(f"ucx_library: expected a path without ';', got {self.ucx_library!r}")
+        if not isinstance(self.ucx_variables, Mapping):
+            raise TypeError(f"ucx_variables: expected a dict, got {self.ucx_variables!r}")
         for key, value in self.ucx_variables.items():
             is_name = isinstance(key, str) and key.removeprefix("UCX_").replace("_", "").isalnum() and key.isupper()
             if not is_name or not isinstance(value, str) or ";" in value:

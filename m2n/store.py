@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 import socket
 import tempfile
 import urllib.parse
@@ -18,6 +19,11 @@ from .notes import say
 
 _PAUSE_S = 0.2
 _MAX_VALUE_BYTES = 1 << 20
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), repr(error))
 
 
 @runtime_checkable
@@ -110,7 +116,7 @@ def _reach(url: str, deadline: Deadline, attempt_s: float, who: str) -> Store:
             raise
         except (OSError, RuntimeError, ValueError) as error:
             problem = (
-                f"store: cannot reach, within {deadline.seconds:.3g} s, {url}: {str(error).splitlines()[0]}; serve it "
+                f"store: cannot reach, within {deadline.seconds:.3g} s, {url}: {first_line(error)}; serve it "
                 f"with `python -m m2n store {url}` or m2n.host_store()"
             )
             if deadline.has_expired:
@@ -134,7 +140,7 @@ class HostedStore:
         try:
             self._store: Any = _serve(self.url, host, port, listening)
         except RuntimeError as error:
-            raise SetupError(f"store: cannot serve {url}: {str(error).splitlines()[0]}") from error
+            raise SetupError(f"store: cannot serve {url}: {first_line(error)}") from error
         finally:
             listening.close()
 
@@ -177,10 +183,16 @@ def open_store(store: Any, deadline: Deadline, attempt_s: float, who: str = "thi
     """The store behind what a user gave: a path, a tcp:// URL, or an object with set, get and wait.
 
     Raises:
-        SetupError: it cannot be reached by the deadline. TypeError: it is none of these.
+        SetupError: it cannot be reached by the deadline. TypeError: it is none of these. ValueError: what may be an
+            address or a path.
     """
     if isinstance(store, str) and "://" in store:
         return _reach(store, deadline, attempt_s, who)
+    if isinstance(store, str) and re.fullmatch(r"[^/]+:\d+", store):
+        raise ValueError(
+            f"store: {store!r} may be an address or a path; write tcp://{store} for a store that is served there, or "
+            f"./{store} for a directory"
+        )
     if isinstance(store, (str, os.PathLike)):
         return PathStore(store)
     if isinstance(store, HostedStore):
@@ -220,7 +232,7 @@ def look_up(store: Store, key: str, deadline: Deadline) -> bytes | None:
         # Stores differ in what they raise at a timeout; one that fails at once has failed for another reason.
         if deadline.passed - began >= 0.5 * timeout_s:
             return None
-        raise SetupError(f"store: cannot be read any more: {(str(error).splitlines() or [repr(error)])[0]}") from error
+        raise SetupError(f"store: cannot be read any more: {first_line(error)}") from error
     if isinstance(value, str):
         return value.encode(errors="replace")
     if not isinstance(value, (bytes, bytearray, memoryview)):

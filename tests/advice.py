@@ -18,6 +18,7 @@ ELSEWHERE = {
     "memory cannot be allocated while a graph is captured; receive once": _GRAPH,
     "memory cannot be allocated while a graph is captured; make a route before": _GRAPH,
     "a comm cannot be made while a CUDA graph is captured: make it before": _GRAPH,
+    ": it is read-only; give a tensor that can be written": "tests/test_arguments.py gives one then",
     "timeout: verbs of a captured graph have the comm's; use set_timeout": _GRAPH,
     "a stream cannot wait by itself here (cuStreamBatchMemOp); leave out": _GPU,
     "its driver lets no NIC into its memory; leave out gpu_direct": _GPU,

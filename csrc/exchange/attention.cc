@@ -4,6 +4,8 @@
 
 #include <algorithm>
 
+#include "exchange/plain_floats.h"
+
 namespace m2n {
 
 AttentionComm::AttentionComm(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport)
@@ -107,6 +109,7 @@ uint32_t AttentionComm::send_to_peer(uint32_t peer_idx, uint32_t slot_idx, const
   const bool is_computed = shape_.dispatch_dtype == DType::kFloat8E4M3;
   if (is_computed || is_over_network(peer_idx)) {
     // Sent from where it lies, or (packed) from the send area; what is computed is made there.
+    const PlainFloats floats;
     send.is_packed = slot.route != nullptr && slot.route->packs() && !is_computed;
     if (send.is_packed) add_relaxed(&stats_.bytes_packed, send.header.num_rows * layout_.dispatch_rows.row_bytes);
     put(false);
@@ -231,6 +234,7 @@ void AttentionComm::combine_recv(unsigned char* y, uint64_t y_stride_bytes, uint
   recv.peer_of_rank = slot.peer_of_rank.data();
   recv.y = y;
   recv.y_stride_bytes = y_stride_bytes;
+  const PlainFloats floats;
   with_dtype(shape_.combine_dtype,
              [&](auto element) { combine_recv_as<decltype(element)>(exec_, layout_, shape_, recv); });
   end_round(slot, microbatch);

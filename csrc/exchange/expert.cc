@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <limits>
 
+#include "exchange/plain_floats.h"
+
 namespace m2n {
 
 ExpertComm::ExpertComm(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport,
@@ -259,6 +261,7 @@ void ExpertComm::answer(Batch& batch, const unsigned char* y, uint64_t y_stride_
     ~Over() { batch.drop_holds(); }
   };
   const Over over{batch};
+  const PlainFloats floats;
   uint64_t num_rows = 0;
   for (const Batch::Message& message : batch.messages) {
     const uint32_t peer_idx = message.arrived.peer_idx;

@@ -5,6 +5,7 @@
 #include <new>
 
 #include "exchange/machine.h"
+#include "exchange/plain_floats.h"
 #include "transport/team_exec.h"
 
 namespace m2n {
@@ -75,8 +76,10 @@ class TeamMachine final : public Machine {
   // Always all blocks: small payloads shall meet them too.
   template <class V>
   static void start(const V& verb, uint32_t num_blocks) {
-    run_team<VerbExec>(num_blocks, kThreads, shared_words(kMaxPeers) + kCountWords,
-                       [&verb](VerbExec& exec) { run(exec, verb); });
+    run_team<VerbExec>(num_blocks, kThreads, shared_words(kMaxPeers) + kCountWords, [&verb](VerbExec& exec) {
+      const PlainFloats floats;  // threads begin with those of who starts them
+      run(exec, verb);
+    });
   }
 };
 
