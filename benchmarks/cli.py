@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from m2n.reference_model.command import run_command
 from m2n.reference_model.errors import InputError, missing_packages
 
 from . import balance, connect, copies, e2e, growth, paper, perftest, transport
@@ -61,24 +62,22 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of m2n-bench; returns the exit status."""
     args = build_parser().parse_args(argv)
+    command = " ".join([PROGRAM, *(sys.argv[1:] if argv is None else argv)])
+    return run_command(PROGRAM, lambda: _run(args, command))
+
+
+def _run(args: argparse.Namespace, command: str) -> int:
     missing = missing_packages(args.needs)
     if missing:
-        print(f"{PROGRAM} needs {', '.join(missing)}: pip install 'm2n[bench]'", file=sys.stderr)
-        return 2
+        raise InputError(f"needs {', '.join(missing)}: pip install 'm2n[bench]'")
     from .pool import WorkerFailed
     from .runs import RunFailed
 
-    command = " ".join([PROGRAM, *(sys.argv[1:] if argv is None else argv)])
     try:
         args.run(args, command)
-    except InputError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return 2
     except (WorkerFailed, RunFailed) as error:
         print(f"{PROGRAM}: a run failed: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 

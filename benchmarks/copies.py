@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from m2n.reference_model.children import python_command
 from m2n.reference_model.errors import InputError
 from m2n.reference_model.timeline import check_writable
 
@@ -125,7 +126,7 @@ def count(folder: Path, num_bytes: int, n: int, rounds: int, extra_copy: str, li
     about = {"rounds": rounds, "n": n, "row_bytes": ROW_BYTES, "num_experts": num_experts, "extra_copy": extra_copy}
     (folder / "case.json").write_text(json.dumps(about), encoding="utf-8")
     preload = ["env", "M2N_STORES=regular", *([] if library is None else [f"LD_PRELOAD={library}"])]
-    rank = [*preload, sys.executable, "-m", "m2n.benchmarks.copies_ranks", str(folder)]
+    rank = [*preload, *python_command("m2n.benchmarks.copies_ranks", folder)]
     run_processes([[*rank, "attention", "0"], *([*rank, "expert", str(i)] for i in range(n))], _TIMEOUT_S)
     found: dict[tuple[str, str, str], Row] = {}
     for path in sorted(folder.glob("*.*.json")):

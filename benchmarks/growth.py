@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from m2n.reference_model.children import python_command
 from m2n.reference_model.errors import InputError
 from m2n.reference_model.timeline import check_writable
 
@@ -158,7 +159,7 @@ def measure_python(
                 "idle_counts": list(idle_counts), "cores": cores,
             }  # fmt: skip
             (Path(name) / "case.json").write_text(json.dumps(about), encoding="utf-8")
-            rank = [sys.executable, "-m", "m2n.benchmarks.growth_ranks", name]
+            rank = python_command("m2n.benchmarks.growth_ranks", name)
             runs.run_processes([[*rank, "attention"], [*rank, "expert"]], _TIMEOUT_S)
             for idle in idle_counts:
                 for column, samples in zip(_COLUMNS, np.load(Path(name) / f"{idle}.npy").T):

@@ -13,6 +13,8 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
+from m2n.reference_model.children import python_command
+
 from .hosts import Place
 
 # What a job may take; the ranks in it have deadlines of their own.
@@ -60,9 +62,8 @@ class Pool:
         for prefix, env in places or [Place((), {})] * num_workers:
             ours, theirs = Pipe()
             process = subprocess.Popen(
-                [*prefix, sys.executable, "-m", __name__, str(theirs.fileno())],
-                # What a job names is found where it is found here.
-                env={**os.environ, **env, "PYTHONPATH": os.pathsep.join(sys.path)},
+                [*prefix, *python_command(__name__, theirs.fileno())],
+                env={**os.environ, **env},
                 stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()],
             )  # fmt: skip
             theirs.close()

@@ -99,3 +99,7 @@ def _run_one(
         all_loaded.abort()
         return 2 if is_input else 1
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,8 @@ class ModelConfig:
 
         Raises CheckpointError for a file that cannot be read, ConfigError for what this model does not run.
         """
+        if not Path(directory).is_dir():
+            raise CheckpointError(_no_directory(str(directory)))
         raw = _read_json(Path(directory) / "config.json")
         generation_path = Path(directory) / "generation_config.json"
         return cls.from_dict(raw, _read_json(generation_path) if generation_path.exists() else None)
@@ -143,6 +146,13 @@ class _Reader:
         if not isinstance(value, bool):
             raise ConfigError(f"{name} must be true or false, not {brief(value)}")
         return value
+
+
+def _no_directory(name: str) -> str:
+    text = f"there is no checkpoint directory {name}"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) is None:
+        return text
+    return f"{text}; to take the model of that name from a hub: hf download {name} --local-dir DIR, and give DIR"
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -7,14 +7,18 @@ import sys
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from .command import give_up_stdout
+from .errors import InputError
 from .pipeline import describe
 from .run_config import ATTENTION
 from .tokenizer import TextStream, Tokenizer
 
 _TAIL = 48
+_WIDE = 1000
 
 
 class Display:
@@ -24,7 +28,15 @@ class Display:
     bar with the last words of each running sequence is shown where standard error is a terminal.
     """
 
-    def __init__(self, tokenizer: Tokenizer, texts: list[str], prompts: list[list[int]], max_new: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        texts: list[str],
+        prompts: list[list[int]],
+        max_new: int,
+        goes_on: bool = False,
+    ) -> None:
+        self._goes_on = goes_on  # though standard output takes nothing any more
         self._texts = texts
         self._streams = [TextStream(tokenizer, prompt) for prompt in prompts]
         self._answers = ["" for _ in prompts]
@@ -76,8 +88,7 @@ class Display:
             self._stop_progress()  # it has bridged the loading; the text itself shows progress now
             head = self._texts[0] if self._num_printed == 0 else ""
             self._num_printed = 1
-            sys.stdout.write(head + new_text + ("\n" if is_last else ""))
-            sys.stdout.flush()
+            self._write(head + new_text + ("\n" if is_last else ""))
             return
         self._is_finished[idx] = is_last
         self._show_progress(idx, is_last)
@@ -101,24 +112,40 @@ class Display:
         if self._progress is not None and sys.stdout.isatty():
             self._progress.console.print(text, markup=False, soft_wrap=True)
         else:
-            sys.stdout.write(text + "\n")
+            self._write(text + "\n")
+
+    def _write(self, text: str) -> None:
+        try:
+            sys.stdout.write(text)
             sys.stdout.flush()
+        except OSError as error:
+            give_up_stdout()
+            if not self._goes_on and isinstance(error, BrokenPipeError):
+                raise
+            if not self._goes_on:
+                raise InputError(f"cannot write to standard output: {error.strerror}") from error
 
     def summary(self, about: dict[str, Any]) -> None:
         """Tokens per second, each rank's busy and waiting time and bytes, and how well the pipeline was filled."""
         table = Table(box=None, pad_edge=False, header_style="")
         for column in ("rank", "busy s", "waiting s", "sent MB", "received MB", "steps or batches"):
-            table.add_column(column, justify="left" if column == "rank" else "right")
+            table.add_column(column, justify="left" if column == "rank" else "right", no_wrap=True)
         for rank in about["ranks"]:
             work = rank["steps"] if rank["role"] == ATTENTION else rank["batches"]
             times = (f"{rank['busy_s']:.3f}", f"{rank['wait_s']:.3f}")
             moved = (f"{rank['bytes_sent'] / 1e6:.3f}", f"{rank['bytes_received'] / 1e6:.3f}")
             table.add_row(f"{rank['role']} {rank['rank']}", *times, *moved, str(work))
+        width = self._console.width
         self._console.print(
             f"{about['tokens']} tokens of {about['sequences']} sequences in {about['seconds']:.2f} s: "
             f"{about['tokens_per_s']:.1f} tokens/s, {about['bytes_moved'] / 1e6:.3f} MB moved"
         )
-        self._console.print(table)
+        if Measurement.get(self._console, self._console.options.update(width=_WIDE), table).maximum <= width:
+            self._console.print(table)
+        else:
+            names = [str(column.header) for column in table.columns]
+            for row in zip(*(column.cells for column in table.columns)):
+                self.lines([f"{row[0]}: " + ", ".join(f"{name} {cell}" for name, cell in zip(names[1:], row[1:]))])
         self.lines(describe(about["pipeline"]))
 
     def lines(self, lines: list[str]) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .command import Files, run_command
 from .errors import InputError, missing_packages
 
 if TYPE_CHECKING:
@@ -64,11 +65,13 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     model.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     model.add_argument("--prompt", action="append", default=[], help="may be given several times")
-    model.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt per line")
+    model.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt per line; -: standard input")
     sampling = parser.add_argument_group("generation")
     sampling.add_argument("--max-new-tokens", type=int, default=64)
     sampling.add_argument("--ignore-eos", action="store_true", help="go on after an end token")
-    sampling.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
+    sampling.add_argument(
+        "--temperature", type=float, default=0.0, help="0: the likeliest (default), whatever the files say"
+    )
     sampling.add_argument("--top-p", type=float, default=1.0)
     sampling.add_argument("--seed", type=int, default=0)
     sampling.add_argument(
@@ -88,17 +91,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--record-routes", type=Path, metavar="FILE", help="write every token's experts as .npz, described in routes.py"
     )
     output.add_argument(
-        "--trace",
-        type=Path,
-        metavar="FILE",
-        help="write what every rank did when, for ui.perfetto.dev or chrome://tracing",
+        "--trace", type=Path, metavar="FILE", help="write what every rank did when, for ui.perfetto.dev"
     )
     output.add_argument(
         "--timeline", type=Path, metavar="FILE.png", help="draw a few layers of it (needs matplotlib: 'm2n[bench]')"
     )
-    output.add_argument(
-        "--timeout", type=float, default=120.0, metavar="S", help="longest wait for a peer, default 120"
-    )
+    output.add_argument("--timeout", type=float, default=120.0, metavar="S", help="longest wait for a peer (120)")
     return parser
 
 
@@ -126,29 +124,23 @@ def _add_devices(ranks: Any) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of m2n-generate; returns the exit status."""
     args = build_parser().parse_args(argv)
+    return run_command(PROGRAM, lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
     missing = missing_packages(EXTRAS)
     if missing:
-        print(f"{PROGRAM} needs {', '.join(missing)}: pip install 'm2n[model]'", file=sys.stderr)
-        return 2
+        raise InputError(f"needs {', '.join(missing)}: pip install 'm2n[model]'")
     from .launcher import Interrupted, RankFailed
 
     try:
         return _generate(args)
-    except InputError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return 2
     except RankFailed as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1
     except Interrupted as interrupted:
         print(f"{PROGRAM}: ended by {interrupted}", file=sys.stderr)
         return interrupted.exit_status
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # The reader of standard output has gone; nothing may be written to it at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -161,7 +153,7 @@ def _generate(args: argparse.Namespace) -> int:
     from .torchrun import global_rank, is_torchrun, run_under_torchrun
 
     run, texts = _run_config(args), _prompt_texts(args)
-    for path in (args.json, args.record_routes, args.trace, args.timeline):
+    for path in _files(args):
         if path is not None:
             check_writable(path)
     if args.timeline is not None:
@@ -180,15 +172,24 @@ def _generate(args: argparse.Namespace) -> int:
             return 0
         assert global_rank() == 0
         return _report(args, result, tokenizer, texts, is_shown=False)
-    return _report(args, _launch(run, tokenizer, texts, prompts), tokenizer, texts, is_shown=True)
+    is_kept = any(path is not None for path in _files(args))
+    result = _launch(run, tokenizer, texts, prompts, is_kept)
+    return _report(args, result, tokenizer, texts, is_shown=True)
 
 
-def _launch(run: RunConfig, tokenizer: Tokenizer, texts: list[str], prompts: list[list[int]]) -> RunResult:
+def _files(args: argparse.Namespace) -> list[Path | None]:
+    return [args.json, args.record_routes, args.trace, args.timeline]
+
+
+def _launch(
+    run: RunConfig, tokenizer: Tokenizer, texts: list[str], prompts: list[list[int]], is_kept: bool
+) -> RunResult:
+    """Runs to the end. Results that are kept in files are worth that though nobody reads standard output any more."""
     from .display import Display
     from .launcher import Launcher
 
     launcher = Launcher(run, prompts)
-    with Display(tokenizer, texts, prompts, run.max_new_tokens) as display:
+    with Display(tokenizer, texts, prompts, run.max_new_tokens, goes_on=is_kept) as display:
         with contextlib.closing(launcher.events()) as events:
             for event in events:
                 display.event(event)
@@ -232,15 +233,29 @@ def _run_config(args: argparse.Namespace) -> RunConfig:
 
 
 def _prompt_texts(args: argparse.Namespace) -> list[str]:
+    """The texts of --prompt, then of the lines of --prompts: a line ends at a line feed, with or without a carriage
+    return before it, and nowhere else."""
     texts = list(args.prompt)
     if args.prompts is not None:
+        where = "standard input" if str(args.prompts) == "-" else str(args.prompts)
         try:
-            lines = args.prompts.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read the prompts in {args.prompts}: {error}") from error
+            data = sys.stdin.buffer.read() if str(args.prompts) == "-" else args.prompts.read_bytes()
+            lines = data.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
+        except OSError as error:
+            raise InputError(f"cannot read the prompts in {where}: {error.strerror or error}") from error
+        except UnicodeDecodeError as error:
+            wrong = f"byte 0x{error.object[error.start]:02x} at place {error.start}"
+            raise InputError(f"the prompts in {where} are not UTF-8: {wrong}") from error
         texts += [line for line in lines if line.strip()]
     if not texts:
         raise InputError('nothing to generate from: give --prompt "..." or --prompts FILE')
+    for idx, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # an argument's bytes, as the system hands them on
+            raise InputError(
+                f"prompt {idx} is not UTF-8 at character {error.start}; the locale (LANG) must be that of the prompt"
+            ) from error
     return texts
 
 
@@ -251,22 +266,20 @@ def _report(args: argparse.Namespace, result: RunResult, tokenizer: Tokenizer, t
     from .result import SETTINGS
     from .timeline import draw_timeline, write_trace
 
-    display = Display(tokenizer, texts, result.prompts, result.run.max_new_tokens)
+    display, files = Display(tokenizer, texts, result.prompts, result.run.max_new_tokens), Files()
     answers = [tokenizer.answer(prompt, answer) for prompt, answer in zip(result.prompts, result.answers)]
     if not is_shown:
         for text, answer in zip(texts, answers):
             print(f"{text}{answer}\n")
     summary: dict[str, Any] = result.summary()
     display.summary(summary)
-    if args.record_routes is not None:
-        config = ModelConfig.from_directory(result.run.checkpoint)
-        num_routes = result.write_routes(str(args.record_routes), config)
-        display.lines([f"{num_routes} routes written to {args.record_routes}"])
-    if args.trace is not None:
-        write_trace(args.trace, result.traces, {name: summary[name] for name in SETTINGS})
+    config = ModelConfig.from_directory(result.run.checkpoint)
+    if files.write(args.record_routes, lambda: result.write_routes(str(args.record_routes), config)):
+        display.lines([f"routes written to {args.record_routes}"])
+    settings = {name: summary[name] for name in SETTINGS}
+    if files.write(args.trace, lambda: write_trace(args.trace, result.traces, settings)):
         display.lines([f"trace written to {args.trace}: open it in ui.perfetto.dev"])
-    if args.timeline is not None:
-        draw_timeline(args.timeline, result.traces, result.run.microbatches)
+    if files.write(args.timeline, lambda: draw_timeline(args.timeline, result.traces, result.run.microbatches)):
         display.lines([f"timeline drawn to {args.timeline}"])
     is_right = True
     if args.verify:
@@ -279,12 +292,13 @@ def _report(args: argparse.Namespace, result: RunResult, tokenizer: Tokenizer, t
         display.lines(theirs.lines())
         is_right = summary["verify"]["identical"] and not theirs.differences
         summary["verify"]["transformers"] = dataclasses.asdict(theirs)
-    if args.json is not None:
-        sequences = [
-            {"prompt": text, "token_ids": answer_ids, "text": answer, "finish": finish}
-            for text, answer_ids, answer, finish in zip(texts, result.answers, answers, result.finishes)
-        ]
-        args.json.write_text(json.dumps({"sequences": sequences, "summary": summary}, indent=1) + "\n")
+    sequences = [
+        {"prompt": text, "token_ids": answer_ids, "text": answer, "finish": finish}
+        for text, answer_ids, answer, finish in zip(texts, result.answers, answers, result.finishes)
+    ]
+    written = json.dumps({"sequences": sequences, "summary": summary}, indent=1) + "\n"
+    files.write(args.json, lambda: args.json.write_text(written, encoding="utf-8"))
+    files.raise_faults()
     return 0 if is_right else 1
 
 

@@ -9,7 +9,6 @@ import os
 import queue
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -18,6 +17,7 @@ from typing import Any
 
 import m2n
 
+from .children import python_command
 from .errors import InputError
 from .result import RunResult
 from .run_config import ATTENTION, RunConfig
@@ -27,11 +27,6 @@ _CAUSE_S = 1.0
 # From the polite signal to the other one.
 _TERMINATE_S = 2.0
 _STDERR_LINES = 20
-# With "-m" the current directory would come first in the child's path, and with it whatever m2n lies there.
-_CHILD = """import json, sys
-sys.path[:] = json.loads(sys.argv[2])
-from m2n.reference_model.child import main
-sys.exit(main())"""
 
 
 class RankFailed(RuntimeError):
@@ -59,7 +54,7 @@ class _Child:
         read_fd, write_fd = os.pipe()
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _CHILD, str(write_fd), json.dumps(sys.path)],
+                python_command("m2n.reference_model.child", write_fd),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,

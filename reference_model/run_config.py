@@ -197,6 +197,12 @@ class RunConfig:
             self.shape(config)
         except ValueError as error:  # it names the field: more microbatches than a comm has slots, say
             raise InputError(str(error)) from error
+        # As the library has it: places of a batch are 24 bits, rows of all peers' windows 31.
+        slots = max(self.max_peers(ATTENTION), self.max_peers(EXPERT)) * (self.microbatches + 1)
+        replies = config.top_k if self.reduce_at == "attention" else 1
+        most = min((2**24 - 2) // config.top_k, (2**31 - 1) // (slots * replies))
+        if self.max_tokens > most:
+            raise InputError(f"max-tokens must be at most {most} for this model and these ranks, not {self.max_tokens}")
         if self.expert_ranks > config.num_experts:
             raise InputError(f"{self.expert_ranks} expert ranks, but the model has {config.num_experts} experts")
 

@@ -316,7 +316,7 @@ def test_a_bad_checkpoint_is_refused_before_any_rank_starts(
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (tmp_path / name).write_bytes((directory / name).read_bytes())
     options = ["--prompt", "Noah", "--checkpoint", tmp_path]
-    assert "config.json: No such file" in refused(capsys, "--prompt", "x", "--checkpoint", tmp_path / "x")
+    assert "there is no checkpoint directory" in refused(capsys, "--prompt", "x", "--checkpoint", tmp_path / "x")
     (tmp_path / "tokenizer.json").unlink()
     assert "no tokenizer" in refused(capsys, *options)
     whole = (tmp_path / "model.safetensors").read_bytes()

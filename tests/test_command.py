@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a command owes its user: a line for what goes wrong, results in their files whatever becomes of the display, and
+children that import what it imports itself, whatever lies in the current folder."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("tokenizers")
+
+from m2n.benchmarks import cli  # noqa: E402
+from m2n.reference_model import generate  # noqa: E402
+from m2n.reference_model.children import python_command  # noqa: E402
+from m2n.reference_model.command import Files, run_command  # noqa: E402
+from m2n.reference_model.config import ModelConfig  # noqa: E402
+from m2n.reference_model.display import Display  # noqa: E402
+from m2n.reference_model.errors import CheckpointError, InputError  # noqa: E402
+from m2n.reference_model.run_config import RunConfig  # noqa: E402
+from m2n.reference_model.tokenizer import Tokenizer  # noqa: E402
+
+SHIPPED = generate.DEFAULT_CHECKPOINT
+ARGUMENTS = ["--prompt", "And it", "--max-new-tokens", "3"]
+COMMAND = [sys.executable, "-c", "from m2n.reference_model.generate import main; exit(main())"]
+
+
+@pytest.fixture
+def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder holds what must not be imported."""
+    for name in ("m2n/__init__.py", "torch/__init__.py", "numpy.py", "json.py", "runpy.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("raise SystemExit('imported from the current folder')\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_child_imports_from_where_its_parent_does(trap: Path) -> None:
+    done = subprocess.run(python_command("m2n", "info"), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "transports" in done.stdout, done.stderr
+    moved = subprocess.run([sys.executable, "-m", "m2n", "info"], capture_output=True, text=True, timeout=60)
+    assert "imported from the current folder" in moved.stderr, "the trap is one"
+
+
+def test_the_ranks_of_a_benchmark_start_in_any_folder(trap: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = "latency --sizes 1024 --baselines gloo --starts 1 --seconds 0.02 --json out.json"
+    assert cli.main(options.split()) == 0
+    rows = json.loads((trap / "out.json").read_text())["rows"]
+    ran = {(row["contender"], row["boundary"]) for row in rows if "p50_us" in row}
+    assert {("m2n", "python"), ("gloo", "python"), ("m2n", "cpp")} <= ran
+
+
+def test_results_are_written_though_standard_output_takes_nothing(trap: Path) -> None:
+    """Closed, of an encoding that lacks the characters, or full; and ranks start in any folder."""
+    program = (
+        "import sys; sys.path.insert(0, sys.path.pop(0)); sys.path.remove(''); "
+        "from m2n.reference_model.generate import main; exit(main())"
+    )
+    command = [sys.executable, "-c", program, "--prompt", "für – alle", "--max-new-tokens", "2", "--json", "out.json"]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    closed = subprocess.run(
+        ["bash", "-c", '"$@" >&-', "bash", *command], capture_output=True, text=True, timeout=60, env=environment
+    )
+    assert closed.returncode == 0, closed.stderr
+    assert json.loads((trap / "out.json").read_text())["sequences"][0]["prompt"] == "für – alle"
+
+
+class Broken(io.StringIO):
+    def __init__(self, error: OSError) -> None:
+        super().__init__()
+        self.error = error
+
+    def fileno(self) -> int:
+        return self.null
+
+    def write(self, text: str) -> int:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(28, "No space left on device")])
+def test_a_display_that_breaks_ends_a_run_only_where_nothing_else_is_kept(
+    error: OSError, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tokenizer = Tokenizer(SHIPPED)
+    event = {"event": "tokens", "tokens": [(0, tokenizer.encode("a")[0], "length")]}
+    with (tmp_path / "stdout").open("w") as file:
+        out = Broken(error)
+        out.null = file.fileno()
+        monkeypatch.setattr(sys, "stdout", out)
+        Display(tokenizer, ["x"], [[1]], 1, goes_on=True).event(event)
+        with pytest.raises(BrokenPipeError if error.errno == 32 else InputError):
+            Display(tokenizer, ["x"], [[1]], 1).event(event)
+
+
+def test_a_file_that_cannot_be_written_keeps_no_other_from_it(tmp_path: Path) -> None:
+    files, good = Files(), tmp_path / "good"
+    assert not files.write(Path("/dev/full"), lambda: Path("/dev/full").write_text("x"))
+    assert files.write(good, lambda: good.write_text("x")) and not files.write(None, lambda: None)
+    with pytest.raises(InputError, match="cannot write /dev/full: No space left on device$"):
+        files.raise_faults()
+
+
+def test_an_interrupt_and_bad_input_are_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(error: BaseException) -> int:
+        raise error
+
+    assert run_command("prog", lambda: fail(KeyboardInterrupt())) == 130
+    assert run_command("prog", lambda: fail(InputError("no such thing"))) == 2
+    assert run_command("prog", lambda: 1) == 1
+    assert capsys.readouterr().err == "prog: ended by SIGINT\nprog: no such thing\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after_s", [0.4, 1.0, 2.5])
+def test_ctrl_c_while_it_starts_is_a_line_and_leaves_nothing(after_s: float) -> None:
+    """In the first moments, before this code runs, it is Python's own traceback."""
+    with subprocess.Popen(
+        [*COMMAND, *ARGUMENTS, "--max-new-tokens", "5000"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        time.sleep(after_s)
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.communicate(timeout=20)[1]
+    if process.returncode != -signal.SIGINT:
+        assert process.returncode == 130 and said == "m2n-generate: ended by SIGINT\n"
+
+
+def texts_of(*arguments: str) -> list[str]:
+    return generate._prompt_texts(generate.build_parser().parse_args(list(arguments)))
+
+
+def test_lines_of_a_prompts_file_end_at_line_feeds_and_nowhere_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "\ufeffone\u2028line\n\n\x0btwo\r\nthree\x85four\rfive\x0c\x1c\n"
+    expected = ["one\u2028line", "\x0btwo", "three\x85four\rfive\x0c\x1c"]
+    path = tmp_path / "для всех.txt"
+    path.write_bytes(text.encode())
+    assert texts_of("--prompts", str(path)) == expected
+    stdin = argparse.Namespace(buffer=io.BytesIO(text.encode()))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert texts_of("--prompt", "first", "--prompts", "-") == ["first", *expected]
+
+
+def test_prompts_that_are_no_utf_8_are_told_with_their_place(tmp_path: Path) -> None:
+    path = tmp_path / "prompts"
+    path.write_bytes(b"abc\xff\n")
+    with pytest.raises(InputError, match=r"prompts in .*prompts are not UTF-8: byte 0xff at place 3$"):
+        texts_of("--prompts", str(path))
+    with pytest.raises(InputError, match="prompt 1 is not UTF-8 at character 1"):
+        texts_of("--prompt", "a", "--prompt", "a\udcff")
+    with pytest.raises(InputError, match=r"cannot read the prompts in .*: Is a directory$"):
+        texts_of("--prompts", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["mistralai/Mixtral-8x7B-v0.1", "Qwen/Qwen3-30B-A3B"])
+def test_a_name_of_a_hub_says_how_to_download_it(name: str) -> None:
+    with pytest.raises(CheckpointError, match=f"hf download {name} --local-dir DIR"):
+        ModelConfig.from_directory(name)
+    with pytest.raises(CheckpointError, match="there is no checkpoint directory ./no/such$"):
+        ModelConfig.from_directory("./no/such")
+
+
+@pytest.mark.parametrize("options", [{}, {"attention_ranks": 40}, {"reduce_at": "attention"}, {"microbatches": 3}])
+def test_a_microbatch_too_large_is_told_with_what_would_do(options: dict[str, Any]) -> None:
+    """What is allowed by its words is allowed."""
+    config = ModelConfig.from_directory(SHIPPED)
+    with pytest.raises(InputError, match=r"max-tokens must be at most \d+ for this model") as refused:
+        RunConfig(str(SHIPPED), max_tokens=100_000_000, **options).check_model(config)
+    most = int(str(refused.value).split("at most ")[1].split()[0])
+    RunConfig(str(SHIPPED), max_tokens=most, **options).check_model(config)
+
+
+@pytest.mark.parametrize("columns", [40, 200])
+def test_the_summary_is_legible_at_any_width(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    rank = {"role": "expert", "rank": 0, "batches": 12, "busy_s": 0.5, "wait_s": 0.25}
+    rank |= {"bytes_sent": 3_000_000, "bytes_received": 4_000_000}
+    about = {"ranks": [rank], "tokens": 5, "sequences": 1, "seconds": 1.0, "tokens_per_s": 5.0, "bytes_moved": 7e6}
+    monkeypatch.setattr("m2n.reference_model.display.describe", lambda pipeline: [])
+    Display(Tokenizer(SHIPPED), ["a"], [[1]], 5).summary({**about, "pipeline": {}})
+    said = capsys.readouterr().err
+    assert "…" not in said and all(figure in said for figure in ("expert 0", "0.500", "0.250", "3.000", "4.000", "12"))
+    assert ("expert 0: busy s 0.500, waiting s 0.250" in said) == (columns == 40)
+
+
+def test_a_checkpoint_may_be_a_link_of_any_name_that_nobody_can_write(tmp_path: Path) -> None:
+    """A prompt of special tokens alone, too, and one of nothing."""
+    copy, link = tmp_path / "copy", tmp_path / "Καλημέρα 模型"
+    copy.mkdir()
+    for path in SHIPPED.glob("*.*"):
+        (copy / path.name).write_bytes(path.read_bytes())
+        (copy / path.name).chmod(0o444)
+    copy.chmod(0o555)
+    link.symlink_to(copy)
+    try:
+        options = ["--checkpoint", str(link), "--json", str(tmp_path / "ö.json"), "--max-new-tokens", "2"]
+        assert generate.main(["--prompt", "<|end|>", "--prompt", "", *options]) == 0
+    finally:
+        copy.chmod(0o755)
+    sequences = json.loads((tmp_path / "ö.json").read_text(encoding="utf-8"))["sequences"]
+    assert [len(sequence["token_ids"]) for sequence in sequences] == [2, 2]
