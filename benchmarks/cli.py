@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from m2n.reference_model.command import run_command
+from m2n.reference_model.command import outlast_stdout, run_command
 from m2n.reference_model.errors import InputError, missing_packages
 
 from . import balance, connect, copies, e2e, growth, paper, perftest, transport
@@ -73,6 +73,8 @@ def _run(args: argparse.Namespace, command: str) -> int:
     from .pool import WorkerFailed
     from .runs import RunFailed
 
+    if any(getattr(args, name, None) for name in ("json", "plot", "timeline", "trace")):
+        outlast_stdout()
     try:
         args.run(args, command)
     except (WorkerFailed, RunFailed) as error:

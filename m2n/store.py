@@ -212,7 +212,7 @@ def describe_store(store: Any) -> str:
         path = os.fspath(store)
         return path if "://" in path else os.path.abspath(path)
     host, port = getattr(store, "host", None), getattr(store, "port", None)
-    return type(store).__name__ + (f" at {host}:{port}" if host and port else "")
+    return type(store).__name__ + (f" at {join_address(host, port)}" if host and port else "")
 
 
 def look_up(store: Store, key: str, deadline: Deadline) -> bytes | None:

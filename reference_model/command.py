@@ -31,8 +31,13 @@ def run_command(program: str, body: Callable[[], int]) -> int:
         print(f"{program}: ended by SIGINT", file=sys.stderr)
         return _INTERRUPTED
     except BrokenPipeError:
-        give_up_stdout()
+        _give_up_stdout()
         return _NOBODY_READS
+    except OSError as error:  # a disk that is full, a file that went: what it says is all there is to say
+        print(f"{program}: {error}", file=sys.stderr)
+        if error.filename is None:
+            _give_up_stdout()
+        return 2
 
 
 def mend_streams() -> None:
@@ -45,9 +50,37 @@ def mend_streams() -> None:
             stream.reconfigure(errors="replace")
 
 
-def give_up_stdout() -> None:
+def _give_up_stdout() -> None:
     """Its reader has gone, or its disk is full: nothing may be written to it at exit either."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Lasting:
+    """Standard output whose end ends nothing."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except OSError:
+            _give_up_stdout()
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            _give_up_stdout()
+
+
+def outlast_stdout() -> None:
+    """For commands whose results are kept in files: those are worth going on for, though nobody reads the rest."""
+    sys.stdout = _Lasting(sys.stdout)  # type: ignore[assignment]
 
 
 class Files:

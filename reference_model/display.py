@@ -11,8 +11,6 @@ from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .command import give_up_stdout
-from .errors import InputError
 from .pipeline import describe
 from .run_config import ATTENTION
 from .tokenizer import TextStream, Tokenizer
@@ -28,15 +26,7 @@ class Display:
     bar with the last words of each running sequence is shown where standard error is a terminal.
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        texts: list[str],
-        prompts: list[list[int]],
-        max_new: int,
-        goes_on: bool = False,
-    ) -> None:
-        self._goes_on = goes_on  # though standard output takes nothing any more
+    def __init__(self, tokenizer: Tokenizer, texts: list[str], prompts: list[list[int]], max_new: int) -> None:
         self._texts = texts
         self._streams = [TextStream(tokenizer, prompt) for prompt in prompts]
         self._answers = ["" for _ in prompts]
@@ -88,7 +78,8 @@ class Display:
             self._stop_progress()  # it has bridged the loading; the text itself shows progress now
             head = self._texts[0] if self._num_printed == 0 else ""
             self._num_printed = 1
-            self._write(head + new_text + ("\n" if is_last else ""))
+            sys.stdout.write(head + new_text + ("\n" if is_last else ""))
+            sys.stdout.flush()
             return
         self._is_finished[idx] = is_last
         self._show_progress(idx, is_last)
@@ -112,18 +103,8 @@ class Display:
         if self._progress is not None and sys.stdout.isatty():
             self._progress.console.print(text, markup=False, soft_wrap=True)
         else:
-            self._write(text + "\n")
-
-    def _write(self, text: str) -> None:
-        try:
-            sys.stdout.write(text)
+            sys.stdout.write(text + "\n")
             sys.stdout.flush()
-        except OSError as error:
-            give_up_stdout()
-            if not self._goes_on and isinstance(error, BrokenPipeError):
-                raise
-            if not self._goes_on:
-                raise InputError(f"cannot write to standard output: {error.strerror}") from error
 
     def summary(self, about: dict[str, Any]) -> None:
         """Tokens per second, each rank's busy and waiting time and bytes, and how well the pipeline was filled."""

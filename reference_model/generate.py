@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .command import Files, run_command
+from .command import Files, outlast_stdout, run_command
 from .errors import InputError, missing_packages
 
 if TYPE_CHECKING:
@@ -172,24 +172,21 @@ def _generate(args: argparse.Namespace) -> int:
             return 0
         assert global_rank() == 0
         return _report(args, result, tokenizer, texts, is_shown=False)
-    is_kept = any(path is not None for path in _files(args))
-    result = _launch(run, tokenizer, texts, prompts, is_kept)
-    return _report(args, result, tokenizer, texts, is_shown=True)
+    if any(path is not None for path in _files(args)):
+        outlast_stdout()
+    return _report(args, _launch(run, tokenizer, texts, prompts), tokenizer, texts, is_shown=True)
 
 
 def _files(args: argparse.Namespace) -> list[Path | None]:
     return [args.json, args.record_routes, args.trace, args.timeline]
 
 
-def _launch(
-    run: RunConfig, tokenizer: Tokenizer, texts: list[str], prompts: list[list[int]], is_kept: bool
-) -> RunResult:
-    """Runs to the end. Results that are kept in files are worth that though nobody reads standard output any more."""
+def _launch(run: RunConfig, tokenizer: Tokenizer, texts: list[str], prompts: list[list[int]]) -> RunResult:
     from .display import Display
     from .launcher import Launcher
 
     launcher = Launcher(run, prompts)
-    with Display(tokenizer, texts, prompts, run.max_new_tokens, goes_on=is_kept) as display:
+    with Display(tokenizer, texts, prompts, run.max_new_tokens) as display:
         with contextlib.closing(launcher.events()) as events:
             for event in events:
                 display.event(event)

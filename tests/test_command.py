@@ -23,7 +23,7 @@ pytest.importorskip("tokenizers")
 from m2n.benchmarks import cli  # noqa: E402
 from m2n.reference_model import generate  # noqa: E402
 from m2n.reference_model.children import python_command  # noqa: E402
-from m2n.reference_model.command import Files, run_command  # noqa: E402
+from m2n.reference_model.command import Files, outlast_stdout, run_command  # noqa: E402
 from m2n.reference_model.config import ModelConfig  # noqa: E402
 from m2n.reference_model.display import Display  # noqa: E402
 from m2n.reference_model.errors import CheckpointError, InputError  # noqa: E402
@@ -76,30 +76,36 @@ def test_results_are_written_though_standard_output_takes_nothing(trap: Path) ->
 
 
 class Broken(io.StringIO):
-    def __init__(self, error: OSError) -> None:
-        super().__init__()
-        self.error = error
+    """Standard output that takes nothing any more."""
 
-    def fileno(self) -> int:
-        return self.null
+    def __init__(self, error: OSError, file: Any) -> None:
+        super().__init__()
+        self.error, self.fileno = error, file.fileno  # type: ignore[method-assign]
 
     def write(self, text: str) -> int:
         raise self.error
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(28, "No space left on device")])
-def test_a_display_that_breaks_ends_a_run_only_where_nothing_else_is_kept(
-    error: OSError, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_output_that_breaks_ends_a_run_only_where_nothing_else_is_kept(
+    error: OSError, is_kept: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tokenizer = Tokenizer(SHIPPED)
-    event = {"event": "tokens", "tokens": [(0, tokenizer.encode("a")[0], "length")]}
+    tokenizer, reached = Tokenizer(SHIPPED), []
+
+    def body() -> int:
+        if is_kept:
+            outlast_stdout()
+        event = {"event": "tokens", "tokens": [(0, tokenizer.encode("a")[0], "length")]}
+        Display(tokenizer, ["x"], [[1]], 1).event(event)
+        reached.append(True)
+        return 0
+
     with (tmp_path / "stdout").open("w") as file:
-        out = Broken(error)
-        out.null = file.fileno()
-        monkeypatch.setattr(sys, "stdout", out)
-        Display(tokenizer, ["x"], [[1]], 1, goes_on=True).event(event)
-        with pytest.raises(BrokenPipeError if error.errno == 32 else InputError):
-            Display(tokenizer, ["x"], [[1]], 1).event(event)
+        monkeypatch.setattr(sys, "stdout", Broken(error, file))
+        status = run_command("prog", body)
+    assert (status, bool(reached)) == ((0, True) if is_kept else ({32: 141, 28: 2}[error.errno or 0], False))
+    assert capsys.readouterr().err == ("" if is_kept or status == 141 else f"prog: {error}\n")
 
 
 def test_a_file_that_cannot_be_written_keeps_no_other_from_it(tmp_path: Path) -> None:
