@@ -22,7 +22,7 @@ export PYTHON VENV TORCH_INDEX PIP_FLAGS
 unexport PYTHONDONTWRITEBYTECODE
 
 # Relative paths throughout: make cannot handle a space in the path of the repository.
-SOURCES := pyproject.toml CMakeLists.txt constraints-cpu.txt .ci/install $(sort $(shell find csrc bindings benchmarks/native -type f))
+SOURCES := pyproject.toml CMakeLists.txt constraints-cpu.txt .ci/install $(sort $(shell find csrc bindings benchmarks/contenders/native -type f))
 CXX_FILES := $(sort $(shell find csrc bindings benchmarks tests -name "*.h" -o -name "*.cc" -o -name "*.cu"))
 PYTHON_PATHS := m2n reference_model benchmarks tests
 # The extra `test` contains `model`: where it is installed, the demo needs nothing more.
@@ -59,14 +59,14 @@ format: $(VENV)/.installed-test  ## rewrites the sources in the house style
 
 # With what is installed: a machine with a GPU may reach no package index.
 gpu:  ## on a machine with a GPU: builds, tests, checks and measures (under 9 minutes); elsewhere it compiles
-	$(if $(wildcard $(VENV)/bin/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(GPU_FLAGS)
+	$(if $(wildcard $(VENV)/bin/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu/suite.py $(GPU_FLAGS)
 
 CHECKPOINT ?= build/kjv-moe
 checkpoint: $(DEMO_READY)  ## trains the checkpoint that ships, anew, into CHECKPOINT=build/kjv-moe (an hour)
-	$(BIN)/python -m m2n.reference_model.train --output "$(CHECKPOINT)-base" --minutes 50
-	$(BIN)/python -m m2n.reference_model.train --init "$(CHECKPOINT)-base" --output "$(CHECKPOINT)" --minutes 9 \
+	$(BIN)/python -m m2n.reference_model.training.train --output "$(CHECKPOINT)-base" --minutes 50
+	$(BIN)/python -m m2n.reference_model.training.train --init "$(CHECKPOINT)-base" --output "$(CHECKPOINT)" --minutes 9 \
 	  --learning-rate 8e-4 --warmup-steps 5 --loop-rows 8 --seed 1 --log-every 10 --save-minutes 60
-	$(BIN)/python -m m2n.reference_model.train --evaluate "$(CHECKPOINT)"
+	$(BIN)/python -m m2n.reference_model.training.train --evaluate "$(CHECKPOINT)"
 
 clean:  ## removes the environment and everything built
 	rm -rf "$(VENV)" build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

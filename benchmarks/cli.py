@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from m2n.reference_model.command import outlast_stdout, run_command
 from m2n.reference_model.errors import InputError, missing_packages
+from m2n.reference_model.run.command import outlast_stdout, run_command
 
-from . import balance, connect, copies, e2e, growth, paper, perftest, transport
-from .links import DEFAULT_LINKS, parse_links
-from .report import write_json
+from .exchange import connect, copies, growth, paper, perftest
+from .exchange import latency as transport
+from .harness.links import DEFAULT_LINKS, parse_links
+from .harness.report import write_json
+from .pipeline import balance, e2e
 
 PROGRAM = "m2n-bench"
 _MODEL_EXTRAS = e2e.PROGRAM_NEEDS
@@ -70,8 +72,8 @@ def _run(args: argparse.Namespace, command: str) -> int:
     missing = missing_packages(args.needs)
     if missing:
         raise InputError(f"needs {', '.join(missing)}: pip install 'm2n[bench]'")
-    from .pool import WorkerFailed
-    from .runs import RunFailed
+    from .harness.pool import WorkerFailed
+    from .harness.runs import RunFailed
 
     if any(getattr(args, name, None) for name in ("json", "plot", "timeline", "trace")):
         outlast_stdout()
@@ -86,11 +88,11 @@ def _run(args: argparse.Namespace, command: str) -> int:
 def _pingpong(args: argparse.Namespace, command: str) -> None:
     from rich.console import Console
 
-    from m2n.reference_model.timeline import check_matplotlib, check_writable, draw_timeline, write_trace
+    from m2n.reference_model.report.timeline import check_matplotlib, check_writable, draw_timeline, write_trace
 
-    from . import pingpong
-    from .machine import machine
-    from .pingpong_report import plot, print_report, report
+    from .harness.machine import machine
+    from .pipeline.pingpong import bench as pingpong
+    from .pipeline.pingpong.report import plot, print_report, report
 
     options = _pingpong_options(args)
     if args.links is not None:
@@ -120,11 +122,11 @@ def _pingpong(args: argparse.Namespace, command: str) -> None:
 def _pingpong_links(args: argparse.Namespace, command: str, options: Any) -> None:
     from rich.console import Console
 
-    from m2n.reference_model.timeline import check_writable
+    from m2n.reference_model.report.timeline import check_writable
 
-    from .machine import machine
-    from .pingpong_links import require_links, run_rounds
-    from .pingpong_links_report import print_report, report
+    from .harness.machine import machine
+    from .pipeline.pingpong.links import require_links, run_rounds
+    from .pipeline.pingpong.links_report import print_report, report
 
     links = parse_links(args.links)
     if any((args.plot, args.timeline, args.trace)):
@@ -141,7 +143,7 @@ def _pingpong_links(args: argparse.Namespace, command: str, options: Any) -> Non
 
 
 def _pingpong_options(args: argparse.Namespace) -> Any:
-    from .pingpong import LEAST_STEPS, Options
+    from .pipeline.pingpong.bench import LEAST_STEPS, Options
 
     try:
         ratios = tuple(float(text) for text in args.ratios.split(","))

@@ -9,9 +9,9 @@
 #include <vector>
 
 #include "core/error.h"
-#include "exchange/comm.h"
-#include "exchange/inbox.h"
-#include "exchange/layout.h"
+#include "exchange/bodies/inbox.h"
+#include "exchange/links/comm.h"
+#include "exchange/rows/layout.h"
 #include "lock.h"
 #include "tensor.h"
 

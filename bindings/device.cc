@@ -3,8 +3,8 @@
 #include <pybind11/stl.h>
 
 #include "bind.h"
-#include "exchange/device_attention.h"
-#include "exchange/device_expert.h"
+#include "exchange/device/attention.h"
+#include "exchange/device/expert.h"
 
 namespace m2n::bindings {
 namespace {

@@ -6,9 +6,9 @@
 #include <optional>
 
 #include "bind.h"
-#include "exchange/attention.h"
-#include "exchange/expert.h"
-#include "exchange/plain_floats.h"
+#include "exchange/host/attention.h"
+#include "exchange/host/expert.h"
+#include "exchange/rows/plain_floats.h"
 #include "transport/memory_limit.h"
 
 namespace m2n::bindings {

@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "exchange/dtype.h"
-#include "exchange/route_verb.h"
+#include "exchange/device/verbs/route.h"
+#include "exchange/rows/dtype.h"
 
 namespace m2n::bindings {
 

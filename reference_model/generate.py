@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .command import Files, outlast_stdout, run_command
 from .errors import InputError, missing_packages
+from .run.command import Files, outlast_stdout, run_command
 
 if TYPE_CHECKING:
-    from .result import RunResult
+    from .model.tokenizer import Tokenizer
+    from .run.result import RunResult
     from .run_config import RunConfig
-    from .tokenizer import Tokenizer
 
 PROGRAM = "m2n-generate"
 DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "kjv-moe"
@@ -131,7 +131,7 @@ def _run(args: argparse.Namespace) -> int:
     missing = missing_packages(EXTRAS)
     if missing:
         raise InputError(f"needs {', '.join(missing)}: pip install 'm2n[model]'")
-    from .launcher import Interrupted, RankFailed
+    from .run.launcher import Interrupted, RankFailed
 
     try:
         return _generate(args)
@@ -145,12 +145,12 @@ def _run(args: argparse.Namespace) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     """Check the input, run, report."""
-    from .checkpoint import Checkpoint, check
-    from .config import ModelConfig
+    from .model.checkpoint import Checkpoint, check
+    from .model.config import ModelConfig
+    from .model.tokenizer import Tokenizer
+    from .report.timeline import check_matplotlib, check_writable
+    from .run.torchrun import global_rank, is_torchrun, run_under_torchrun
     from .run_config import check_prompts
-    from .timeline import check_matplotlib, check_writable
-    from .tokenizer import Tokenizer
-    from .torchrun import global_rank, is_torchrun, run_under_torchrun
 
     run, texts = _run_config(args), _prompt_texts(args)
     for path in _files(args):
@@ -182,8 +182,8 @@ def _files(args: argparse.Namespace) -> list[Path | None]:
 
 
 def _launch(run: RunConfig, tokenizer: Tokenizer, texts: list[str], prompts: list[list[int]]) -> RunResult:
-    from .display import Display
-    from .launcher import Launcher
+    from .run.display import Display
+    from .run.launcher import Launcher
 
     launcher = Launcher(run, prompts)
     with Display(tokenizer, texts, prompts, run.max_new_tokens) as display:
@@ -258,10 +258,10 @@ def _prompt_texts(args: argparse.Namespace) -> list[str]:
 
 def _report(args: argparse.Namespace, result: RunResult, tokenizer: Tokenizer, texts: list[str], is_shown: bool) -> int:
     """Print the numbers, write the files, verify; returns the exit status."""
-    from .config import ModelConfig
-    from .display import Display
-    from .result import SETTINGS
-    from .timeline import draw_timeline, write_trace
+    from .model.config import ModelConfig
+    from .report.timeline import draw_timeline, write_trace
+    from .run.display import Display
+    from .run.result import SETTINGS
 
     display, files = Display(tokenizer, texts, result.prompts, result.run.max_new_tokens), Files()
     answers = [tokenizer.answer(prompt, answer) for prompt, answer in zip(result.prompts, result.answers)]
@@ -280,8 +280,8 @@ def _report(args: argparse.Namespace, result: RunResult, tokenizer: Tokenizer, t
         display.lines([f"timeline drawn to {args.timeline}"])
     is_right = True
     if args.verify:
-        from .against_transformers import compare
-        from .verify import describe, verify
+        from .run.against_transformers import compare
+        from .run.verify import describe, verify
 
         summary["verify"] = verify(result)
         display.lines(describe(summary["verify"]))

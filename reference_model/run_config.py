@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import m2n
 
-from .config import ModelConfig
 from .errors import InputError
+from .model.config import ModelConfig
 
 if TYPE_CHECKING:
     import torch
 
-    from .sampling import SamplingConfig
+    from .model.sampling import SamplingConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION, EXPERT = "attention", "expert"
@@ -137,7 +137,7 @@ class RunConfig:
 
     @property
     def sampling(self) -> SamplingConfig:
-        from .sampling import SamplingConfig
+        from .model.sampling import SamplingConfig
 
         return SamplingConfig(self.temperature, self.top_p, self.seed)
 

@@ -75,7 +75,7 @@ def why_no_hosts() -> str | None:
 
     if _C.sanitizer:
         return "the sanitizers' library has no benchmarks beside it"
-    from m2n.benchmarks import hosts
+    from m2n.benchmarks.harness import hosts
 
     return hosts.why_no_hosts()
 

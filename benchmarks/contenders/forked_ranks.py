@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All processes of one run at the Python boundary: `python -m m2n.benchmarks.forked_ranks FOLDER PROCESSES CONTENDER`.
+"""All processes of one run at the Python boundary:
+`python -m m2n.benchmarks.contenders.forked_ranks FOLDER PROCESSES CONTENDER`.
 
 Libraries are imported once, then a process is forked for each rank: it sets up its contender itself, but neither the
 time of an import of torch nor its memory is paid for each rank.
@@ -18,7 +19,7 @@ import traceback
 from . import python_ranks
 
 _GRACE_S = 0.2  # for the others to say what they have seen
-_IMPORTED_ONCE = ("m2n.benchmarks.contenders", "torch", "torch.distributed")
+_IMPORTED_ONCE = ("m2n.benchmarks.contenders.python", "torch", "torch.distributed")
 
 
 def main(folder: str, num_processes: str, name: str) -> int:

@@ -35,8 +35,8 @@ class WaitSignalDesc(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int) for name in ("opCnt", "peer", "sigIdx", "ctx")]
 
 
-# The arguments as nccl.h declares them, alike in 2.29.2, 2.29.7, 2.30.7 and 2.32.3. tests/test_nccl_put.py holds them
-# against the header where one is installed.
+# The arguments as nccl.h declares them, alike in 2.29.2, 2.29.7, 2.30.7 and 2.32.3.
+# tests/benchmarks/test_nccl_put.py holds them against the header where one is installed.
 RETURNS_RESULT: dict[str, tuple[str, ...]] = {
     "ncclGetVersion": ("int*",),
     "ncclGetUniqueId": ("ncclUniqueId*",),

@@ -316,7 +316,7 @@ _NO_GPU = "needs GPUs: `make gpu` has it beside m2n there"
 def why_not(name: str) -> str:
     """Why a contender cannot run here, in words; "" when it can."""
     if name == "ucxx":
-        from . import ucxx_contender
+        from . import ucxx as ucxx_contender
 
         return ucxx_contender.why_not()
     needs = {"gloo": ("torch",), "gloo-a2a": ("torch",), "mpi4py": ("mpi4py", "torch")}.get(name, ())
@@ -329,7 +329,7 @@ def why_not(name: str) -> str:
 def make(name: str, job: Job) -> Any:
     """The contender of this name, linked with its peers."""
     if name == "ucxx":
-        from .ucxx_contender import Ucxx
+        from .ucxx import Ucxx
 
         return Ucxx(job)
     return _CLASSES[name](job)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process of a run at the Python boundary: `python -m m2n.benchmarks.python_ranks FOLDER PROCESS CONTENDER`.
+"""One process of a run at the Python boundary:
+`python -m m2n.benchmarks.contenders.python_ranks FOLDER PROCESS CONTENDER`.
 
 The counterpart of native/ranks.cc, with the same folder, board, boundary of time and sample files: time.monotonic_ns()
 (CLOCK_MONOTONIC) is read before the verb that sends, and when the receiver has read one byte of every line of the rows
@@ -150,7 +151,7 @@ class Rank:
     """Runs the exchanges of one contender and keeps the samples."""
 
     def __init__(self, job: Job, name: str) -> None:
-        from .contenders import make
+        from .python import make
 
         if job.values["cores"]:
             os.sched_setaffinity(0, {int(job.values["cores"].split()[job.process])})

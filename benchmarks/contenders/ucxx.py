@@ -10,7 +10,7 @@ import os
 import time
 from typing import Any
 
-from .contenders import Peer
+from .python import Peer
 from .python_ranks import Job
 
 _MODULES = ("ucxx", "ucp")

@@ -15,13 +15,13 @@ import numpy as np
 
 import m2n
 from m2n.reference_model.errors import InputError
-from m2n.reference_model.timeline import check_writable
+from m2n.reference_model.report.timeline import check_writable
 
+from ..harness.cases import SHARED_FOLDER
+from ..harness.report import write_json
 from . import connect_ranks
-from .cases import SHARED_FOLDER
 from .connect_ranks import Processes, Setup, receive
-from .report import write_json
-from .transport import add_outputs, parse_list
+from .latency import add_outputs, parse_list
 
 _TIMEOUT_S = 60.0
 _NUM_EXPERTS = 16
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace, command: str) -> None:
     """
     from rich.console import Console
 
-    from .machine import machine
+    from ..harness.machine import machine
 
     expert_ranks = parse_list("--expert-ranks", args.expert_ranks)
     checks = (

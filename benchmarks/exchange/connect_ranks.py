@@ -16,7 +16,7 @@ import numpy as np
 
 import m2n
 
-from .runs import RunFailed
+from ..harness.runs import RunFailed
 
 QUIET, JOINING, BUSY = range(3)  # what a phase is: its number modulo NUM_KINDS
 NUM_KINDS = 3

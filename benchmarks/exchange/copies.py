@@ -15,20 +15,20 @@ from typing import Any
 
 import numpy as np
 
-from m2n.reference_model.children import python_command
 from m2n.reference_model.errors import InputError
-from m2n.reference_model.timeline import check_writable
+from m2n.reference_model.report.timeline import check_writable
+from m2n.reference_model.run.children import python_command
 
-from .cases import SHARED_FOLDER
-from .report import Row, size_name, write_json
-from .routing import make_topk
-from .runs import RunFailed, run_processes
-from .transport import add_outputs, parse_list
+from ..harness.cases import SHARED_FOLDER
+from ..harness.report import Row, size_name, write_json
+from ..harness.routing import make_topk
+from ..harness.runs import RunFailed, run_processes
+from .latency import add_outputs, parse_list
 
 ROW_BYTES = 2048
 _TIMEOUT_S = 60.0
 _TOP_K = 2
-_SOURCE = Path(__file__).parent / "native/count_copies.c"
+_SOURCE = Path(__file__).parents[1] / "contenders/native/count_copies.c"
 _COMPILE = ("-O2", "-shared", "-fPIC", "-fno-builtin", "-fno-tree-loop-distribute-patterns", "-U_FORTIFY_SOURCE")
 # What must come out for each byte of payload, written by calls or by sums; the sum of combine_recv is one write of y.
 EXPECTED = {
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace, command: str) -> None:
     """
     from rich.console import Console
 
-    from .machine import machine
+    from ..harness.machine import machine
 
     sizes = parse_list("--sizes", args.sizes)
     for size in sizes:
@@ -126,7 +126,7 @@ def count(folder: Path, num_bytes: int, n: int, rounds: int, extra_copy: str, li
     about = {"rounds": rounds, "n": n, "row_bytes": ROW_BYTES, "num_experts": num_experts, "extra_copy": extra_copy}
     (folder / "case.json").write_text(json.dumps(about), encoding="utf-8")
     preload = ["env", "M2N_STORES=regular", *([] if library is None else [f"LD_PRELOAD={library}"])]
-    rank = [*preload, *python_command("m2n.benchmarks.copies_ranks", folder)]
+    rank = [*preload, *python_command("m2n.benchmarks.exchange.copies_ranks", folder)]
     run_processes([[*rank, "attention", "0"], *([*rank, "expert", str(i)] for i in range(n))], _TIMEOUT_S)
     found: dict[tuple[str, str, str], Row] = {}
     for path in sorted(folder.glob("*.*.json")):

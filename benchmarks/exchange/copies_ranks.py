@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rank processes of `m2n-bench copies`: python -m m2n.benchmarks.copies_ranks FOLDER ROLE RANK. Needs numpy only.
+"""The rank processes of `m2n-bench copies`:
+python -m m2n.benchmarks.exchange.copies_ranks FOLDER ROLE RANK. Needs numpy only.
 
 One attention rank, and expert ranks, first with m2n, then over Unix sockets. Each verb is made between the two marks of
 native/count_copies.c, where that is loaded. Results go to FOLDER/ROLE.RANK.json: a list of {contender, verb, ...}.

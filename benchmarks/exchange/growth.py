@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from m2n.reference_model.children import python_command
 from m2n.reference_model.errors import InputError
-from m2n.reference_model.timeline import check_writable
+from m2n.reference_model.report.timeline import check_writable
+from m2n.reference_model.run.children import python_command
 
-from . import runs, stats
-from .cases import SHARED_FOLDER, Case, require_memory
-from .report import Row, size_name, write_json
-from .transport import add_outputs, parse_list
+from ..harness import runs, stats
+from ..harness.cases import SHARED_FOLDER, Case, require_memory
+from ..harness.report import Row, size_name, write_json
+from .latency import add_outputs, parse_list
 
 # What grows: (the unit of a slope, how many of it are in one us).
 _UNITS = {
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace, command: str) -> None:
     """
     from rich.console import Console
 
-    from .machine import machine
+    from ..harness.machine import machine
 
     ranks, row_bytes, idle = _points(args)
     if args.json is not None:
@@ -159,7 +159,7 @@ def measure_python(
                 "idle_counts": list(idle_counts), "cores": cores,
             }  # fmt: skip
             (Path(name) / "case.json").write_text(json.dumps(about), encoding="utf-8")
-            rank = python_command("m2n.benchmarks.growth_ranks", name)
+            rank = python_command("m2n.benchmarks.exchange.growth_ranks", name)
             runs.run_processes([[*rank, "attention"], [*rank, "expert"]], _TIMEOUT_S)
             for idle in idle_counts:
                 for column, samples in zip(_COLUMNS, np.load(Path(name) / f"{idle}.npy").T):

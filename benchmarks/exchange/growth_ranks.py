@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two processes of `m2n-bench growth` at the Python boundary: python -m m2n.benchmarks.growth_ranks FOLDER ROLE.
+"""The two processes of `m2n-bench growth` at the Python boundary:
+python -m m2n.benchmarks.exchange.growth_ranks FOLDER ROLE.
 
 One attention rank on a core of its own, and all expert ranks in one thread on another: so a verb's own time is seen,
 not the scheduler's. Idle attention ranks join from the first process and never send. Times in us go to

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from m2n.reference_model.errors import InputError
-from m2n.reference_model.timeline import check_matplotlib, check_writable
+from m2n.reference_model.report.timeline import check_matplotlib, check_writable
 
-from . import report, runs
-from .cases import DTYPE_BYTES, Case, make_case, require_memory
-from .routing import ROUTINGS
+from ..harness import report, runs
+from ..harness.cases import DTYPE_BYTES, Case, make_case, require_memory
+from ..harness.routing import ROUTINGS
 
 LIMITS = "memcpy,non-temporal,hop"
 _SWEEP = ",".join(str(1024 << i) for i in range(14))
@@ -148,7 +148,7 @@ def finish(
     """Prints the tables and writes what was asked for."""
     from rich.console import Console
 
-    from .machine import machine
+    from ..harness.machine import machine
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 180)
     report.print_rows(rows, console, directions)

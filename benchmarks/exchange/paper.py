@@ -14,9 +14,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from . import report, runs
-from .cases import Case, make_case, require_memory
-from .transport import add_outputs, prepare
+from ..harness import report, runs
+from ..harness.cases import Case, make_case, require_memory
+from .latency import add_outputs, prepare
 
 KB, MB = 1 << 10, 1 << 20
 _NATIVE = "memcpy,non-temporal,hop,ucx-shm,mpi"
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace, command: str) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from .machine import machine
+    from ..harness.machine import machine
 
     prepare(args)
     figures = _QUICK if args.quick else FIGURES

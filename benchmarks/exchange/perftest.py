@@ -16,13 +16,13 @@ from collections import defaultdict
 from typing import Any
 
 from m2n.reference_model.errors import InputError
-from m2n.reference_model.timeline import check_writable
+from m2n.reference_model.report.timeline import check_writable
 
-from . import runs
-from .cases import make_case
-from .plugins import native_transport
-from .report import write_json
-from .transport import add_options, parse_list
+from ..harness import runs
+from ..harness.cases import make_case
+from ..harness.plugins import native_transport
+from ..harness.report import write_json
+from .latency import add_options, parse_list
 
 _ABOUT = """One way over TCP on loopback, medians of rounds in which ucx_perftest, m2n and UCX's tagged messages
 (ucx-tcp) take turns, pinned to the same two cores. ucx_perftest sends one piece in a loop and does not read it. m2n and
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace, command: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from .machine import machine
+    from ..harness.machine import machine
 
     tool = shutil.which(args.perftest)
     if tool is None:

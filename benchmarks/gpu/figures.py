@@ -31,8 +31,8 @@ from typing import Any
 import torch
 
 import m2n
-from m2n.benchmarks.gpu_copies import CopyExchange, Streams
-from m2n.benchmarks.gpu_verbs import WARM_UP, capture, emit
+from m2n.benchmarks.gpu.copies import CopyExchange, Streams
+from m2n.benchmarks.gpu.verbs import WARM_UP, capture, emit
 
 KB, MB = 1 << 10, 1 << 20
 MAX_ROW_BYTES = 8192  # as m2n-bench paper has them

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 
 import m2n
-from m2n.benchmarks.nccl_put import SHARED_SINCE, Library, NcclError, Window, find_library
+from m2n.benchmarks.contenders.nccl_put import SHARED_SINCE, Library, NcclError, Window, find_library
 from m2n.testing import run_ranks
 
 WARM_UP = 5  # round trips of each turn that are not counted

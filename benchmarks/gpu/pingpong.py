@@ -22,12 +22,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from m2n.benchmarks.synthetic import ModelShape, write_checkpoint
-from m2n.reference_model.result import RunResult
+from m2n.benchmarks.harness.synthetic import ModelShape, write_checkpoint
+from m2n.reference_model.report.timeline import check_matplotlib, draw_timeline
+from m2n.reference_model.run.rank import load_rank, run_rank
+from m2n.reference_model.run.result import RunResult
 from m2n.reference_model.run_config import ATTENTION, EXPERT, RunConfig
-from m2n.reference_model.timeline import check_matplotlib, draw_timeline
 from m2n.reference_model.trace import Trace
-from m2n.reference_model.worker import load_rank, run_rank
 
 MICROBATCHES = (1, 2, 3, 4)
 # The first steps of a run compile, record and fill the pipeline.

@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build/gpu"
 STAGE = BUILD / "stage"
 # What a tool says when it cannot watch this device at all.
@@ -159,13 +159,13 @@ def lay_out() -> None:
 
 def check(run: Run) -> None:
     """Compares with the oracle, and lets the tools watch."""
-    ranks = [sys.executable, str(ROOT / "tests/virtual_ranks.py"), "cuda:0"]
+    ranks = [sys.executable, str(ROOT / "tests/support/virtual_ranks.py"), "cuda:0"]
     # Kernels of torch that are loaded behind a kernel that waits would wait for it.
     eager = {"CUDA_MODULE_LOADING": "EAGER"}
     run.step("oracle on virtual ranks", [*ranks, "2"], 90, **eager)
     run.step("example: a kernel that dispatches", [str(BUILD / "m2n_gate_dispatch")], 30)
     files = [
-        str(ROOT / "tests" / name)
+        str(ROOT / "tests/exchange" / name)
         for name in ("test_exchange.py", "test_device.py", "test_launches.py", "test_graphs.py", "test_mixed.py")
     ]
     suite = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider"]
@@ -200,17 +200,17 @@ def time_it(run: Run, nccl: Path | None = None, timeline: Path | None = None) ->
     timing = str(BUILD / "m2n_gpu_timing")
     output = run.step("limits and puts", [timing], 120)
     output += "\n" + run.step("signal by stream memory operations", [timing, "--stream-signal"], 20, may_refuse=True)
-    verbs = [sys.executable, str(ROOT / "benchmarks/gpu_verbs.py")]
+    verbs = [sys.executable, str(ROOT / "benchmarks/gpu/verbs.py")]
     output += "\n" + run.step("verbs", verbs, 180, CUDA_MODULE_LOADING="EAGER")
-    waits = [sys.executable, "-m", "m2n.benchmarks.gpu_waits"]
+    waits = [sys.executable, "-m", "m2n.benchmarks.gpu.waits"]
     output += "\n" + run.step("waits by kernels and by streams", waits, 60, CUDA_MODULE_LOADING="EAGER")
-    figures = [sys.executable, "-m", "m2n.benchmarks.gpu_figures"]
+    figures = [sys.executable, "-m", "m2n.benchmarks.gpu.figures"]
     output += "\n" + run.step("figures 11 and 12", figures, 75, CUDA_MODULE_LOADING="EAGER")
     if importlib.util.find_spec("safetensors") is None:
         run.skip("ping-pong on streams", "safetensors, which the reference model is read with, is not installed")
     else:
         can_draw = timeline is not None and importlib.util.find_spec("matplotlib") is not None
-        pingpong = [sys.executable, "-m", "m2n.benchmarks.gpu_pingpong"]
+        pingpong = [sys.executable, "-m", "m2n.benchmarks.gpu.pingpong"]
         pingpong += ["--timeline", str(timeline)] if can_draw else []
         output += "\n" + run.step("ping-pong on streams", pingpong, 100, CUDA_MODULE_LOADING="EAGER")
     # Last: ranks that several processes have on one GPU are an experiment of NCCL's, and may hang.
@@ -223,7 +223,7 @@ def time_it(run: Run, nccl: Path | None = None, timeline: Path | None = None) ->
         ("processes, m2n and ncclPutSignal", put),
         ("processes, m2n whose streams wait and ncclPutSignal", [*put, "--stream-waits"]),
     ):
-        beside = [sys.executable, "-m", "m2n.benchmarks.gpu_nccl", "--peer", *options]
+        beside = [sys.executable, "-m", "m2n.benchmarks.gpu.nccl", "--peer", *options]
         output += "\n" + run.step(name, beside, 60, may_refuse=True, **ranks_share_a_gpu)
     rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     for row in rows:

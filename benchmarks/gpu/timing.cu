@@ -9,9 +9,9 @@
 
 #include "core/error.h"
 #include "core/kernel_exec.h"
-#include "exchange/machine.h"
-#include "exchange/put_rows.h"
-#include "transport/cuda_api.h"
+#include "exchange/device/machines/machine.h"
+#include "exchange/rows/put_rows.h"
+#include "transport/cuda/api.h"
 #include "transport/host_exec.h"
 
 namespace {

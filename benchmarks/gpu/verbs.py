@@ -21,7 +21,7 @@ import torch
 
 import m2n
 from m2n import testing
-from m2n.benchmarks.gpu_copies import CopyExchange, Streams
+from m2n.benchmarks.gpu.copies import CopyExchange, Streams
 
 NUM_RANKS = 8
 CONFIG = m2n.Config(arrays="torch", timeout_s=20.0)

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from m2n.benchmarks.gpu_verbs import CONFIG, NUM_RANKS, Bench, emit, host_us, times_of
+from m2n.benchmarks.gpu.verbs import CONFIG, NUM_RANKS, Bench, emit, host_us, times_of
 
 FORMS = {"by kernels": False, "by streams": True}
 

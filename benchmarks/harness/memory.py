@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory of the shared-memory transport as a function of the shape: of a link, and of a rank.
 
-The numbers follow csrc/exchange/layout.h and csrc/transport/shm.cc; tests/test_memory.py holds them against what the
-kernel says of real processes.
+The numbers follow csrc/exchange/rows/layout.h and csrc/transport/shm/transport.cc;
+tests/exchange/test_memory.py holds them against what the kernel says of real processes.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import m2n
 
 NAMES = ("ucx-shm", "ucx-tcp", "mpi")
 
-_SOURCES = Path(__file__).parent / "native"
+_SOURCES = Path(__file__).parents[1] / "contenders/native"
 _FLAGS = ("-O2", "-std=c++20", "-shared", "-fPIC")
 _COMPILE_TIMEOUT_S = 120
 _NO_COMPILER = "no C++ compiler: apt-get install g++"

@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from m2n.reference_model.children import python_command
 from m2n.reference_model.errors import InputError
+from m2n.reference_model.run.children import python_command
 
+from ..contenders.python import PYTHON_CONTENDERS, why_not
 from . import plugins, stats
 from .cases import SHARED_FOLDER, Case
-from .contenders import PYTHON_CONTENDERS, why_not
 
 NATIVE = (
     "m2n", "memcpy", "non-temporal", "hop", "socket", "m2n-pack", "m2n-tcp", "m2n-ucx", "ucx-shm", "ucx-tcp", "mpi",
@@ -163,10 +163,10 @@ def start_python(case: Case, name: str, plan: Plan) -> Samples:
     """One start of one contender at the Python boundary."""
     with run_folder(case, [name], plan) as folder:
         if name == "mpi4py":
-            ranks = python_command("m2n.benchmarks.python_ranks", folder, "mpi", name)
+            ranks = python_command("m2n.benchmarks.contenders.python_ranks", folder, "mpi", name)
             command = [*plugins.mpirun(case.num_processes), *ranks]
         else:
-            command = python_command("m2n.benchmarks.forked_ranks", folder, case.num_processes, name)
+            command = python_command("m2n.benchmarks.contenders.forked_ranks", folder, case.num_processes, name)
         run_processes([command], plan.seconds + case.deadline_s + _GRACE_S)
         return _read(folder, [name], "python")
 

@@ -81,10 +81,10 @@ def cores_of(setting: Setting, cores: Sequence[int]) -> list[list[int]]:
 
 def run_rounds(options: Options, progress: Callable[[str], None]) -> tuple[Any, dict[Setting, list[Any]]]:
     """The model, and what was measured (pingpong.Measured), round by round; each round has processes of its own."""
-    from . import pingpong
-    from .pingpong_ranks import run_one_rank
-    from .pool import Job, Pool
-    from .synthetic import write_checkpoint
+    from ..harness.pool import Job, Pool
+    from ..harness.synthetic import write_checkpoint
+    from .pingpong import bench as pingpong
+    from .pingpong.ranks import run_one_rank
 
     runs: dict[Setting, list[Any]] = {setting: [] for setting in options.settings}
     with tempfile.TemporaryDirectory(prefix="m2n-balance-") as name:
@@ -262,10 +262,10 @@ def run(args: argparse.Namespace, command: str) -> None:
     """Measures, prints, writes."""
     from rich.console import Console
 
-    from m2n.reference_model.timeline import check_writable
+    from m2n.reference_model.report.timeline import check_writable
 
-    from .machine import machine
-    from .report import write_json
+    from ..harness.machine import machine
+    from ..harness.report import write_json
 
     options = options_of(args)
     if args.json is not None:

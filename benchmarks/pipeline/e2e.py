@@ -93,7 +93,7 @@ class Bench:
 
     def run(self, case: Case, contender: Contender) -> tuple[Any, Answers]:
         """One run: what was measured (pingpong.Measured), and the tokens."""
-        from .pingpong import measured
+        from .pingpong.bench import measured
 
         jobs_of = self._monolithic if contender.name == "monolithic" else self._ranks
         # A few steps first: whoever has to load weights would begin later than the others.
@@ -130,9 +130,9 @@ class Bench:
     def _ranks(self, run: Any, case: Case, contender: Contender) -> list[Any]:
         from m2n import AttentionComm, ExpertComm
 
-        from .pingpong_ranks import run_one_rank
-        from .pool import Job
-        from .torch_verbs import TorchAttentionComm, TorchExpertComm
+        from ..contenders.torch_verbs import TorchAttentionComm, TorchExpertComm
+        from ..harness.pool import Job
+        from .pingpong.ranks import run_one_rank
 
         comms: tuple[Callable[..., Any], Callable[..., Any]] = (AttentionComm, ExpertComm)
         if contender.name == "gloo":
@@ -145,8 +145,8 @@ class Bench:
         ]
 
     def _monolithic(self, run: Any, case: Case, contender: Contender) -> list[Any]:
-        from .pingpong_ranks import run_monolithic
-        from .pool import Job
+        from ..harness.pool import Job
+        from .pingpong.ranks import run_monolithic
 
         if contender.processes == 1:
             return [Job(0, self._cores(case), run_monolithic, run, 0, num_threads=contender.threads)]
@@ -174,7 +174,7 @@ def check_answers(case: Case, answers: Mapping[Contender, Answers]) -> None:
     Raises:
         RunFailed: naming the contender and the first sequence that differs.
     """
-    from .runs import RunFailed
+    from ..harness.runs import RunFailed
 
     expected = next(tokens for contender, tokens in answers.items() if contender.name == "monolithic")
     for contender, tokens in answers.items():
@@ -192,8 +192,8 @@ def run_rounds(options: Options, tick: Callable[[], None]) -> dict[Case, dict[Co
     Raises:
         WorkerFailed, RunFailed: a rank failed, or tokens differ.
     """
-    from .pool import Pool
-    from .synthetic import ModelShape, write_checkpoint
+    from ..harness.pool import Pool
+    from ..harness.synthetic import ModelShape, write_checkpoint
 
     shape = ModelShape(
         options.hidden, options.hidden, options.num_layers, _NUM_EXPERTS, _TOP_K, _NUM_HEADS, _NUM_KV_HEADS
@@ -362,10 +362,10 @@ def run(args: argparse.Namespace, command: str) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from m2n.reference_model.timeline import check_writable
+    from m2n.reference_model.report.timeline import check_writable
 
-    from .machine import machine
-    from .report import write_json
+    from ..harness.machine import machine
+    from ..harness.report import write_json
 
     options = options_of(args)
     if args.json is not None:

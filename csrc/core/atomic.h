@@ -3,9 +3,9 @@
 // a `SYNC: label` comment that its partner repeats.
 //
 // Back ends: host (std::atomic_ref), device (cuda::atomic_ref; system scope, and device scope for what only the blocks
-// of one launch share), and in tests, with M2N_EXPLORER, a model of a memory that tests/explorer declares before this
-// file. A signal is stored seq_cst on the host because a waiter may sleep: see wake.h for the four operations that must
-// be totally ordered. A device never sleeps, so release and acquire suffice there.
+// of one launch share), and in tests, with M2N_EXPLORER, a model of a memory that tests/core/explorer declares before
+// this file. A signal is stored seq_cst on the host because a waiter may sleep: see wake.h for the four operations that
+// must be totally ordered. A device never sleeps, so release and acquire suffice there.
 #pragma once
 
 #include "core/platform.h"

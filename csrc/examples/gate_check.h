@@ -3,8 +3,8 @@
 // layer, and compares what comes back with the oracle, bit for bit. How the kernel is launched is the caller's.
 #pragma once
 
-#include <m2n/exchange/device_attention.h>
-#include <m2n/exchange/device_expert.h>
+#include <m2n/exchange/device/attention.h>
+#include <m2n/exchange/device/expert.h>
 #include <sys/socket.h>
 
 #include <algorithm>

@@ -13,7 +13,7 @@
 // `from_first_lane(value)`, which gives all lanes the value of lane 0.
 #pragma once
 
-#include <m2n/exchange/attention_verbs.h>
+#include <m2n/exchange/device/verbs/attention.h>
 
 #include <cmath>
 #include <cstdint>

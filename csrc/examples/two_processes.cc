@@ -2,8 +2,8 @@
 // An attention and an expert rank, a process each: they connect, and a few tokens go to their experts and back.
 //
 // Usage: two_processes [ROUNDS]. Prints what came back, or the error that ended a rank.
-#include <m2n/exchange/attention.h>
-#include <m2n/exchange/expert.h>
+#include <m2n/exchange/host/attention.h>
+#include <m2n/exchange/host/expert.h>
 #include <signal.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import trace
-from .experts import Experts
-from .model import Decoder, KVCache, Microbatch, Span
+from .. import trace
+from ..model.decoder import Decoder, KVCache, Microbatch, Span
+from ..model.experts import Experts
+from ..model.sampling import Sampler, SamplingConfig, draw
+from ..trace import Tracer
+from .batching import Piece, Scheduler, Sequence
 from .routes import RouteRecorder
-from .sampling import Sampler, SamplingConfig, draw
 from .schedule import ATTEND, BEGIN, COMBINE, DISPATCH, END, POLL, WAIT, Action, attention_schedule
-from .scheduler import Piece, Scheduler, Sequence
-from .trace import Tracer
 
 
 class NewToken(NamedTuple):

@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from .model import KVCache
-from .sampling import Sampler
+from ..model.decoder import KVCache
+from ..model.sampling import Sampler
 
 
 @dataclass

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .config import ModelConfig
-from .model import Decoder, KVCache, Microbatch, Span, numbers_on
+from ..model.config import ModelConfig
+from ..model.decoder import Decoder, KVCache, Microbatch, Span, numbers_on
 
 
 class CachePool:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import Checkpoint, check
-from .config import ModelConfig
-from .engine import AttentionEngine
-from .experts import ExpertWeights, LocalExperts
-from .model import Decoder, KVCache, Span
-from .sampling import SamplingConfig
-from .scheduler import Scheduler, Sequence
+from ..model.checkpoint import Checkpoint, check
+from ..model.config import ModelConfig
+from ..model.decoder import Decoder, KVCache, Span
+from ..model.experts import ExpertWeights, LocalExperts
+from ..model.sampling import SamplingConfig
+from .attention import AttentionEngine
+from .batching import Scheduler, Sequence
 
 
 class MonolithicModel:

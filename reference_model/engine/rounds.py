@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from . import trace
+from .. import trace
+from ..model.decoder import KVCache
+from .attention import AttentionEngine, NewToken, Step, span_of
+from .batching import Piece, Sequence
 from .decode import CachePool, DecodeBatch
-from .engine import AttentionEngine, NewToken, Step, span_of
-from .experts import RemoteExperts
-from .model import KVCache
+from .remote import RemoteExperts
 from .schedule import ATTEND, COMBINE, DISPATCH, END, Action, round_schedule
-from .scheduler import Piece, Sequence
 
 # torch waits for the whole device before it records, which fails while another thread is recording.
 _RECORDING = threading.Lock()

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .scheduler import Piece
+from .batching import Piece
 
 _KEYS = ("sequence", "position", "layer", "attention_rank", "step", "microbatch")
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import CheckpointError, brief
 from .config import ModelConfig
-from .errors import CheckpointError, brief
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, ConfigError, brief
+from ..errors import CheckpointError, ConfigError, brief
 from .generation import OPTIONS as GENERATION_OPTIONS
 from .generation import GenerationRules
 from .options import DEFAULTS, is_understood, is_without_effect

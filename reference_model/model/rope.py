@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .errors import ConfigError, brief
+from ..errors import ConfigError, brief
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, brief
+from ..errors import CheckpointError, brief
 
 # A tokenizer shows this for the bytes of a character that is not complete yet.
 _INCOMPLETE = "\ufffd"

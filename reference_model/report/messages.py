@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .run_config import ATTENTION as ATTENTION_ROLE
-from .trace import COMBINE_RECV, COMBINE_SEND, DISPATCH_RECV, DISPATCH_SEND, EXPERT, FIELDS, WAIT, Trace
+from ..run_config import ATTENTION as ATTENTION_ROLE
+from ..trace import COMBINE_RECV, COMBINE_SEND, DISPATCH_RECV, DISPATCH_SEND, EXPERT, FIELDS, WAIT, Trace
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .schedule import (
+from ..engine.schedule import (
     ATTEND,
     BEGIN,
     COMBINE,
@@ -242,7 +242,7 @@ class _Expert(_Worker):
         return 0.0, None
 
     def _is_complete(self, work: tuple[int, int]) -> bool:
-        """As csrc/exchange/inbox.h has it: everybody who may still send this batch has, or has been waited for."""
+        """As in csrc/exchange/bodies/inbox.h: everybody who may still send this batch has, or has been waited for."""
         came, attention = self.pending[work], self.simulation.attention
         if self.pipeline.linger is None:
             return all(worker.rank in came or worker.is_done for worker in attention)

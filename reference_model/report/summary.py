@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from ..run_config import ATTENTION as ATTENTION_ROLE
+from ..trace import ATTENTION, COMBINE_RECV, COMMUNICATING, COMPUTING, DISPATCH_SEND, ROUND, ROUTE, WAIT, Trace
 from .messages import Messages, combine_delays, dispatch_delays, match
-from .run_config import ATTENTION as ATTENTION_ROLE
-from .trace import ATTENTION, COMBINE_RECV, COMMUNICATING, COMPUTING, DISPATCH_SEND, ROUND, ROUTE, WAIT, Trace
 
 # (1): how far T_a and T_e may be apart.
 BALANCE = 1.25

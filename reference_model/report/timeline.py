@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .errors import InputError
+from ..errors import InputError
+from ..trace import ATTENTION as ATTENTION_KIND
+from ..trace import COMMUNICATING, COMPUTING, DISPATCH_SEND, EXPERT, FIELDS, KINDS, ROUND, WAIT, Trace
 from .messages import Messages, match
-from .pipeline import describe_times, summarise
-from .trace import ATTENTION as ATTENTION_KIND
-from .trace import COMMUNICATING, COMPUTING, DISPATCH_SEND, EXPERT, FIELDS, KINDS, ROUND, WAIT, Trace
+from .summary import describe_times, summarise
 
 _CATEGORIES = {
     **dict.fromkeys(COMPUTING, "computing"),

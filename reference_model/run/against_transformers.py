@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Checkpoint
-from .errors import brief
-from .monolithic import MonolithicModel
+from ..engine.monolithic import MonolithicModel
+from ..errors import brief
+from ..model.checkpoint import Checkpoint
 from .result import RunResult
 
 # Both sum in float32, in another order each. Of two tokens whose logits are nearer than TIE either one is right.

@@ -20,9 +20,9 @@ from typing import Any
 
 import m2n
 
-from .config import ModelConfig
-from .errors import InputError
-from .run_config import RunConfig
+from ..errors import InputError
+from ..model.config import ModelConfig
+from ..run_config import RunConfig
 
 
 def _exit_with_launcher() -> None:
@@ -71,7 +71,7 @@ def main() -> int:
 @functools.cache
 def _settle() -> None:
     """Once, when no rank has a comm yet."""
-    from .worker import settle  # torch takes seconds to load: bad input need not wait for it
+    from .rank import settle  # torch takes seconds to load: bad input need not wait for it
 
     settle()
 
@@ -87,7 +87,7 @@ def _run_one(
     try:
         run = RunConfig(**job["run"])
         run.check_model(ModelConfig.from_directory(run.checkpoint))
-        from .worker import run_rank
+        from .rank import run_rank
 
         numbered = {int(idx): token_ids for idx, token_ids in prompts.items()}
         run_rank(run, role, rank, numbered, job["store"], emit, meet=all_loaded.wait)

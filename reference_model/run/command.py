@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from ..errors import InputError
 
 _INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 _NOBODY_READS = 141  # 128 + SIGPIPE

@@ -11,9 +11,9 @@ from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .pipeline import describe
-from .run_config import ATTENTION
-from .tokenizer import TextStream, Tokenizer
+from ..model.tokenizer import TextStream, Tokenizer
+from ..report.summary import describe
+from ..run_config import ATTENTION
 
 _TAIL = 48
 _WIDE = 1000

@@ -17,10 +17,10 @@ from typing import Any
 
 import m2n
 
+from ..errors import InputError
+from ..run_config import ATTENTION, RunConfig
 from .children import python_command
-from .errors import InputError
 from .result import RunResult
-from .run_config import ATTENTION, RunConfig
 
 # After a first failure: how long to listen for the error that caused it.
 _CAUSE_S = 1.0
@@ -54,7 +54,7 @@ class _Child:
         read_fd, write_fd = os.pipe()
         try:
             self.process = subprocess.Popen(
-                python_command("m2n.reference_model.child", write_fd),
+                python_command("m2n.reference_model.run.child", write_fd),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,

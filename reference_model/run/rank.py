@@ -13,19 +13,21 @@ import torch
 
 import m2n
 
-from . import schedule, trace
-from .checkpoint import Checkpoint, check
-from .config import ModelConfig
-from .engine import AttentionEngine
-from .experts import ExpertWeights, RemoteExperts
-from .model import Decoder, KVCache, Span
-from .precision import FLOAT8, dispatch_bytes
-from .rounds import Repeated, RoundEngine
-from .routes import RouteRecorder
-from .run_config import ATTENTION, EXPERT, RunConfig
-from .schedule import expert_schedule, served_in_round
-from .scheduler import Scheduler, Sequence
-from .trace import Tracer, make_tracer
+from .. import trace
+from ..engine import schedule
+from ..engine.attention import AttentionEngine
+from ..engine.batching import Scheduler, Sequence
+from ..engine.remote import RemoteExperts
+from ..engine.rounds import Repeated, RoundEngine
+from ..engine.routes import RouteRecorder
+from ..engine.schedule import expert_schedule, served_in_round
+from ..model.checkpoint import Checkpoint, check
+from ..model.config import ModelConfig
+from ..model.decoder import Decoder, KVCache, Span
+from ..model.experts import ExpertWeights
+from ..model.precision import FLOAT8, dispatch_bytes
+from ..run_config import ATTENTION, EXPERT, RunConfig
+from ..trace import Tracer, make_tracer
 
 Event = dict[str, Any]
 Emit = Callable[[Event], None]

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .config import ModelConfig
-from .pipeline import summarise
-from .routes import write_routes
-from .run_config import ATTENTION, RunConfig
-from .trace import Trace, on_one_clock
+from ..engine.routes import write_routes
+from ..model.config import ModelConfig
+from ..report.summary import summarise
+from ..run_config import ATTENTION, RunConfig
+from ..trace import Trace, on_one_clock
 
 # What a summary and a trace say of the run.
 SETTINGS = (

@@ -14,11 +14,11 @@ from typing import Any
 
 import m2n
 
-from .errors import InputError
+from ..errors import InputError
+from ..run_config import ATTENTION, RunConfig
 from .launcher import RankFailed
+from .rank import run_rank, settle
 from .result import RunResult
-from .run_config import ATTENTION, RunConfig
-from .worker import run_rank, settle
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LEAVE_S = 5.0

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .monolithic import MonolithicModel
+from ..engine.monolithic import MonolithicModel
+from ..run_config import ATTENTION, EXPERT, RunConfig
 from .result import RunResult
-from .run_config import ATTENTION, EXPERT, RunConfig
 
 
 def verify(result: RunResult) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains the shipped checkpoint: a small Mixtral-format MoE on public-domain text in less than an hour.
 
-`python -m m2n.reference_model.train --output DIR --minutes 50` trains and writes a Hugging Face folder;
+`python -m m2n.reference_model.training.train --output DIR --minutes 50` trains and writes a Hugging Face folder;
 `--evaluate DIR` prints the held-out loss and the expert load of such a folder.
 """
 
@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 if __package__:
     from . import corpus
-    from .train_model import Model, ModelConfig, MoE, load_folder, save_folder
+    from .model import Model, ModelConfig, MoE, load_folder, save_folder
 else:  # run as a plain file
     import corpus
-    from train_model import Model, ModelConfig, MoE, load_folder, save_folder
+    from model import Model, ModelConfig, MoE, load_folder, save_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -195,7 +195,7 @@ def evaluate(model: Model, tokenizer: Tokenizer, texts: list[str]) -> dict[str, 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     defaults = TrainConfig()
-    parser = argparse.ArgumentParser(prog="python -m m2n.reference_model.train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m m2n.reference_model.training.train", description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--output", type=Path, metavar="DIR", help="train, and write the checkpoint here")
     what.add_argument("--evaluate", type=Path, metavar="DIR", help="print the held-out loss and expert load")
@@ -220,7 +220,7 @@ def _load(folder: Path) -> tuple[Model, Tokenizer]:
 
 
 def _dispatch_as(model: Model, dtype: str) -> None:
-    from m2n.reference_model.precision import as_dispatched
+    from m2n.reference_model.model.precision import as_dispatched
 
     for module in model.modules():
         if isinstance(module, MoE):

@@ -14,9 +14,10 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("rich")
 
-from m2n.benchmarks import balance, cli  # noqa: E402
-from m2n.benchmarks.balance import Options, Setting  # noqa: E402
-from m2n.benchmarks.pool import Pool  # noqa: E402
+from m2n.benchmarks import cli  # noqa: E402
+from m2n.benchmarks.harness.pool import Pool  # noqa: E402
+from m2n.benchmarks.pipeline import balance
+from m2n.benchmarks.pipeline.balance import Options, Setting  # noqa: E402
 
 needs_two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 

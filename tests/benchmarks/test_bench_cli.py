@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from conftest import Leftovers
 
-from m2n.benchmarks import cases, cli, plugins, runs
+from m2n.benchmarks import cli
+from m2n.benchmarks.harness import cases, plugins, runs
 from m2n.reference_model.errors import InputError
 
 TINY = ("--starts", "1", "--seconds", "0.01")
@@ -69,7 +70,7 @@ def test_pair_rows_and_other_dtypes(capsys: pytest.CaptureFixture[str], tmp_path
 
 
 def test_python_ranks_of_m2n_need_numpy_only() -> None:
-    code = "import sys, m2n.benchmarks.python_ranks, m2n.benchmarks.contenders; print('torch' in sys.modules)"
+    code = "import sys; from m2n.benchmarks.contenders import python_ranks, python; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
@@ -160,7 +161,7 @@ def test_a_forked_rank_that_fails_ends_the_others() -> None:
     """They would sleep for a minute, with the pipes of this test open."""
     code = """if True:
         import time
-        from m2n.benchmarks import forked_ranks, python_ranks
+        from m2n.benchmarks.contenders import forked_ranks, python_ranks
         python_ranks.main = lambda folder, process, name: 1 if process == "1" else time.sleep(60)
         raise SystemExit(forked_ranks.main("", "3", "m2n"))
     """

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from m2n.benchmarks import report, stats
-from m2n.benchmarks.routing import make_topk
+from m2n.benchmarks.harness import report, stats
+from m2n.benchmarks.harness.routing import make_topk
 
 
 def test_the_first_tenth_warms_up() -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from m2n.benchmarks import copies
-from m2n.benchmarks.runs import RunFailed
+from m2n.benchmarks.exchange import copies
+from m2n.benchmarks.harness.runs import RunFailed
 from m2n.reference_model.errors import InputError
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")

@@ -19,15 +19,15 @@ pytest.importorskip("rich")
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
     pytest.skip("this torch has no gloo", allow_module_level=True)
 
-from m2n.benchmarks import e2e  # noqa: E402
-from m2n.benchmarks.pool import Job, Pool  # noqa: E402
-from m2n.benchmarks.runs import RunFailed  # noqa: E402
-from m2n.benchmarks.synthetic import ModelShape, write_checkpoint  # noqa: E402
-from m2n.benchmarks.torch_verbs import TorchAttentionComm, TorchExpertComm  # noqa: E402
+from m2n.benchmarks.contenders.torch_verbs import TorchAttentionComm, TorchExpertComm  # noqa: E402
+from m2n.benchmarks.harness.pool import Job, Pool  # noqa: E402
+from m2n.benchmarks.harness.runs import RunFailed  # noqa: E402
+from m2n.benchmarks.harness.synthetic import ModelShape, write_checkpoint  # noqa: E402
+from m2n.benchmarks.pipeline import e2e  # noqa: E402
+from m2n.reference_model.engine.monolithic import MonolithicModel  # noqa: E402
 from m2n.reference_model.errors import InputError  # noqa: E402
-from m2n.reference_model.monolithic import MonolithicModel  # noqa: E402
+from m2n.reference_model.run.rank import run_rank  # noqa: E402
 from m2n.reference_model.run_config import ATTENTION, RunConfig  # noqa: E402
-from m2n.reference_model.worker import run_rank  # noqa: E402
 
 TINY = "--cases 1x1x2,2x1x1 --rounds 1 --steps 12 --sequences 12 --hidden 32 --layers 2"
 COMMS = (TorchAttentionComm, TorchExpertComm)

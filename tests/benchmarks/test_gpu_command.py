@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make gpu` (benchmarks/gpu.py): what it makes of tools that pass, fail, refuse, hang or are missing."""
+"""`make gpu` (benchmarks/gpu/suite.py): what it makes of tools that pass, fail, refuse, hang or are missing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 import m2n
 
-SOURCE = Path(__file__).parents[1] / "benchmarks/gpu.py"
+SOURCE = Path(__file__).resolve().parents[2] / "benchmarks/gpu/suite.py"
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +88,9 @@ def test_the_package_of_a_run_holds_what_its_steps_import(
     monkeypatch.setattr(gpu, "BUILD", tmp_path)
     monkeypatch.setattr(gpu, "STAGE", stage)
     gpu.lay_out()
-    names = "gpu_verbs", "gpu_figures", "gpu_nccl"
-    code = f"import m2n.benchmarks.{', m2n.benchmarks.'.join(names)}, m2n.reference_model.launcher as last; print(last)"
+    names = "gpu.verbs", "gpu.figures", "gpu.nccl"
+    modules = ", ".join(f"m2n.benchmarks.{name}" for name in names)
+    code = f"import {modules}, m2n.reference_model.run.launcher as last; print(last)"
     # Without this environment's own m2n, which a hook of its site-packages would find first.
     path = os.pathsep.join([str(stage), *(place for place in sys.path if place.endswith("-packages"))])
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
@@ -126,7 +127,7 @@ def test_lines_of_the_timing_program_become_rows(
 @pytest.mark.slow
 def test_processes_beside_a_group_of_torch_run_without_a_gpu() -> None:
     """gloo in NCCL's place: rows come back as they were sent, by both, or it fails."""
-    command = [sys.executable, SOURCE.with_name("gpu_nccl.py"), "--peer", "gloo", "--device", "cpu"]
+    command = [sys.executable, SOURCE.with_name("nccl.py"), "--peer", "gloo", "--device", "cpu"]
     sizes = ["--tokens", "7", "--hidden", "64", "--rounds", "3", "--expert-ranks", "2"]
     done = subprocess.run([*map(str, command), *sizes], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
@@ -139,7 +140,7 @@ def test_processes_beside_a_group_of_torch_run_without_a_gpu() -> None:
 def test_the_pipeline_on_streams_runs_without_a_gpu(tmp_path: Path) -> None:
     """Launches on CPU threads in the place of streams; rows say what one more microbatch gained, whatever that was."""
     drawing = tmp_path / "timeline.png"
-    command = [sys.executable, SOURCE.with_name("gpu_pingpong.py"), "--device", "emulated", "--timeline", drawing]
+    command = [sys.executable, SOURCE.with_name("pingpong.py"), "--device", "emulated", "--timeline", drawing]
     sizes = ["--microbatches", "1", "2", "--sequences", "2", "--steps", "9", "--rounds", "1"]
     model = ["--hidden", "32", "--layers", "1"]
     done = subprocess.run([*map(str, command), *sizes, *model], capture_output=True, text=True, timeout=100)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's figures on one GPU (benchmarks/gpu_figures.py), where there is none: their rows, and that wrong ones are
+"""The paper's figures on one GPU (benchmarks/gpu/figures.py), where there is none: their rows, and that wrong ones are
 seen."""
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from m2n.benchmarks.gpu_copies import CopyExchange, Streams  # noqa: E402
-from m2n.benchmarks.gpu_figures import Case, Exchange, Timer, numbers_of  # noqa: E402
+from m2n.benchmarks.gpu.copies import CopyExchange, Streams  # noqa: E402
+from m2n.benchmarks.gpu.figures import Case, Exchange, Timer, numbers_of  # noqa: E402
 
-COMMAND = [sys.executable, "-m", "m2n.benchmarks.gpu_figures", "--device", "emulated", "--quick"]
+COMMAND = [sys.executable, "-m", "m2n.benchmarks.gpu.figures", "--device", "emulated", "--quick"]
 KB = 1024
 
 

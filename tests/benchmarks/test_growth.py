@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from m2n.benchmarks import growth
+from m2n.benchmarks.exchange import growth
 from m2n.reference_model.errors import InputError
 
 TINY = ["--starts", "1", "--seconds", "0.02", "--bytes", "8192", "--expert-ranks", "1,2", "--row-bytes", "2048,512"]

@@ -19,9 +19,11 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("rich")
 
-from m2n.benchmarks import cli, hosts, link_probe, pingpong_links  # noqa: E402
-from m2n.benchmarks.links import DEFAULT_LINKS, Link, parse_links  # noqa: E402
-from m2n.benchmarks.pool import Pool  # noqa: E402
+from m2n.benchmarks import cli
+from m2n.benchmarks.harness import hosts, link_probe
+from m2n.benchmarks.harness.links import DEFAULT_LINKS, Link, parse_links  # noqa: E402
+from m2n.benchmarks.harness.pool import Pool  # noqa: E402
+from m2n.benchmarks.pipeline.pingpong import links as pingpong_links  # noqa: E402
 
 MICROBATCHES = [1, 2, 3, 4]
 needs_two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
@@ -68,8 +70,8 @@ def test_the_probe_measures_plain_sockets() -> None:
 # A program with a long cable, which is then killed: nothing of it can be cleaned up by itself.
 ORPHAN = """if True:
     import time
-    from m2n.benchmarks.hosts import Hosts
-    from m2n.benchmarks.links import Link
+    from m2n.benchmarks.harness.hosts import Hosts
+    from m2n.benchmarks.harness.links import Link
     with Hosts(1, Link(1000, 1000)) as hosts:
         print(hosts.relay.pid, *hosts.namespaces, flush=True)
         time.sleep(60)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ncclPutSignal beside m2n (benchmarks/nccl_put.py, gpu_nccl.py): the signatures against NCCL's header where there is
+"""ncclPutSignal beside m2n (contenders/nccl_put.py, gpu/nccl.py): the signatures against NCCL's header where there is
 one, and the whole path on CPUs with a library in NCCL's place."""
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from libraries import CXX
 
 pytest.importorskip("torch")
 
-from m2n.benchmarks import nccl_put  # noqa: E402
-from m2n.benchmarks.gpu import REFUSALS  # noqa: E402
+from m2n.benchmarks.contenders import nccl_put  # noqa: E402
+from m2n.benchmarks.gpu.suite import REFUSALS  # noqa: E402
 
 FOLDER = Path(__file__).parent / "fake_nccl"
-COMMAND = [sys.executable, "-m", "m2n.benchmarks.gpu_nccl", "--peer", "nccl-put"]
+COMMAND = [sys.executable, "-m", "m2n.benchmarks.gpu.nccl", "--peer", "nccl-put"]
 SMALL = ["--device", "cpu", "--tokens", "7", "--hidden", "64", "--rounds", "3", "--expert-ranks", "2"]
 
 pytestmark = needs_compiler

@@ -14,8 +14,8 @@ pytest.importorskip("torch")
 pytest.importorskip("rich")
 
 from m2n.benchmarks import cli  # noqa: E402
-from m2n.benchmarks.pingpong import FIXED_GLOBAL_BATCH, FIXED_MICROBATCH, Options, per_s  # noqa: E402
-from m2n.benchmarks.pool import Job, Pool, WorkerFailed  # noqa: E402
+from m2n.benchmarks.harness.pool import Job, Pool, WorkerFailed  # noqa: E402
+from m2n.benchmarks.pipeline.pingpong.bench import FIXED_GLOBAL_BATCH, FIXED_MICROBATCH, Options, per_s  # noqa: E402
 
 MICROBATCHES = (1, 2, 3, 4)
 needs_two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every order of small cases of the protocol, on a memory with weak orders, and each mistake that it must find.
 
-The programs are in tests/explorer; what they model is said at the top of link.cc there. They include the headers of
-csrc/core. A mistake is seeded by text in a copy of one file, so the very line is shown to matter.
+The programs are in tests/core/explorer; what they model is said at the top of link.cc there. They include the headers
+of csrc/core. A mistake is seeded by text in a copy of one file, so the very line is shown to matter.
 """
 
 from __future__ import annotations

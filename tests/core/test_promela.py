@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The protocol as a model in Promela: every order of steps of small cases, and each mistake that it must find.
 
-What is modelled stands at the top of tests/promela/exchange.pml and loss.pml. Spin looks at all states: no assertion
-fails (no unread row overwritten, none lost or doubled), and no run stops where a rank still waits. A second look proves
-that there are no cycles, so every run is finite; with that, every wait ends, whatever the scheduling.
+What is modelled stands at the top of tests/core/promela/exchange.pml and loss.pml. Spin looks at all states: no
+assertion fails (no unread row overwritten, none lost or doubled), and no run stops where a rank still waits. A second
+look proves that there are no cycles, so every run is finite; with that, every wait ends, whatever the scheduling.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lives and links as a model in Promela: an index that is given back and used again, links that are made again.
 
-What is modelled stands at the top of tests/promela/lives.pml. Spin looks at all states: no row of an old link is
+What is modelled stands at the top of tests/core/promela/lives.pml. Spin looks at all states: no row of an old link is
 delivered on a new one, nothing is given back while a verb uses it, there are never two live links of one rank, no
 caller misses a loss, every wait ends and no index is kept for ever.
 """

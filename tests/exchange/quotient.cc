@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// exchange/quantize.h's Divider beside divisions: the same quotient to the last bit, and where remainders underflow the
-// same float8. Usage: quotient SEED ROUNDS.
+// exchange/rows/quantize.h's Divider beside divisions: the same quotient to the last bit, and where remainders
+// underflow the same float8. Usage: quotient SEED ROUNDS.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
 
-#include "exchange/quantize.h"
+#include "exchange/rows/quantize.h"
 
 namespace {
 

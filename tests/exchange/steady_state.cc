@@ -26,8 +26,8 @@
 #include <thread>
 #include <vector>
 
-#include "exchange/attention.h"
-#include "exchange/expert.h"
+#include "exchange/host/attention.h"
+#include "exchange/host/expert.h"
 
 namespace {
 

@@ -30,6 +30,8 @@ from m2n import _C
 from m2n.ranks import run_ranks
 from m2n.testing import expert_outputs
 
+# From where a program of a test imports this file.
+IMPORTED = [str(Path(__file__).resolve().parents[1] / name) for name in ("support", ".", "exchange")]
 pytestmark = over("auto", "tcp", "ucx")
 SHAPE = m2n.Shape(
     hidden=64, num_experts=4, top_k=2, max_tokens=8, microbatches=2, dispatch_dtype="float32", combine_dtype="float32"
@@ -147,7 +149,7 @@ def test_a_stopped_launcher_of_children_leaves_no_orphan_link(start: Any, tmp_pa
     """A forked child holds the dead rank's socket open: the pidfd tells all the same."""
     with expert(tmp_path) as comm:
         code = (
-            "import os, sys, time; sys.path.insert(0, sys.argv[2]); import bodies, m2n\n"
+            "import os, sys, time; sys.path[:0] = sys.argv[2:]; import bodies, m2n\n"
             "from test_faults import SHAPE, ONE\n"
             "comm = m2n.AttentionComm(0, SHAPE, ONE, sys.argv[1], config=bodies.NUMPY)\n"
             "child = os.fork()\n"
@@ -155,7 +157,9 @@ def test_a_stopped_launcher_of_children_leaves_no_orphan_link(start: Any, tmp_pa
             "print(child, flush=True); os.kill(os.getpid(), 9)\n"
         )
         process = subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", code, str(tmp_path), *IMPORTED],
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert process.stdout is not None
         child = int(process.stdout.readline())
@@ -319,7 +323,7 @@ def test_use_after_fork_is_refused_and_says_no_goodbye(tmp_path: Path) -> None:
 
 def test_ctrl_c_ends_a_wait(tmp_path: Path) -> None:
     code = (
-        "import signal, sys; sys.path.insert(0, sys.argv[2]); import bodies, m2n\n"
+        "import signal, sys; sys.path[:0] = sys.argv[2:]; import bodies, m2n\n"
         "from test_faults import SHAPE, ONE\n"
         # A shell starts what runs in its background with SIGINT ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -328,7 +332,7 @@ def test_ctrl_c_ends_a_wait(tmp_path: Path) -> None:
         "comm.dispatch_recv(timeout=60)\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)],
+        [sys.executable, "-c", code, str(tmp_path), *IMPORTED],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -22,7 +22,7 @@ import m2n
 from m2n import arrays, testing
 from m2n.ranks import run_ranks
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 on_devices = pytest.mark.parametrize("device", OWN_MEMORY)
 TINY = float(np.finfo(np.float32).smallest_subnormal)
 E4M3 = np.unique(np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32))  # all that are >= 0
@@ -124,7 +124,7 @@ def test_kernels_divide_by_a_scale_without_divisions(tmp_path: Path) -> None:
     """By random scales, of random numbers and of those next to where float8 rounds the other way."""
     program = tmp_path / "quotient"
     options = ["-std=c++20", "-O2", "-ffp-contract=off", f"-I{ROOT / 'csrc'}", "-DM2N_HAS_CUDA=0"]
-    subprocess.run([CXX, *options, str(ROOT / "tests/quotient.cc"), "-o", str(program)], check=True)
+    subprocess.run([CXX, *options, str(ROOT / "tests/exchange/quotient.cc"), "-o", str(program)], check=True)
     done = subprocess.run([str(program), "1", "500000"], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stdout
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""libFuzzer on what peers of either role write and on routes (tests/fuzz/*.cc), each for some seconds with a new seed.
+"""libFuzzer on what peers of either role write and on routes (fuzz/*.cc), each for some seconds with a new seed.
 
-A long campaign: M2N_FUZZ_SECONDS=3600 pytest tests/test_fuzz.py -s. A finding is printed with its stack and its input.
+A long campaign: M2N_FUZZ_SECONDS=3600 pytest tests/exchange/test_fuzz.py -s. A finding is printed with its stack and
+its input.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from conftest import find_clang
 
 pytestmark = [pytest.mark.slow, pytest.mark.fuzz, pytest.mark.timeout(600)]
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "fuzz"
 SECONDS = int(os.environ.get("M2N_FUZZ_SECONDS", "5"))
 INSTRUMENT = "address,undefined"
@@ -45,15 +46,15 @@ class Mutation(NamedTuple):
 
 
 WRONG = (
-    Mutation("fuzz_expert", "exchange/inbox.h", r"  if \(signal_rows\(signal\) > max_tokens\) return [^;]*;\n"),
-    Mutation("fuzz_expert", "exchange/dispatch.h", r"  if \(id < 0 \|\| [^;]*num_experts\) return [^;]*;\n"),
+    Mutation("fuzz_expert", "exchange/bodies/inbox.h", r"  if \(signal_rows\(signal\) > max_tokens\) return [^;]*;\n"),
+    Mutation("fuzz_expert", "exchange/bodies/dispatch.h", r"  if \(id < 0 \|\| [^;]*num_experts\) return [^;]*;\n"),
     Mutation(
         "fuzz_attention",
         "core/slot.h",
         r"seq == last_seq \+ 1u \? Arrival::kNext : Arrival::kViolation",
         "Arrival::kNext",
     ),
-    Mutation("fuzz_route", "exchange/route.h", r"      if \(ids\[j\] == ids\[k\]\) return [^;]*;\n"),
+    Mutation("fuzz_route", "exchange/rows/route.h", r"      if \(ids\[j\] == ids\[k\]\) return [^;]*;\n"),
 )
 
 
@@ -91,7 +92,7 @@ def compile_objects(sources: list[Path], directory: Path, includes: list[str]) -
 
 
 def includes(*more: Path) -> list[str]:
-    return [f"-I{path}" for path in (*more, ROOT / "csrc", ROOT / "tests/fuzz")]
+    return [f"-I{path}" for path in (*more, ROOT / "csrc", ROOT / "tests/exchange/fuzz")]
 
 
 @functools.cache
@@ -100,14 +101,14 @@ def build() -> dict[str, Path]:
     # What every build has: the sources that CMake adds only with CUDA come by target_sources().
     cmake = "".join(re.findall(r"add_library\(m2n_\w+ STATIC[^)]*\)", (ROOT / "CMakeLists.txt").read_text()))
     # Nor what runs the verbs on a device or over a network, which no target does: it takes long to compile.
-    names = re.findall(r"csrc/\w+/(?!device_|doorbell_|run_|machine|network|stream_|tcp|ucx)\w+\.cc", cmake)
-    library = [ROOT / path for path in (*names, "tests/no_network.cc")]
+    names = re.findall(r"csrc/(?!exchange/device/|transport/(?:network|tcp|ucx)/)[\w/]+\.cc", cmake)
+    library = [ROOT / path for path in (*names, "tests/transport/no_network.cc")]
     shutil.rmtree(BUILD, ignore_errors=True)
     BUILD.mkdir(parents=True)
     # Together they take a third as long; build_wrong() replaces single ones.
     single = [path for path in library if path.stem in ("attention", "expert")]
     (BUILD / "together.cc").write_text("".join(f'#include "{path}"\n' for path in library if path not in single))
-    sources = [ROOT / f"tests/fuzz/{target}.cc" for target in TARGETS]
+    sources = [ROOT / f"tests/exchange/fuzz/{target}.cc" for target in TARGETS]
     objects = compile_objects([*sources, BUILD / "together.cc", *single], BUILD / "objects", includes())
     for target, main in zip(TARGETS, objects):
         link(main, objects[len(TARGETS) :], BUILD / target)
@@ -129,8 +130,8 @@ def build_wrong(mutation: Mutation) -> Path:
     header.parent.mkdir(parents=True, exist_ok=True)
     header.write_text(wrong)
     # What includes the header is compiled again; the rest is the library as it is.
-    again = [ROOT / f"tests/fuzz/{mutation.target}.cc"]
-    role = ROOT / f"csrc/exchange/{mutation.target.removeprefix('fuzz_')}.cc"
+    again = [ROOT / f"tests/exchange/fuzz/{mutation.target}.cc"]
+    role = ROOT / f"csrc/exchange/host/{mutation.target.removeprefix('fuzz_')}.cc"
     again += [role] if mutation.target != "fuzz_route" else []
     objects = compile_objects(again, directory / "objects", includes(directory))
     rest = [path for path in (BUILD / "objects").glob("*.o") if path.stem not in {*TARGETS, *(o.stem for o in objects)}]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-SOURCE = ROOT / "csrc/exchange/run_cuda.cu"
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = ROOT / "csrc/exchange/device/machines/cuda.cu"
 VERBS = (
     *("RouteVerb", "DispatchVerb", "DispatchSendAs", "AwaitVerb", "CombineRecvAs"),
     *("PollVerb", "ReceiveVerb", "CombineSendAs"),
@@ -55,7 +55,7 @@ def test_one_build_holds_machine_code_for_sm_80_90_and_100(compiled: Path) -> No
 
 def test_what_surrounds_the_kernels_compiles_without_a_warning(tmp_path: Path) -> None:
     """On the side of the host, and what measures them."""
-    surroundings = [ROOT / "benchmarks/gpu_timing.cu", *(ROOT / "csrc/transport").glob("cuda*.cc")]
+    surroundings = [ROOT / "benchmarks/gpu/timing.cu", *(ROOT / "csrc/transport/cuda").glob("*.cc")]
     assert len(surroundings) == 5
     for source in surroundings:
         nvcc("-arch=sm_90", "-Xcompiler=-Wall,-Wextra,-Werror", "-c", source, "-o", tmp_path / "surroundings.o")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""m2n.benchmarks.memory against what the kernel says of real processes."""
+"""m2n.benchmarks.harness.memory against what the kernel says of real processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import m2n
-from m2n.benchmarks.memory import link_bytes, rank_bytes
+from m2n.benchmarks.harness.memory import link_bytes, rank_bytes
 from m2n.ranks import run_ranks
 
 SHAPES = [

@@ -18,7 +18,7 @@ from libraries import CXX, TOGETHER
 
 pytestmark = [pytest.mark.slow, pytest.mark.under_sanitizer, pytest.mark.timeout(900)]
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests"
 # What CMakeLists.txt gives to a build with M2N_SANITIZE.
 FLAGS = ["-std=c++20", "-O1", "-g", "-fno-builtin", "-fno-omit-frame-pointer", "-pthread"]
@@ -72,7 +72,7 @@ def fixed_addresses() -> tuple[str, ...]:
 
 @functools.cache
 def compile_control(sanitizer: Sanitizer, mutate: bool = False) -> Path:
-    """tests/sanitizer_control.cc; with `mutate`, against a copy of the memory orders in which all are relaxed."""
+    """sanitizer_control.cc; with `mutate`, against a copy of the memory orders in which all are relaxed."""
     sanitizer.directory.mkdir(parents=True, exist_ok=True)
     includes = [f"-I{ROOT / 'csrc'}"]
     if mutate:
@@ -84,19 +84,19 @@ def compile_control(sanitizer: Sanitizer, mutate: bool = False) -> Path:
         (relaxed / "core/atomic.h").write_text(mutated)
         includes.insert(0, f"-I{relaxed}")
     program = sanitizer.directory / ("control_mutated" if mutate else "control")
-    source = TESTS / "sanitizer_control.cc"
+    source = TESTS / "exchange/sanitizer_control.cc"
     must([CXX, *FLAGS, f"-fsanitize={sanitizer.name}", *includes, source, "-o", program])
     return program
 
 
 @functools.cache
 def compile_guard_control() -> Path:
-    """tests/guard_control.cc, with guard pages, under AddressSanitizer."""
+    """tests/transport/guard_control.cc, with guard pages, under AddressSanitizer."""
     build(ADDRESS)
     program = ADDRESS.directory / "guard_control"
     options = [f"-fsanitize={ADDRESS.name}", "-DM2N_GUARD_PAGES", f"-I{ROOT / 'csrc'}"]
     library = ADDRESS.directory / "libm2n_transport.a"
-    must([CXX, *FLAGS, *options, TESTS / "guard_control.cc", library, "-ldl", "-o", program])
+    must([CXX, *FLAGS, *options, TESTS / "transport/guard_control.cc", library, "-ldl", "-o", program])
     return program
 
 
@@ -217,13 +217,13 @@ def test_the_sanitized_library_is_the_one_that_runs(sanitizer: Sanitizer, tmp_pa
 
 @both
 def test_thread_ranks_under_stress(sanitizer: Sanitizer, tmp_path: Path) -> None:
-    output = run_python(sanitizer, tmp_path, TESTS / "sanitize_body.py", str(sanitizer.stress_s))
+    output = run_python(sanitizer, tmp_path, TESTS / "support/sanitize_body.py", str(sanitizer.stress_s))
     assert f"sanitizer {sanitizer.name}:" in output
 
 
 @both
 def test_marked_tests_of_the_suite(sanitizer: Sanitizer, tmp_path: Path) -> None:
-    files = [path for path in sorted(TESTS.glob("test_*.py")) if "pytest.mark.sanitize\n" in path.read_text()]
+    files = [path for path in sorted(TESTS.rglob("test_*.py")) if "pytest.mark.sanitize\n" in path.read_text()]
     assert files, "no test is marked with sanitize"
     options = ["-m", "sanitize", "-q", "--timeout=600", "-p", "no:cacheprovider", f"--rootdir={ROOT}"]
     output = run_python(

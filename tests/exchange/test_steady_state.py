@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Once everything is warm the verbs allocate nothing, and ask the system for nothing but yields, sleeps and wakes.
 
-tests/steady_state.cc runs the four verbs at the C++ boundary, counts in malloc, and is traced by its own parent.
+steady_state.cc runs the four verbs at the C++ boundary, counts in malloc, and is traced by its own parent.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from libraries import CXX, build_libraries
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build/steady-state"
 FLAGS = ["-std=c++20", "-O2", "-g1", "-w", "-ffp-contract=off", "-DM2N_HAS_CUDA=0", f"-I{ROOT / 'csrc'}"]
 KINDS = [("expert", "pairs"), ("expert", "reduced"), ("attention", "pairs")]
@@ -36,9 +36,9 @@ def build(old: str = "", new: str = "") -> Path:
     """The program; with `old` against a copy of batch.cc in which that text is another one."""
     BUILD.mkdir(parents=True, exist_ok=True)
     directory = build_libraries()
-    sources = [ROOT / "tests/steady_state.cc"]
+    sources = [ROOT / "tests/exchange/steady_state.cc"]
     if old:
-        text = (ROOT / "csrc/exchange/batch.cc").read_text()
+        text = (ROOT / "csrc/exchange/host/batch.cc").read_text()
         assert text.count(old) == 1, f"batch.cc does not have this text once any more: {old!r}"
         sources.append(BUILD / "edited_batch.cc")
         sources[-1].write_text(text.replace(old, new))

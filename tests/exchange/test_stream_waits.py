@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Streams that wait for signals by themselves (`Config.stream_waits`): they wait for what comes next, round by round,
-and the host ends what nobody else would. `test_device.py` runs over them too; `tests/explorer/link.cc` has every order
+and the host ends what nobody else would. `test_device.py` runs over them too; `core/explorer/link.cc` has every order
 of a wait that is ended.
 """
 

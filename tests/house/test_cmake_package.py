@@ -16,7 +16,7 @@ from libraries import build_libraries
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "csrc/examples"
 GENERATOR = ["-G", "Ninja"] if shutil.which("ninja") else []
 # Without the second option the headers of packages count as the system's, of which compilers do not warn.

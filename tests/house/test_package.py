@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 slow = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
@@ -85,8 +85,8 @@ class TestWheel:
         compiled_there = ("contender.h", "count_copies.c", "mpi.cc", "ucx.cc")
         sources = {name for name in names if name.endswith((".cc", ".h", ".c", ".cu"))}
         folders = [ROOT / "csrc" / name for name in ("core", "transport", "exchange")]
-        headers = {f"m2n/include/m2n/{path.relative_to(ROOT / 'csrc')}" for f in folders for path in f.glob("*.h")}
-        assert sources == {f"m2n/benchmarks/native/{name}" for name in compiled_there} | headers
+        headers = {f"m2n/include/m2n/{path.relative_to(ROOT / 'csrc')}" for f in folders for path in f.rglob("*.h")}
+        assert sources == {f"m2n/benchmarks/contenders/native/{name}" for name in compiled_there} | headers
         assert "m2n/share/cmake/m2n/m2nConfig.cmake" in names
         assert not [name for name in names if name.endswith((".pyc", ".a"))]
 
@@ -153,11 +153,20 @@ class TestCuda:
         done = cmake_configure(tmp_path, "-DM2N_CUDA=ON", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON")
         assert done.returncode == 0, done.stderr
         commands = (tmp_path / "compile_commands.json").read_text()
-        for source in ("transport/cuda.cc", "transport/cuda_api.cc", "exchange/run_cuda.cu", "gpu_timing.cu"):
+        for source in (
+            "transport/cuda/transport.cc",
+            "transport/cuda/api.cc",
+            "exchange/device/machines/cuda.cu",
+            "timing.cu",
+        ):
             assert source in commands
 
     def test_off_leaves_it_out(self, tmp_path: Path) -> None:
         done = cmake_configure(tmp_path, "-DM2N_CUDA=OFF", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON")
         assert done.returncode == 0, done.stderr
         commands = (tmp_path / "compile_commands.json").read_text()
-        assert "run_team.cc" in commands and "run_cuda.cu" not in commands and "cuda_api" not in commands
+        assert (
+            "machines/emulated.cc" in commands
+            and "machines/cuda.cu" not in commands
+            and "transport/cuda/" not in commands
+        )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The house rules hold (tests/tidy_rules.py), and each rule finds what it is there to find."""
+"""The house rules hold (tests/support/tidy_rules.py), and each rule finds what it is there to find."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import tidy_rules as rules
 import m2n
 from m2n import _C
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("csrc", "bindings", "m2n", "reference_model", "benchmarks", "tests")
 SPDX = "SPDX-License-Identifier: Apache-2.0"
 
@@ -66,20 +66,26 @@ def test_house_rule(name: str) -> None:
 BAD = [
     ("includes", "csrc/core/slot.h", '#include "transport/transport.h"'),
     ("includes", "csrc/core/slot.h", "#include <unistd.h>"),
-    ("includes", "csrc/transport/shm.cc", '#include "exchange/route.h"'),
-    ("includes", "csrc/transport/shm.cc", '#include "transport/ucx.h"'),
-    ("includes", "csrc/exchange/comm.h", '#include "transport/shm.h"'),
-    ("includes", "csrc/exchange/comm.cc", "#include <cuda_runtime.h>"),
+    ("includes", "csrc/transport/shm/transport.cc", '#include "exchange/rows/route.h"'),
+    ("includes", "csrc/transport/shm/transport.cc", '#include "transport/ucx/api.h"'),
+    ("includes", "csrc/transport/network/proxy.cc", '#include "transport/tcp/links.h"'),
+    ("includes", "csrc/transport/transport.h", '#include "transport/network/areas.h"'),
+    ("includes", "csrc/exchange/rows/sum.h", '#include "exchange/bodies/combine.h"'),
+    ("includes", "csrc/exchange/bodies/inbox.h", '#include "exchange/links/comm.h"'),
+    ("includes", "csrc/exchange/device/verbs/expert.h", '#include "exchange/device/comm.h"'),
+    ("includes", "csrc/exchange/device/expert.h", '#include "exchange/host/expert.h"'),
+    ("includes", "csrc/exchange/links/comm.h", '#include "transport/shm.h"'),
+    ("includes", "csrc/exchange/links/comm.cc", "#include <cuda_runtime.h>"),
     ("includes", "bindings/module.cc", '#include "transport/watcher.h"'),
     ("includes", "bindings/tensor.cc", "#include <torch/extension.h>"),
     ("vocabulary", "csrc/core/slot.h", "uint32_t num_tokens;"),
     ("vocabulary", "csrc/core/slot.h", "class ExpertComm;"),
-    ("vocabulary", "csrc/transport/shm.cc", "// a route to the peer"),
-    ("vocabulary", "csrc/exchange/comm.cc", "make_shm_transport();"),
-    ("vocabulary", "csrc/exchange/comm.cc", "// over UCX"),
-    ("memory_orders", "csrc/exchange/comm.h", "x.load(std::memory_order_relaxed);"),
+    ("vocabulary", "csrc/transport/shm/transport.cc", "// a route to the peer"),
+    ("vocabulary", "csrc/exchange/links/comm.cc", "make_shm_transport();"),
+    ("vocabulary", "csrc/exchange/links/comm.cc", "// over UCX"),
+    ("memory_orders", "csrc/exchange/links/comm.h", "x.load(std::memory_order_relaxed);"),
     ("memory_orders", "csrc/transport/transport.cc", "x.load(std::memory_order_acquire);"),
-    ("waited_for", "csrc/exchange/comm.cc", "store_release(&is_closed_, 1u);  // SYNC: comm-closed"),
+    ("waited_for", "csrc/exchange/links/comm.cc", "store_release(&is_closed_, 1u);  // SYNC: comm-closed"),
     ("waited_for", "csrc/core/peer.h", "return load_acquire(&entries[i].state);  // SYNC: peer-state"),
     ("memory_orders", "csrc/core/atomic.h", "std::atomic_thread_fence(std::memory_order_seq_cst);"),
     ("first_lines", "csrc/core/slot.h", "#pragma once\n"),
@@ -91,12 +97,15 @@ BAD = [
     ("file_size", "m2n/shape.py", "x = 1\n" * 401),
     ("function_sizes", "m2n/shape.py", "def long():\n" + "    x = 1\n" * 69),
     ("function_sizes", "csrc/core/slot.h", "int A::long_one(int x) const {\n" + "  if (x) { f(); }\n" * 68 + "}\n"),
-    ("public_names_only", "reference_model/model.py", "from m2n import _C"),
-    ("public_names_only", "reference_model/model.py", "import m2n._C"),
-    ("public_names_only", "reference_model/model.py", "import m2n\nm2n._C.Shape"),
-    ("public_names_only", "reference_model/model.py", "from m2n.bootstrap import connect"),
-    ("public_names_only", "reference_model/model.py", "from .. import _C"),
-    ("public_names_only", "reference_model/model.py", "from ..benchmarks import cli"),
+    ("public_names_only", "reference_model/model/decoder.py", "from m2n import _C"),
+    ("public_names_only", "reference_model/model/decoder.py", "import m2n._C"),
+    ("public_names_only", "reference_model/model/decoder.py", "import m2n\nm2n._C.Shape"),
+    ("public_names_only", "reference_model/model/decoder.py", "from m2n.bootstrap import connect"),
+    ("public_names_only", "reference_model/model/decoder.py", "from ... import _C"),
+    ("public_names_only", "reference_model/model/decoder.py", "from ..engine import schedule"),
+    ("public_names_only", "reference_model/engine/rounds.py", "from ..run.rank import run_rank"),
+    ("public_names_only", "benchmarks/harness/runs.py", "from ..exchange import latency"),
+    ("public_names_only", "reference_model/model/decoder.py", "from ...benchmarks import cli"),
     ("public_names_only", "benchmarks/cli.py", "def f():\n    from m2n._C import Shape"),
     ("public_names_only", "benchmarks/cli.py", "import tests.bodies"),
     ("lower_python_floor", "m2n/comm.py", "from .reference_model import model"),
@@ -112,12 +121,12 @@ def test_the_rule_finds_it(name: str, path: str, text: str) -> None:
 
 
 GOOD = [
-    ("includes", "csrc/exchange/comm.h", '#include "transport/watcher.h"\n#include <unistd.h>'),
+    ("includes", "csrc/exchange/links/comm.h", '#include "transport/watcher.h"\n#include <unistd.h>'),
     ("vocabulary", "csrc/core/slot.h", "// rerouted expertise of a tokenizer"),
-    ("memory_orders", "csrc/exchange/comm.h", "// as memory_order_release would"),
+    ("memory_orders", "csrc/exchange/links/comm.h", "// as memory_order_release would"),
     ("function_sizes", "m2n/shape.py", "def short():\n" + "    x = 1\n" * 68),
     ("function_sizes", "csrc/core/slot.h", "namespace m2n {\n" + "int f() {\n  return 1;\n}\n" * 30 + "}\n"),
-    ("public_names_only", "reference_model/model.py", "import m2n\nfrom .rope import Rope\nm2n.Shape"),
+    ("public_names_only", "reference_model/model/decoder.py", "import m2n\nfrom .rope import Rope\nm2n.Shape"),
     ("public_names_only", "benchmarks/cli.py", "from ..reference_model import model\nfrom m2n.testing import KINDS"),
     ("lower_python_floor", "m2n/comm.py", "def f():\n    import torch"),
 ]

@@ -22,13 +22,13 @@ pytest.importorskip("tokenizers")
 
 from m2n.benchmarks import cli  # noqa: E402
 from m2n.reference_model import generate  # noqa: E402
-from m2n.reference_model.children import python_command  # noqa: E402
-from m2n.reference_model.command import Files, outlast_stdout, run_command  # noqa: E402
-from m2n.reference_model.config import ModelConfig  # noqa: E402
-from m2n.reference_model.display import Display  # noqa: E402
 from m2n.reference_model.errors import CheckpointError, InputError  # noqa: E402
+from m2n.reference_model.model.config import ModelConfig  # noqa: E402
+from m2n.reference_model.model.tokenizer import Tokenizer  # noqa: E402
+from m2n.reference_model.run.children import python_command  # noqa: E402
+from m2n.reference_model.run.command import Files, outlast_stdout, run_command  # noqa: E402
+from m2n.reference_model.run.display import Display  # noqa: E402
 from m2n.reference_model.run_config import RunConfig  # noqa: E402
-from m2n.reference_model.tokenizer import Tokenizer  # noqa: E402
 
 SHIPPED = generate.DEFAULT_CHECKPOINT
 ARGUMENTS = ["--prompt", "And it", "--max-new-tokens", "3"]
@@ -195,7 +195,7 @@ def test_the_summary_is_legible_at_any_width(
     rank = {"role": "expert", "rank": 0, "batches": 12, "busy_s": 0.5, "wait_s": 0.25}
     rank |= {"bytes_sent": 3_000_000, "bytes_received": 4_000_000}
     about = {"ranks": [rank], "tokens": 5, "sequences": 1, "seconds": 1.0, "tokens_per_s": 5.0, "bytes_moved": 7e6}
-    monkeypatch.setattr("m2n.reference_model.display.describe", lambda pipeline: [])
+    monkeypatch.setattr("m2n.reference_model.run.display.describe", lambda pipeline: [])
     Display(Tokenizer(SHIPPED), ["a"], [[1]], 5).summary({**about, "pipeline": {}})
     said = capsys.readouterr().err
     assert "…" not in said and all(figure in said for figure in ("expert 0", "0.500", "0.250", "3.000", "4.000", "12"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configurations of real models (tests/configs): each loads, shrunk, and gives the logits of transformers, or is
+"""Configurations of real models (tests/model/configs): each loads, shrunk, and gives the logits of transformers, or is
 refused in one line that names what is missing. And single options, by their values."""
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ transformers = pytest.importorskip("transformers")
 import tiny_checkpoints as tiny  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from m2n.reference_model.config import ModelConfig  # noqa: E402
+from m2n.reference_model.engine.monolithic import MonolithicModel  # noqa: E402
 from m2n.reference_model.errors import CheckpointError, ConfigError, brief  # noqa: E402
-from m2n.reference_model.monolithic import MonolithicModel  # noqa: E402
+from m2n.reference_model.model.config import ModelConfig  # noqa: E402
 
 CONFIGS = {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.json"))}
 LOADS = {

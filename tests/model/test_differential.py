@@ -17,13 +17,14 @@ pytest.importorskip("safetensors")
 
 import differential  # noqa: E402
 
-from m2n.reference_model import against_transformers, generate  # noqa: E402
-from m2n.reference_model.against_transformers import compare  # noqa: E402
-from m2n.reference_model.checkpoint import Checkpoint  # noqa: E402
-from m2n.reference_model.monolithic import MonolithicModel  # noqa: E402
-from m2n.reference_model.result import RunResult  # noqa: E402
+from m2n.reference_model import generate  # noqa: E402
+from m2n.reference_model.engine.monolithic import MonolithicModel  # noqa: E402
+from m2n.reference_model.model.checkpoint import Checkpoint  # noqa: E402
+from m2n.reference_model.model.tokenizer import Tokenizer  # noqa: E402
+from m2n.reference_model.run import against_transformers  # noqa: E402
+from m2n.reference_model.run.against_transformers import compare  # noqa: E402
+from m2n.reference_model.run.result import RunResult  # noqa: E402
 from m2n.reference_model.run_config import RunConfig  # noqa: E402
-from m2n.reference_model.tokenizer import Tokenizer  # noqa: E402
 
 SHIPPED = generate.DEFAULT_CHECKPOINT
 
@@ -42,7 +43,7 @@ def test_twenty_random_checkpoints_agree_with_transformers() -> None:
 @pytest.mark.slow
 def test_random_checkpoints_of_fresh_seeds_agree_with_transformers() -> None:
     first = random.SystemRandom().randrange(10**9)
-    print(f"python tests/differential.py --first-seed {first} --seeds 60")
+    print(f"python tests/support/differential.py --first-seed {first} --seeds 60")
     try_seeds(list(range(first, first + 60)))
 
 

@@ -20,13 +20,13 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 import m2n.testing  # noqa: E402
-from m2n.reference_model.config import ModelConfig  # noqa: E402
-from m2n.reference_model.launcher import Launcher  # noqa: E402
-from m2n.reference_model.monolithic import MonolithicModel  # noqa: E402
-from m2n.reference_model.result import RunResult  # noqa: E402
+from m2n.reference_model.engine.monolithic import MonolithicModel  # noqa: E402
+from m2n.reference_model.model.config import ModelConfig  # noqa: E402
+from m2n.reference_model.run.launcher import Launcher  # noqa: E402
+from m2n.reference_model.run.rank import load_decoder, load_experts, run_attention, run_expert, run_rank  # noqa: E402
+from m2n.reference_model.run.result import RunResult  # noqa: E402
+from m2n.reference_model.run.verify import verify  # noqa: E402
 from m2n.reference_model.run_config import ATTENTION, EXPERT, RunConfig  # noqa: E402
-from m2n.reference_model.verify import verify  # noqa: E402
-from m2n.reference_model.worker import load_decoder, load_experts, run_attention, run_expert, run_rank  # noqa: E402
 
 NUM_NEW = 6
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -209,7 +209,7 @@ def test_recorded_routes_name_every_token_of_every_layer(root: Path, tmp_path: P
 
 
 def test_each_side_reads_only_its_own_tensors(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from m2n.reference_model.checkpoint import Checkpoint
+    from m2n.reference_model.model.checkpoint import Checkpoint
 
     directory, _ = checkpoint_and_tokens(root, "mixtral", 8)
     read: list[str] = []

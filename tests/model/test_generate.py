@@ -26,9 +26,9 @@ import tiny_checkpoints as tiny  # noqa: E402
 
 from m2n.reference_model import generate  # noqa: E402
 from m2n.reference_model.errors import InputError  # noqa: E402
-from m2n.reference_model.launcher import Launcher, RankFailed  # noqa: E402
+from m2n.reference_model.model.tokenizer import TextStream, Tokenizer  # noqa: E402
+from m2n.reference_model.run.launcher import Launcher, RankFailed  # noqa: E402
 from m2n.reference_model.run_config import RunConfig  # noqa: E402
-from m2n.reference_model.tokenizer import TextStream, Tokenizer  # noqa: E402
 
 # The bound that a failing run must keep.
 FAILURE_S = 10.0
@@ -145,7 +145,7 @@ def test_devices_and_threads_are_for_both_roles_or_each(directory: Path) -> None
 def test_a_difference_from_the_monolithic_model_is_shown_and_fails(
     directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from m2n.reference_model import launcher
+    from m2n.reference_model.run import launcher
 
     def events_of_a_wrong_run(self: Any) -> Any:
         for token_id, finish in ((1, None), (2, "length")):
@@ -363,7 +363,7 @@ def test_streamed_pieces_add_up_to_the_text_and_no_character_is_cut(tmp_path: Pa
 def test_a_terminal_sees_progress_and_then_every_answer_in_order(
     directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from m2n.reference_model.display import Display
+    from m2n.reference_model.run.display import Display
 
     monkeypatch.setenv("FORCE_COLOR", "1")
     tokenizer = Tokenizer(directory)

@@ -14,10 +14,10 @@ transformers = pytest.importorskip("transformers")
 
 import tiny_checkpoints as tiny  # noqa: E402
 
-from m2n.reference_model.config import ModelConfig  # noqa: E402
+from m2n.reference_model.engine.monolithic import MonolithicModel  # noqa: E402
 from m2n.reference_model.errors import ConfigError  # noqa: E402
-from m2n.reference_model.monolithic import MonolithicModel  # noqa: E402
-from m2n.reference_model.sampling import Sampler, SamplingConfig  # noqa: E402
+from m2n.reference_model.model.config import ModelConfig  # noqa: E402
+from m2n.reference_model.model.sampling import Sampler, SamplingConfig  # noqa: E402
 
 NUM_NEW = 24
 MANY = list(range(0, 96, 2))

@@ -15,10 +15,10 @@ pytest.importorskip("transformers")
 import tiny_checkpoints as tiny  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from m2n.reference_model.config import ModelConfig  # noqa: E402
+from m2n.reference_model.engine.monolithic import MonolithicModel  # noqa: E402
 from m2n.reference_model.errors import CheckpointError, ConfigError, InputError  # noqa: E402
-from m2n.reference_model.monolithic import MonolithicModel  # noqa: E402
-from m2n.reference_model.sampling import Sampler, SamplingConfig  # noqa: E402
+from m2n.reference_model.model.config import ModelConfig  # noqa: E402
+from m2n.reference_model.model.sampling import Sampler, SamplingConfig  # noqa: E402
 
 NUM_NEW = 12
 FAMILIES = ("mixtral", "qwen3_moe", "olmoe")

@@ -16,8 +16,8 @@ from hypothesis import strategies as st  # noqa: E402
 from toy_pipeline import Toy, hand_made  # noqa: E402
 
 from m2n.reference_model import trace as tr  # noqa: E402
-from m2n.reference_model.messages import match  # noqa: E402
-from m2n.reference_model.pipeline import HELD_BACK, HIDDEN, WAITED_FOR, describe, summarise  # noqa: E402
+from m2n.reference_model.report.messages import match  # noqa: E402
+from m2n.reference_model.report.summary import HELD_BACK, HIDDEN, WAITED_FOR, describe, summarise  # noqa: E402
 from m2n.reference_model.trace import ALL_RANKS, MAX_EVENTS, Trace, Tracer  # noqa: E402
 
 

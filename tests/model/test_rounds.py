@@ -23,14 +23,15 @@ from test_disaggregated import (  # noqa: E402
     run_on_devices,
 )
 
-from m2n.reference_model import experts, trace  # noqa: E402
-from m2n.reference_model.decode import CachePool, DecodeBatch  # noqa: E402
+from m2n.reference_model import trace  # noqa: E402
+from m2n.reference_model.engine.decode import CachePool, DecodeBatch  # noqa: E402
+from m2n.reference_model.engine.schedule import ATTEND, COMBINE, DISPATCH, round_schedule, served_in_round  # noqa: E402
 from m2n.reference_model.errors import InputError  # noqa: E402
-from m2n.reference_model.model import Decoder, KVCache, Microbatch, Span  # noqa: E402
+from m2n.reference_model.model import experts  # noqa: E402
+from m2n.reference_model.model.decoder import Decoder, KVCache, Microbatch, Span  # noqa: E402
+from m2n.reference_model.run.rank import load_decoder, load_experts  # noqa: E402
+from m2n.reference_model.run.verify import verify  # noqa: E402
 from m2n.reference_model.run_config import RunConfig  # noqa: E402
-from m2n.reference_model.schedule import ATTEND, COMBINE, DISPATCH, round_schedule, served_in_round  # noqa: E402
-from m2n.reference_model.verify import verify  # noqa: E402
-from m2n.reference_model.worker import load_decoder, load_experts  # noqa: E402
 
 ON_CUDA = {"attention_device": "cuda", "expert_device": "cuda"}
 on_devices = pytest.mark.parametrize(

@@ -12,7 +12,8 @@ pytest.importorskip("torch")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from m2n.reference_model.schedule import (  # noqa: E402
+from m2n.reference_model.engine.batching import Scheduler, Sequence  # noqa: E402
+from m2n.reference_model.engine.schedule import (
     ATTEND,
     BEGIN,
     COMBINE,
@@ -27,8 +28,7 @@ from m2n.reference_model.schedule import (  # noqa: E402
     attention_schedule,
     expert_schedule,
 )
-from m2n.reference_model.scheduler import Scheduler, Sequence  # noqa: E402
-from m2n.reference_model.simulate import Pipeline, simulate  # noqa: E402
+from m2n.reference_model.report.simulate import Pipeline, simulate  # noqa: E402
 
 MAX_ACTIONS = 50_000
 

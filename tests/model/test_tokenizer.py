@@ -18,7 +18,7 @@ from tiny_tokenizers import KINDS, as_dict, byte_fallback, byte_level, save  # n
 from tokenizers import AddedToken  # noqa: E402
 
 from m2n.reference_model.errors import CheckpointError  # noqa: E402
-from m2n.reference_model.tokenizer import TextStream, Tokenizer  # noqa: E402
+from m2n.reference_model.model.tokenizer import TextStream, Tokenizer  # noqa: E402
 
 TEXTS = ["Hello world", " two  spaces", "a<sep>b<end>", "für 😀😀 end", "x" * 60, ""]
 

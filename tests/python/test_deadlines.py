@@ -32,6 +32,8 @@ from m2n.handshake import link_transport
 from m2n.interfaces import host_name
 from m2n.store import PathStore
 
+TESTS = Path(__file__).resolve().parents[1] / "support"
+
 
 def publish(store: Path, address: Address) -> None:
     key = identity("expert").store_key("expert", 0)
@@ -118,7 +120,7 @@ comm.close()
 
 @pytest.mark.parametrize("why", ["denied", "in another pid namespace"])
 def test_a_link_lives_on_where_one_side_alone_is_told_of_the_others_death(why: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{WITHOUT_PIDFD}"]
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(TESTS)!r})\n{WITHOUT_PIDFD}"]
     if why != "denied":
         apart = [shutil.which("unshare") or "", "--pid", "--fork", "--kill-child"]
         if not apart[0] or subprocess.run([*apart, "true"], capture_output=True).returncode != 0:

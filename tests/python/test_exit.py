@@ -10,7 +10,7 @@ from pathlib import Path
 import exits
 import pytest
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).resolve().parents[1] / "support"
 # Most of these ended otherwise, one in a few processes not: by an abort, or where the lock was missing by a bad access.
 PROCESSES = {exits.in_traffic: 6, exits.in_python_code_that_a_verb_calls: 6}
 

@@ -32,6 +32,8 @@ from m2n.interfaces import host_name
 from m2n.listener import Listener
 from m2n.store import PathStore
 
+TESTS = Path(__file__).resolve().parents[1] / "support"
+
 
 @pytest.fixture
 def is_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +220,7 @@ sys.stdin.readline()
 
 
 def program(code: str, *arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{code}"]
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(TESTS)!r})\n{code}"]
     pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     return subprocess.Popen([*command, *map(str, arguments)], **pipes, text=True)
 

@@ -30,7 +30,7 @@ import m2n
 from m2n import testing
 from m2n.ranks import run_ranks, serve
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).resolve().parents[1] / "support"
 
 
 def run_body(name: str, *arguments: Any, timeout: float = 60.0) -> None:

@@ -17,12 +17,12 @@ import pytest
 import m2n
 from m2n import _C
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).resolve().parents[1] / "support"
 MB = 1 << 20
 
 
 def run(name: str, *arguments: object, prefix: tuple[str, ...] = ()) -> str:
-    """What the program of tests/shortages.py prints; it must end well."""
+    """What the program of tests/support/shortages.py prints; it must end well."""
     command = [*prefix, sys.executable, "shortages.py", name, *map(str, arguments)]
     done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, f"{name} ended with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"

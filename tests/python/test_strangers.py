@@ -19,14 +19,14 @@ import psutil
 import pytest
 
 SOON_S = 5.0
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Victim:
     """The process that is attacked."""
 
     def __init__(self, transport: str, store: Path, *options: str) -> None:
-        command = [sys.executable, ROOT / "tests/attacked.py", transport, store, *options]
+        command = [sys.executable, ROOT / "tests/support/attacked.py", transport, store, *options]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(command, **pipes)  # type: ignore[call-overload]
         pid, secret_at, self.address = self.process.stdout.readline().split()

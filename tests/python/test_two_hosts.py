@@ -18,17 +18,17 @@ from typing import Any
 
 import pytest
 
-from m2n.benchmarks.hosts import Hosts
+from m2n.benchmarks.harness.hosts import Hosts
 
-ROOT = Path(__file__).parents[1]
-RANK = ROOT / "tests/host_rank.py"
+ROOT = Path(__file__).resolve().parents[2]
+RANK = ROOT / "tests/support/host_rank.py"
 SOON_S = 90.0
 
 pytestmark = [pytest.mark.two_hosts, pytest.mark.slow, pytest.mark.timeout(240)]
 
 
 class Ranks:
-    """Programs of tests/host_rank.py, and a store that the first host serves."""
+    """Programs of tests/support/host_rank.py, and a store that the first host serves."""
 
     def __init__(self, hosts: Hosts, attention: list[int], experts: list[int], **env: str) -> None:
         self.hosts, self.env, self.counts = hosts, env, (len(attention), len(experts))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random tiny checkpoints against transformers: token ids, first logits, greedy tokens.
 
-    python tests/differential.py --first-seed 0 --seeds 200 --json F
+    python tests/support/differential.py --first-seed 0 --seeds 200 --json F
 
 Tokenizers that were saved with truncation and padding, that fall back to bytes, whose tokens only a config names; tied
 heads and heads of their own; ropes; shards beside older saves; generation configs.
@@ -24,12 +24,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from m2n.reference_model.against_transformers import compare
+from m2n.reference_model.engine.monolithic import MonolithicModel
 from m2n.reference_model.errors import InputError
-from m2n.reference_model.monolithic import MonolithicModel
-from m2n.reference_model.result import RunResult
+from m2n.reference_model.model.tokenizer import Tokenizer
+from m2n.reference_model.run.against_transformers import compare
+from m2n.reference_model.run.result import RunResult
 from m2n.reference_model.run_config import RunConfig
-from m2n.reference_model.tokenizer import Tokenizer
 
 VOCAB = 320
 WORDS = ["hello", "world", " ", "  two", "é", "😀", "<sep>", "<end>", "a" * 30, "\n", "\u3042", "lo and"]
@@ -175,7 +175,7 @@ def main() -> int:
     counts = Counter(text.partition(":")[0] for text in outcomes.values())
     odd = {seed: text for seed, text in outcomes.items() if text != "equal"}
     report = {
-        "command": "python tests/differential.py " + " ".join(sys.argv[1:]),
+        "command": "python tests/support/differential.py " + " ".join(sys.argv[1:]),
         "versions": {"transformers": transformers.__version__, "torch": torch.__version__},
         "counts": counts,
         "not_equal": odd,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds and runs the programs of tests/explorer, against the headers of csrc/core or copies with a mistake."""
+"""Builds and runs the programs of tests/core/explorer, against the headers of csrc/core or copies with a mistake."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from libraries import CXX, precompile
 
-ROOT = Path(__file__).resolve().parent.parent
-PROGRAMS = ROOT / "tests/explorer"
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAMS = ROOT / "tests/core/explorer"
 BUILD = ROOT / "build/explorer"
 # -fno-builtin-memcpy and --wrap: see copies.h. Threads are left by longjmp, which a fortified library refuses.
 MODEL = ["-w", "-U_FORTIFY_SOURCE", "-fno-builtin-memcpy", "-Wl,--wrap=memcpy"]

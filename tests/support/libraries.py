@@ -11,7 +11,7 @@ import subprocess
 import zlib
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CXX = os.environ.get("CXX", "g++")
 # The sources of a library as one: headers are half of what they take to compile. The installation compiles each alone.
 TOGETHER = ("-DCMAKE_UNITY_BUILD=ON", "-DCMAKE_UNITY_BUILD_BATCH_SIZE=0")

@@ -18,33 +18,46 @@ class Floor(NamedTuple):
     """What files under `folder` may include of this project, and the words they must never use."""
 
     folder: str
-    may_include: tuple[str, ...]  # a path, or a folder that ends in "/"
+    may_include: tuple[str, ...]  # a path, or a folder that ends in "/": what lies in it, not deeper
     never_says: tuple[str, ...] = ()
 
 
 # Deeper folders first. An arrow only points down, and a word of an upper floor never appears on a lower one.
+_BYTES = ("token", "expert", "route")  # what a transport moves is bytes
+_MEMORY = ("shm", "ucx", "ipc")  # what an exchange writes to is memory
+_CONTRACT = ("core/", "transport/")  # what every transport knows
+_ROWS = ("core/", "exchange/rows/")
+_BODIES = (*_ROWS, "exchange/bodies/")
+_LINKS = (
+    *(*_BODIES, "exchange/links/", "transport/transport.h", "transport/watcher.h"),
+    *("transport/host_exec.h", "transport/own_thread.h"),
+)
+_VERBS = (*_BODIES, "exchange/device/verbs/")
+_MACHINES = (*_VERBS, "exchange/device/machines/", "transport/team_exec.h", "transport/cuda/api.h")
 FLOORS = (
-    Floor("csrc/core/", ("core/",), ("token", "expert", "route")),
-    Floor("csrc/transport/", ("core/", "transport/"), ("token", "expert", "route")),
-    Floor(
-        "csrc/exchange/",
-        (
-            *("core/", "exchange/", "transport/transport.h", "transport/watcher.h"),
-            *("transport/host_exec.h", "transport/own_thread.h", "transport/team_exec.h"),
-            "transport/cuda_api.h",
-        ),
-        ("shm", "ucx", "ipc"),
-    ),
+    Floor("csrc/core/", ("core/",), _BYTES),
+    Floor("csrc/transport/shm/", (*_CONTRACT, "transport/shm/"), _BYTES),
+    Floor("csrc/transport/cuda/", (*_CONTRACT, "transport/cuda/"), _BYTES),
+    Floor("csrc/transport/faulty/", (*_CONTRACT, "transport/faulty/"), _BYTES),
+    Floor("csrc/transport/network/", (*_CONTRACT, "transport/network/"), _BYTES),
+    Floor("csrc/transport/tcp/", (*_CONTRACT, "transport/network/", "transport/tcp/"), _BYTES),
+    Floor("csrc/transport/ucx/", (*_CONTRACT, "transport/network/", "transport/ucx/"), _BYTES),
+    Floor("csrc/transport/", _CONTRACT, _BYTES),
+    Floor("csrc/exchange/rows/", _ROWS, _MEMORY),
+    Floor("csrc/exchange/bodies/", _BODIES, _MEMORY),
+    Floor("csrc/exchange/links/", _LINKS, _MEMORY),
+    Floor("csrc/exchange/host/", (*_LINKS, "exchange/host/"), _MEMORY),
+    Floor("csrc/exchange/device/verbs/", _VERBS, _MEMORY),
+    Floor("csrc/exchange/device/machines/", _MACHINES, _MEMORY),
+    Floor("csrc/exchange/device/", (*_LINKS, *_MACHINES, "exchange/device/"), _MEMORY),
     Floor(
         "bindings/",
-        ("exchange/", "core/error.h", "transport/memory_limit.h", "tensor.h", "bind.h", "lock.h"),
-        ("shm", "ucx", "ipc"),
+        (
+            *("exchange/rows/", "exchange/bodies/", "exchange/links/", "exchange/host/", "exchange/device/"),
+            *("exchange/device/verbs/", "core/error.h", "transport/memory_limit.h", "tensor.h", "bind.h", "lock.h"),
+        ),
+        _MEMORY,
     ),
-)
-# Files that implement one transport each: none knows another.
-TRANSPORT_CONTRACT = (
-    *("transport", "host_exec", "own_thread", "team_exec", "watcher", "local", "memory_limit"),
-    *("network", "network_areas", "network_links", "network_message", "network_proxy"),
 )
 # Headers of the C++ library have no dot; `.h` means an operating system, which floor 0 does not know.
 CORE_SYSTEM_INCLUDE = re.compile(r"[a-z_]+|cuda/atomic")
@@ -67,22 +80,17 @@ def includes(path: str, text: str) -> Iterator[str]:
     floor = floor_of(path)
     if floor is None:
         return
+    is_cuda_file = path.endswith(".cu") or path.startswith("csrc/transport/cuda/")
     for own in re.findall(r'^\s*#\s*include\s+"([^"]+)"', text, re.MULTILINE):
-        if not any(own.startswith(may) if may.endswith("/") else own == may for may in floor.may_include):
+        if own not in floor.may_include and own[: own.rfind("/") + 1] not in floor.may_include:
             yield f"{path}: includes {own}, which its floor must not know"
-        stem, other = re.split(r"[/.]", path)[-2], own.removeprefix("transport/").split(".")[0]
-        is_of_ours = other in TRANSPORT_CONTRACT or other.partition("_")[0] == stem.partition("_")[0]  # cuda, cuda_api
-        is_other_transport = own.startswith("transport/") and not is_of_ours
-        if floor.folder == "csrc/transport/" and is_other_transport and stem not in TRANSPORT_CONTRACT:
-            yield f"{path}: includes {own}, another transport's file"
-        if own == "transport/cuda_api.h" and not (path.endswith(".cu") or path.startswith("csrc/transport/cuda")):
-            yield f"{path}: includes {own}; CUDA stays in .cu files and in csrc/transport/cuda*"
+        if own == "transport/cuda/api.h" and not is_cuda_file:
+            yield f"{path}: includes {own}; CUDA stays in .cu files and in csrc/transport/cuda"
     for system in re.findall(r"^\s*#\s*include\s+<([^>]+)>", text, re.MULTILINE):
         if floor.folder == "csrc/core/" and not CORE_SYSTEM_INCLUDE.fullmatch(system):
             yield f"{path}: includes <{system}>; floor 0 knows no operating system"
-        is_cuda_file = path.endswith(".cu") or path.startswith("csrc/transport/cuda")
         if system.startswith("cuda") and not is_cuda_file and system != "cuda/atomic":
-            yield f"{path}: includes <{system}>; CUDA stays in .cu files and in csrc/transport/cuda*"
+            yield f"{path}: includes <{system}>; CUDA stays in .cu files and in csrc/transport/cuda"
         if system.startswith(("torch", "ATen", "c10")):
             yield f"{path}: includes <{system}>; tensors cross as DLPack"
 
@@ -223,23 +231,55 @@ def attributes_of_m2n(text: str) -> Iterator[str]:
             yield node.attr
 
 
+# What files under a folder may import of this project beside the public names of m2n. Deeper folders first.
+_HARNESS = ("benchmarks.harness", "benchmarks.contenders", "reference_model")
+PYTHON_FLOORS = {
+    "reference_model/model/": ("reference_model.model", "reference_model.errors"),
+    "reference_model/engine/": tuple(f"reference_model.{name}" for name in ("model", "engine", "errors", "trace")),
+    "reference_model/report/": tuple(
+        f"reference_model.{name}" for name in ("report", "engine.schedule", "run_config", "errors", "trace")
+    ),
+    "reference_model/run/": tuple(
+        f"reference_model.{name}" for name in ("model", "engine", "report", "run", "run_config", "errors", "trace")
+    ),
+    "reference_model/training/": ("reference_model.training", "reference_model.model.precision"),
+    "reference_model/": ("reference_model",),
+    "benchmarks/contenders/": ("benchmarks.contenders", "reference_model.errors"),
+    "benchmarks/harness/": _HARNESS,
+    "benchmarks/exchange/": (*_HARNESS, "benchmarks.exchange"),
+    "benchmarks/pipeline/": (*_HARNESS, "benchmarks.pipeline"),
+    "benchmarks/gpu/": (*_HARNESS, "benchmarks.gpu"),
+    "benchmarks/": ("benchmarks", "reference_model"),
+}
+
+
+def absolute(path: str, module: str) -> str:
+    """A module as `path` imports it, by its name from the root: m2n.x, reference_model.x, benchmarks.x."""
+    if module.startswith("."):
+        dots = len(module) - len(module.lstrip("."))
+        package = path.split("/")[:-1]
+        package = package[: len(package) - dots + 1] if dots <= len(package) else ["m2n"]
+        module = ".".join([*package, *module[dots:].split(".")]).rstrip(".")
+    return re.sub(r"^m2n\.(?=(reference_model|benchmarks)\b)", "", module)
+
+
 def public_names_only(path: str, text: str, public: Iterable[str]) -> Iterator[str]:
     """reference_model and benchmarks use the public names of m2n; no floor looks up."""
-    parts = {"reference_model/": ("m2n.reference_model",), "benchmarks/": ("m2n.reference_model", "m2n.benchmarks")}
-    may = next((modules for folder, modules in parts.items() if path.startswith(folder)), None)
+    may = next((modules for folder, modules in PYTHON_FLOORS.items() if path.startswith(folder)), None)
     if may is None:
         return
-    names = {*public, "testing", *(module.removeprefix("m2n.") for module in may)}
+    names = {*public, "testing", "reference_model", "benchmarks"}
     for module, name in imported(text):
-        full = module
-        if module.startswith(".."):
-            full = f"m2n.{module[2:]}".rstrip(".")
-        if full != "m2n" and not full.startswith("m2n."):
-            if full.split(".")[0] in ("tests", "benchmarks", "reference_model"):
-                yield f"{path}: imports {full}"
+        full = absolute(path, module)
+        if full == "m2n" and name in ("reference_model", "benchmarks"):
+            full, name = name, ""
+        if full.split(".")[0] in ("reference_model", "benchmarks", "tests"):
+            wanted = (full, f"{full}.{name}")
+            if not any(one == good or one.startswith(f"{good}.") for one in wanted for good in may):
+                yield f"{path}: imports {name or full} of {full}, which its floor must not know"
             continue
-        is_fine = full in PUBLIC_MODULES or any(full == good or full.startswith(f"{good}.") for good in may)
-        if not is_fine or (full == "m2n" and name and name not in names):
+        is_fine = full in PUBLIC_MODULES and (full != "m2n" or not name or name in names)
+        if full.split(".")[0] == "m2n" and not is_fine:
             yield f"{path}: imports {name or full} of {full}, which is not public"
     for attribute in attributes_of_m2n(text):
         if attribute not in names:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looks at all states of a case of a model in tests/promela, with Spin."""
+"""Looks at all states of a case of a model in tests/core/promela, with Spin."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import subprocess
 from pathlib import Path
 
-MODELS = Path(__file__).resolve().parent / "promela"
+MODELS = Path(__file__).resolve().parents[1] / "core/promela"
 CC = os.environ.get("CC", "gcc")
 DEADLOCK = "invalid end state"
 

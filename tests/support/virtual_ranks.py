@@ -2,7 +2,7 @@
 """All ranks of an exchange in one thread on one device, every send before the receive that takes it: no launch ever
 waits for a later one, so that a tool which runs kernels one at a time can watch.
 
-Usage: python tests/virtual_ranks.py cuda:0 [ROUNDS]. Every result is compared with the oracle.
+Usage: python tests/support/virtual_ranks.py cuda:0 [ROUNDS]. Every result is compared with the oracle.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@
 #include <memory>
 #include <random>
 
-#include "transport/network_message.h"
-#include "transport/ucx_door.h"
+#include "transport/network/message.h"
+#include "transport/ucx/door.h"
 
 namespace {
 

@@ -16,7 +16,7 @@
 
 #include "core/error.h"
 #include "transport/host_exec.h"
-#include "transport/tcp_links.h"
+#include "transport/tcp/links.h"
 
 namespace {
 

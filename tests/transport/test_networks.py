@@ -24,7 +24,7 @@ from libraries import CXX
 import m2n
 from m2n import testing
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 UCX = [pytest.param(name, marks=pytest.mark.ucx) for name in ("ucx", "ucx-put")]
 over_networks = pytest.mark.parametrize("transport", ["tcp", *UCX], indirect=True)
 # Those whose messages need somebody at the receiver.
@@ -35,9 +35,9 @@ over_messages = pytest.mark.parametrize("transport", ["tcp", UCX[0]], indirect=T
 
 
 def run_sanitized(folder: Path, program: str, rounds: int, *sources: str) -> None:
-    """Compiles tests/<program>.cc with files of csrc/transport, with checks of every access, and runs it."""
+    """Compiles tests/transport/<program>.cc with files of csrc/transport, with checks of every access, and runs it."""
     options = ["-std=c++20", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    files = [ROOT / f"tests/{program}.cc", *(ROOT / f"csrc/transport/{source}.cc" for source in sources)]
+    files = [ROOT / f"tests/transport/{program}.cc", *(ROOT / f"csrc/transport/{source}.cc" for source in sources)]
     command = [CXX, *options, "-DM2N_HAS_CUDA=0", f"-I{ROOT / 'csrc'}", *files, "-o", folder / program, "-lpthread"]
     subprocess.run(command, check=True)
     done = subprocess.run([folder / program, "1", str(rounds)], capture_output=True, text=True, timeout=100)
@@ -46,14 +46,14 @@ def run_sanitized(folder: Path, program: str, rounds: int, *sources: str) -> Non
 
 @needs_compiler
 def test_whatever_header_or_address_is_accepted_stays_within_its_objects(tmp_path: Path) -> None:
-    run_sanitized(tmp_path, "network_messages", 100000, "network_message", "ucx_door")
+    run_sanitized(tmp_path, "network_messages", 100000, "network/message", "ucx/door")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @needs_compiler
 def test_whatever_comes_over_a_socket_stays_within_its_objects_and_holds_up_nobody_else(tmp_path: Path) -> None:
-    sources = ("tcp_links", "tcp_traffic", "network_areas", "network_message", "memory_limit")
+    sources = ("tcp/links", "tcp/traffic", "network/areas", "network/message", "memory_limit")
     run_sanitized(tmp_path, "tcp_garbage", 200, *sources)
 
 

@@ -29,7 +29,7 @@ from test_processes import fork
 import m2n
 from m2n import _C
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 overs = pytest.mark.parametrize(
     "transport", [pytest.param(name, marks=pytest.mark.ucx) for name in ("ucx", "ucx-put")], indirect=True
 )
@@ -149,7 +149,9 @@ def test_a_setting_that_ucx_refuses_is_named(tmp_path: Path) -> None:
 def test_what_is_declared_of_ucx_is_what_its_headers_say(tmp_path: Path) -> None:
     (folder,) = importlib.util.find_spec("libucx").submodule_search_locations  # type: ignore[union-attr]
     command = [CXX, "-std=c++20", "-fsyntax-only", f"-I{ROOT / 'csrc'}", f"-I{folder}/include"]
-    done = subprocess.run([*command, str(ROOT / "tests/ucx_headers.cc")], capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [*command, str(ROOT / "tests/transport/ucx_headers.cc")], capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 0, done.stderr[:2000]
 
 
@@ -161,7 +163,13 @@ def test_what_is_declared_of_ucx_is_what_its_headers_say(tmp_path: Path) -> None
 @needs_compiler
 def test_a_bad_message_breaks_its_link_in_words_and_strangers_are_not_heard(tmp_path: Path) -> None:
     program = tmp_path / "garbage"
-    command = [CXX, "-std=c++20", f"-I{ROOT / 'csrc'}", "-DM2N_HAS_CUDA=0", str(ROOT / "tests/ucx_garbage.cc")]
+    command = [
+        CXX,
+        "-std=c++20",
+        f"-I{ROOT / 'csrc'}",
+        "-DM2N_HAS_CUDA=0",
+        str(ROOT / "tests/transport/ucx_garbage.cc"),
+    ]
     library = build_libraries() / "libm2n_transport.a"
     subprocess.run([*command, str(library), "-o", str(program), "-ldl", "-lpthread"], check=True)
     ucx = re.sub(r"^UCX [\d.]+, ", "", m2n.features()["ucx_words"])

@@ -153,7 +153,7 @@ def test_who_is_dropped_is_told_why(watched: Watched) -> None:
 def test_whatever_a_peer_says_and_a_listener_that_fails_is_survived(tmp_path: Path) -> None:
     program = tmp_path / "words"
     options = ["-std=c++20", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{ROOT / 'csrc'}"]
-    sources = ["tests/watcher_words.cc", "csrc/transport/control.cc", "csrc/transport/watcher.cc"]
+    sources = ["tests/transport/watcher_words.cc", "csrc/transport/control.cc", "csrc/transport/watcher.cc"]
     command = [CXX, *options, *(str(ROOT / source) for source in sources), "-o", str(program), "-lpthread"]
     subprocess.run(command, check=True, timeout=100)
     done = subprocess.run([str(program), "1", "20000"], capture_output=True, text=True, timeout=100)
@@ -191,7 +191,7 @@ def test_clocks_that_cannot_be_are_not_believed(watched: Watched) -> None:
 
 STOPPED = """
 import os, signal, sys, threading, time
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from test_watcher import Watched, HEARTBEAT_S
 watched = Watched()
 print(os.getpid(), flush=True)
@@ -213,7 +213,9 @@ os.kill(0, signal.SIGKILL)
 
 def test_a_process_that_was_stopped_does_not_call_others_silent() -> None:
     """It could not hear them: what lies in its connections counts, and time in which it did not run does not."""
-    code = STOPPED.format(tests=os.path.dirname(__file__))
+    code = STOPPED.format(
+        tests=[str(Path(__file__).resolve().parent / name) for name in (".", "..", "../support", "../exchange")]
+    )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as process:

@@ -11,7 +11,7 @@
 
 #include "core/error.h"
 #include "transport/host_exec.h"
-#include "transport/ucx_links.h"
+#include "transport/ucx/links.h"
 
 namespace {
 

@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <type_traits>
 
-#include "transport/ucx_api.h"
+#include "transport/ucx/api.h"
 
 namespace ours = m2n::ucx;
 

@@ -14,7 +14,7 @@
 #include <limits>
 #include <sstream>
 
-#include "exchange/combine.h"
+#include "exchange/bodies/combine.h"
 
 namespace m2n::bench {
 namespace {

@@ -11,7 +11,7 @@
 
 #include "contender.h"
 #include "core/atomic.h"
-#include "exchange/attention.h"
+#include "exchange/host/attention.h"
 #include "transport/host_exec.h"
 
 namespace m2n::bench {

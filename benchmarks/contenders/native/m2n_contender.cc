@@ -9,7 +9,7 @@
 
 #include <cstring>
 
-#include "exchange/expert.h"
+#include "exchange/host/expert.h"
 #include "job.h"
 
 namespace m2n::bench {

@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from m2n.reference_model import trace
-from m2n.reference_model.pipeline import summarise
-from m2n.reference_model.result import RunResult
+from m2n.reference_model.report.simulate import Pipeline, simulate
+from m2n.reference_model.report.summary import summarise
+from m2n.reference_model.run.result import RunResult
 from m2n.reference_model.run_config import ATTENTION, EXPERT, RunConfig
-from m2n.reference_model.simulate import Pipeline, simulate
 from m2n.reference_model.trace import Trace
 
-from .pingpong_ranks import prompts_of, run_monolithic, run_one_rank, time_attention, time_experts
-from .pool import Job, Pool
-from .synthetic import ModelShape, write_checkpoint
+from ...harness.pool import Job, Pool
+from ...harness.synthetic import ModelShape, write_checkpoint
+from .ranks import prompts_of, run_monolithic, run_one_rank, time_attention, time_experts
 
 MICROBATCHES = (1, 2, 3, 4)
 TABLES = FIXED_MICROBATCH, FIXED_GLOBAL_BATCH = "fixed_microbatch", "fixed_global_batch"

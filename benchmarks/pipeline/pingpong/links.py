@@ -15,16 +15,16 @@ import numpy as np
 
 from m2n.reference_model import trace
 from m2n.reference_model.errors import InputError
-from m2n.reference_model.pipeline import samples_ns
+from m2n.reference_model.report.simulate import Pipeline, simulate
+from m2n.reference_model.report.summary import samples_ns
 from m2n.reference_model.run_config import ATTENTION
-from m2n.reference_model.simulate import Pipeline, simulate
 
-from . import link_probe
-from .hosts import Hosts, why_no_links
-from .links import Link
-from .pingpong import MICROBATCHES, Bench, Measured, Options, Times, chosen_model, per_s, simulated
-from .pool import Job, Pool
-from .synthetic import ModelShape
+from ...harness import link_probe
+from ...harness.hosts import Hosts, why_no_links
+from ...harness.links import Link
+from ...harness.pool import Job, Pool
+from ...harness.synthetic import ModelShape
+from .bench import MICROBATCHES, Bench, Measured, Options, Times, chosen_model, per_s, simulated
 
 _FLOAT_BYTES = 4  # rows travel as float32
 _BULK_S = 0.6

@@ -11,11 +11,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .links import Link
-from .pingpong import MICROBATCHES, Options
-from .pingpong_links import OneLink, message_bytes
-from .pingpong_report import in_run, latencies
-from .synthetic import ModelShape
+from ...harness.links import Link
+from ...harness.synthetic import ModelShape
+from .bench import MICROBATCHES, Options
+from .links import OneLink, message_bytes
+from .report import in_run, latencies
 
 Row = dict[str, Any]
 

@@ -10,14 +10,14 @@ import torch
 
 import m2n
 from m2n.reference_model import trace
-from m2n.reference_model.engine import AttentionEngine
-from m2n.reference_model.experts import ExpertWeights, LocalExperts
-from m2n.reference_model.model import Decoder
+from m2n.reference_model.engine.attention import AttentionEngine
+from m2n.reference_model.engine.batching import Scheduler, Sequence
+from m2n.reference_model.model.decoder import Decoder
+from m2n.reference_model.model.experts import ExpertWeights, LocalExperts
+from m2n.reference_model.model.sampling import SamplingConfig
+from m2n.reference_model.run.rank import Comms, load_rank, run_rank, settle
 from m2n.reference_model.run_config import ATTENTION, EXPERT, RunConfig
-from m2n.reference_model.sampling import SamplingConfig
-from m2n.reference_model.scheduler import Scheduler, Sequence
 from m2n.reference_model.trace import Tracer
-from m2n.reference_model.worker import Comms, load_rank, run_rank, settle
 
 Kept = dict[Any, Any]
 

@@ -15,8 +15,8 @@ from rich.table import Table
 
 from m2n.reference_model.trace import ATTENTION, SAMPLE, Tracer
 
-from .pingpong import FIXED_GLOBAL_BATCH, FIXED_MICROBATCH, MICROBATCHES, Measured, Options
-from .synthetic import ModelShape
+from ...harness.synthetic import ModelShape
+from .bench import FIXED_GLOBAL_BATCH, FIXED_MICROBATCH, MICROBATCHES, Measured, Options
 
 # Figure 14 of the paper: 1.9 for 1 to 2; for 2 to 3 three models, whose T_c/T_f follows from 1 + T_c/T_f.
 PAPER = {"gain_1_to_2": 1.9, "gain_2_to_3": {0.1: 1.10, 0.28: 1.28, 0.38: 1.38}}

@@ -8,10 +8,10 @@
 
 #include "core/peer.h"
 #include "core/slot.h"
-#include "exchange/layout.h"
-#include "exchange/put_rows.h"
-#include "exchange/route.h"
-#include "exchange/sum.h"
+#include "exchange/rows/layout.h"
+#include "exchange/rows/put_rows.h"
+#include "exchange/rows/route.h"
+#include "exchange/rows/sum.h"
 
 namespace m2n {
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The words for a broken protocol.
-#include "exchange/inbox.h"
+#include "exchange/bodies/inbox.h"
 
 namespace m2n {
 

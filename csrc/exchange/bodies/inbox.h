@@ -7,9 +7,9 @@
 
 #include "core/peer.h"
 #include "core/slot.h"
-#include "exchange/combine.h"
-#include "exchange/layout.h"
-#include "exchange/put_rows.h"
+#include "exchange/bodies/combine.h"
+#include "exchange/rows/layout.h"
+#include "exchange/rows/put_rows.h"
 
 namespace m2n {
 
@@ -175,6 +175,12 @@ M2N_HD inline void stamp(const InboxView& view, int64_t now_ns) {
     if (box.is_pending && box.seen_ns == kNever) box.seen_ns = now_ns;
   }
 }
+
+// A batch, by what its messages name.
+struct Work {
+  uint32_t layer;
+  uint32_t microbatch;
+};
 
 // Which batch dispatch_recv is asked for.
 struct Wanted {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // dispatch_send and combine_recv as launches: what the host checks before one, and what it raises after one.
-#include "exchange/device_attention.h"
+#include "exchange/device/attention.h"
 
 #include <algorithm>
 

@@ -12,10 +12,10 @@
 #include <utility>
 #include <vector>
 
-#include "exchange/device_memory.h"
-#include "exchange/doorbell_proxy.h"
-#include "exchange/sides.h"
-#include "exchange/stream_waits.h"
+#include "exchange/device/doorbell_proxy.h"
+#include "exchange/device/memory.h"
+#include "exchange/device/stream_waits.h"
+#include "exchange/links/roles.h"
 
 namespace m2n {
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Waits for the doorbell as verbs on a CPU wait for signals, and so makes the network's progress meanwhile.
-#include "exchange/doorbell_proxy.h"
+#include "exchange/device/doorbell_proxy.h"
 
 #include "transport/own_thread.h"
 

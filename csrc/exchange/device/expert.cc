@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // dispatch_recv and combine_send as launches.
-#include "exchange/device_expert.h"
+#include "exchange/device/expert.h"
 
 #include <algorithm>
 #include <chrono>

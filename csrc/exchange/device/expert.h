@@ -12,8 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "exchange/device_comm.h"
-#include "exchange/expert.h"
+#include "exchange/device/comm.h"
 
 namespace m2n {
 

@@ -7,8 +7,8 @@
 #include <string>
 #include <vector>
 
-#include "exchange/device_wait.h"
-#include "exchange/machine.h"
+#include "exchange/device/machines/machine.h"
+#include "exchange/device/verbs/wait.h"
 #include "transport/transport.h"
 
 namespace m2n {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Routes in device memory: whose memory they have, and the launch that builds one.
-#include "exchange/device_attention.h"
+#include "exchange/device/attention.h"
 
 namespace m2n {
 

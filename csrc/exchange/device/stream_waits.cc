@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Guesses what a stream has to wait for, and ends waits that nobody else would.
-#include "exchange/stream_waits.h"
+#include "exchange/device/stream_waits.h"
 
 #include <chrono>
 

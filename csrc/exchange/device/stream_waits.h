@@ -20,8 +20,8 @@
 #include <vector>
 
 #include "core/slot.h"
-#include "exchange/device_memory.h"
-#include "exchange/stream_wait.h"
+#include "exchange/device/memory.h"
+#include "exchange/device/verbs/stream_wait.h"
 
 namespace m2n {
 

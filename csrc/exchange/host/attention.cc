@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // dispatch_send and combine_recv on CPU threads: who is waited for, and what ends a wait.
-#include "exchange/attention.h"
+#include "exchange/host/attention.h"
 
 #include <algorithm>
 
-#include "exchange/plain_floats.h"
+#include "exchange/rows/plain_floats.h"
 
 namespace m2n {
 

@@ -10,11 +10,11 @@
 #include <vector>
 
 #include "core/hold.h"
-#include "exchange/combine.h"
-#include "exchange/copy_choice.h"
-#include "exchange/dispatch.h"
-#include "exchange/route.h"
-#include "exchange/sides.h"
+#include "exchange/bodies/combine.h"
+#include "exchange/bodies/dispatch.h"
+#include "exchange/host/write_choice.h"
+#include "exchange/links/roles.h"
+#include "exchange/rows/route.h"
 
 namespace m2n {
 

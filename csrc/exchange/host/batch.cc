@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Batches whose memory is used again. Kept by thread: no lock, and nothing that a fork could leave locked.
-#include "exchange/batch.h"
+#include "exchange/host/batch.h"
 
 #include "core/hold.h"
 

@@ -6,7 +6,7 @@
 #include <memory>
 #include <vector>
 
-#include "exchange/dispatch.h"
+#include "exchange/bodies/dispatch.h"
 
 namespace m2n {
 

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // dispatch_recv and combine_send on CPU threads: which batch goes next, and whom it waits for.
-#include "exchange/expert.h"
+#include "exchange/host/expert.h"
 
 #include <algorithm>
 #include <limits>
 
-#include "exchange/plain_floats.h"
+#include "exchange/rows/plain_floats.h"
 
 namespace m2n {
 

@@ -9,19 +9,14 @@
 #include <vector>
 
 #include "core/hold.h"
-#include "exchange/batch.h"
-#include "exchange/combine.h"
-#include "exchange/copy_choice.h"
-#include "exchange/dispatch.h"
-#include "exchange/inbox.h"
-#include "exchange/sides.h"
+#include "exchange/bodies/combine.h"
+#include "exchange/bodies/dispatch.h"
+#include "exchange/bodies/inbox.h"
+#include "exchange/host/batch.h"
+#include "exchange/host/write_choice.h"
+#include "exchange/links/roles.h"
 
 namespace m2n {
-
-struct Work {
-  uint32_t layer;
-  uint32_t microbatch;
-};
 
 class ExpertComm final : public ExpertSide {
  public:

@@ -2,7 +2,7 @@
 // Whom an attention rank waits for, for how long, and what is said of rows that will not come.
 #include <algorithm>
 
-#include "exchange/attention.h"
+#include "exchange/host/attention.h"
 
 namespace m2n {
 namespace {

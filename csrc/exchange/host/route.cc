@@ -2,7 +2,7 @@
 // Storage of routes on the host, and the words for their errors.
 #include <string>
 
-#include "exchange/attention.h"
+#include "exchange/host/attention.h"
 
 namespace m2n {
 

@@ -13,7 +13,7 @@
 
 #include "core/error.h"
 #include "core/peer.h"
-#include "exchange/layout.h"
+#include "exchange/rows/layout.h"
 #include "transport/host_exec.h"
 #include "transport/transport.h"
 #include "transport/watcher.h"

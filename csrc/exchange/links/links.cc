@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "exchange/comm.h"
+#include "exchange/links/comm.h"
 
 namespace m2n {
 namespace {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The words for what a caller or a peer did wrong, and the counters.
-#include "exchange/sides.h"
+#include "exchange/links/roles.h"
 
 namespace m2n {
 namespace {

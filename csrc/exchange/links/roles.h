@@ -7,8 +7,8 @@
 #include <utility>
 #include <vector>
 
-#include "exchange/comm.h"
-#include "exchange/inbox.h"
+#include "exchange/bodies/inbox.h"
+#include "exchange/links/comm.h"
 
 namespace m2n {
 

@@ -8,7 +8,7 @@
 
 #include "core/platform.h"
 #include "core/slot.h"
-#include "exchange/dtype.h"
+#include "exchange/rows/dtype.h"
 
 namespace m2n {
 

@@ -6,7 +6,7 @@
 #include <cstring>
 
 #include "core/peer.h"
-#include "exchange/layout.h"
+#include "exchange/rows/layout.h"
 
 namespace m2n {
 

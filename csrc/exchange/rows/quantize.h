@@ -8,9 +8,9 @@
 #include <cstdint>
 
 #include "core/arrive.h"
-#include "exchange/dtype.h"
-#include "exchange/layout.h"
-#include "exchange/sum.h"
+#include "exchange/rows/dtype.h"
+#include "exchange/rows/layout.h"
+#include "exchange/rows/sum.h"
 
 namespace m2n {
 
@@ -48,8 +48,9 @@ M2N_HD inline __attribute__((always_inline)) void narrow_elements(unsigned char*
 }
 
 // x / scale for all x of a block, without a division each: a product with 1 / scale, and what it is off by added twice,
-// which leaves the quotient to the nearest, as a division gives it (Markstein 1990; tests/quotient.cc). What is lost of
-// an x whose remainders underflow changes no bit of float8: with such a scale its quotient is far below 2^-10, or 0.
+// which leaves the quotient to the nearest, as a division gives it (Markstein 1990; tests/exchange/quotient.cc). What
+// is lost of an x whose remainders underflow changes no bit of float8: with such a scale its quotient is far below
+// 2^-10, or 0.
 struct Divider {
   float scale, inverse;
 

@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "core/platform.h"
-#include "exchange/layout.h"
+#include "exchange/rows/layout.h"
 
 namespace m2n {
 

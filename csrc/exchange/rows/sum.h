@@ -8,7 +8,7 @@
 #include <type_traits>
 
 #include "core/arrive.h"
-#include "exchange/dtype.h"
+#include "exchange/rows/dtype.h"
 
 namespace m2n {
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Looking up the driver, and the calls of set-up that wait for nothing but themselves.
-#include "transport/cuda_api.h"
+#include "transport/cuda/api.h"
 
 #include <cstring>
 #include <mutex>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The driver's calls for memory that is mapped where we want it, with their errors in words.
-#include "transport/cuda_memory.h"
+#include "transport/cuda/memory.h"
 
 #include <cstdio>
 

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <string>
 
-#include "transport/cuda_api.h"
+#include "transport/cuda/api.h"
 #include "transport/transport.h"
 
 namespace m2n {

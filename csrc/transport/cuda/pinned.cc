@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "core/error.h"
-#include "transport/cuda_api.h"
+#include "transport/cuda/api.h"
 #include "transport/transport.h"
 
 namespace m2n {

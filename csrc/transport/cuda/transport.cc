@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "core/error.h"
-#include "transport/cuda_memory.h"
+#include "transport/cuda/memory.h"
 #include "transport/local.h"
 
 namespace m2n {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The range of all send areas, reserved at once: a page costs memory when it is first written.
-#include "transport/network_areas.h"
+#include "transport/network/areas.h"
 
 #include <sys/mman.h>
 #include <sys/random.h>

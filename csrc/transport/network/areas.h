@@ -6,7 +6,7 @@
 #include <memory>
 #include <vector>
 
-#include "transport/network_message.h"
+#include "transport/network/message.h"
 #include "transport/transport.h"
 
 namespace m2n {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Reading what a peer has written: each offset and length within what there is, without overflow.
-#include "transport/network_message.h"
+#include "transport/network/message.h"
 
 #include <cstring>
 

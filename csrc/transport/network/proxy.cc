@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The proxy's loop, and how waiting threads sleep on the network's events.
-#include "transport/network_proxy.h"
+#include "transport/network/proxy.h"
 
 #include <poll.h>
 #include <sys/eventfd.h>

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "core/wake.h"
-#include "transport/network_links.h"
+#include "transport/network/links.h"
 
 namespace m2n {
 

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // What all kinds of networks share: the thread that makes their progress, and where windows lie.
-#include "transport/network.h"
+#include "transport/network/transport.h"
 
 #include <algorithm>
 
 #include "core/error.h"
 #include "transport/host_exec.h"
-#include "transport/network_proxy.h"
+#include "transport/network/proxy.h"
 #include "transport/own_thread.h"
 
 namespace m2n {

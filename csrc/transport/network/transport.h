@@ -7,7 +7,7 @@
 #include <memory>
 #include <string>
 
-#include "transport/network_links.h"
+#include "transport/network/links.h"
 #include "transport/transport.h"
 
 namespace m2n {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Making and ending links.
-#include "transport/tcp_links.h"
+#include "transport/tcp/links.h"
 
 #include <fcntl.h>
 #include <linux/sockios.h>

@@ -16,8 +16,8 @@
 #include <vector>
 
 #include "core/atomic.h"
-#include "transport/network_areas.h"
-#include "transport/network_links.h"
+#include "transport/network/areas.h"
+#include "transport/network/links.h"
 
 namespace m2n::tcp {
 

@@ -13,7 +13,7 @@
 #include "core/atomic.h"
 #include "core/error.h"
 #include "transport/host_exec.h"
-#include "transport/tcp_links.h"
+#include "transport/tcp/links.h"
 
 namespace m2n::tcp {
 namespace {

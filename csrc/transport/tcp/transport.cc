@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Across hosts without any library: one connection a link, which the handshake has made.
+#include "transport/network/transport.h"
 #include "core/error.h"
-#include "transport/network.h"
-#include "transport/tcp_links.h"
+#include "transport/tcp/links.h"
 #include "transport/transport.h"
 
 namespace m2n {

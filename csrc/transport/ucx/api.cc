@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Finds UCX when it is asked for, and fills the table of its functions.
-#include "transport/ucx_api.h"
+#include "transport/ucx/api.h"
 
 #include <dlfcn.h>
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Reading what a peer has written: each length within what there is, without overflow.
-#include "transport/ucx_door.h"
+#include "transport/ucx/door.h"
 
 #include <cstring>
 

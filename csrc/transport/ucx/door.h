@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <string>
 
-#include "transport/network_message.h"
+#include "transport/network/message.h"
 
 namespace m2n::ucx {
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Making and ending links: the worker, what a peer must know to reach it, and its endpoint.
-#include "transport/ucx_links.h"
+#include "transport/ucx/links.h"
 
 #include <sched.h>
 #include <unistd.h>
@@ -12,7 +12,7 @@
 
 #include "core/error.h"
 #include "transport/host_exec.h"
-#include "transport/ucx_tls.h"
+#include "transport/ucx/tls.h"
 
 namespace m2n::ucx {
 namespace {

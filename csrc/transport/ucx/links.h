@@ -10,10 +10,10 @@
 #include <utility>
 #include <vector>
 
-#include "transport/network_areas.h"
-#include "transport/network_links.h"
-#include "transport/ucx_api.h"
-#include "transport/ucx_door.h"
+#include "transport/network/areas.h"
+#include "transport/network/links.h"
+#include "transport/ucx/api.h"
+#include "transport/ucx/door.h"
 
 namespace m2n::ucx {
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Reading lists of transports as UCX does: names and patterns with commas between them; '^' before the first turns the
 // list around, '\' before a name leaves out what it would bring along, and ':' ends it.
-#include "transport/ucx_tls.h"
+#include "transport/ucx/tls.h"
 
 #include <fnmatch.h>
 

@@ -9,7 +9,7 @@
 #include "core/atomic.h"
 #include "core/error.h"
 #include "transport/host_exec.h"
-#include "transport/ucx_links.h"
+#include "transport/ucx/links.h"
 
 namespace m2n::ucx {
 namespace {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What benchmarks/nccl_put.py uses of NCCL's header (2.29 to 2.32), for where NCCL is not installed.
+// What benchmarks/contenders/nccl_put.py uses of NCCL's header (2.29 to 2.32), for where NCCL is not installed.
 #pragma once
 
 #include <cstddef>

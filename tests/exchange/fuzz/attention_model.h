@@ -6,7 +6,7 @@
 #include <memory>
 #include <vector>
 
-#include "exchange/attention.h"
+#include "exchange/host/attention.h"
 #include "harness.h"
 
 namespace fuzz {

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "exchange/expert.h"
+#include "exchange/host/expert.h"
 #include "harness.h"
 
 namespace fuzz {

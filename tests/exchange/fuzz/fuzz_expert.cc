@@ -3,7 +3,7 @@
 // messages, peers and slots. A model beside the comm says what must come of each message.
 #include <optional>
 
-#include "exchange/expert.h"
+#include "exchange/host/expert.h"
 #include "expert_model.h"
 #include "harness.h"
 

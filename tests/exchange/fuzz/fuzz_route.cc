@@ -7,7 +7,7 @@
 #include <memory>
 #include <vector>
 
-#include "exchange/route.h"
+#include "exchange/rows/route.h"
 #include "harness.h"
 
 namespace {

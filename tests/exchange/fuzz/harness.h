@@ -14,7 +14,7 @@
 
 #include "core/atomic.h"
 #include "core/peer.h"
-#include "exchange/comm.h"
+#include "exchange/links/comm.h"
 #include "transport/control.h"
 #include "transport/transport.h"
 

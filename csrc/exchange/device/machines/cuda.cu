@@ -6,8 +6,8 @@
 
 #include "core/error.h"
 #include "core/kernel_exec.h"
-#include "exchange/machine.h"
-#include "transport/cuda_api.h"
+#include "exchange/device/machines/machine.h"
+#include "transport/cuda/api.h"
 
 namespace m2n {
 namespace {

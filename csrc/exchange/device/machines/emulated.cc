@@ -4,8 +4,8 @@
 #include <cstring>
 #include <new>
 
-#include "exchange/machine.h"
-#include "exchange/plain_floats.h"
+#include "exchange/device/machines/machine.h"
+#include "exchange/rows/plain_floats.h"
 #include "transport/team_exec.h"
 
 namespace m2n {

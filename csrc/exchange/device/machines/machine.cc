@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Names of devices -> machines.
-#include "exchange/machine.h"
+#include "exchange/device/machines/machine.h"
 
 #include "core/error.h"
 

@@ -7,9 +7,9 @@
 #include <string>
 #include <vector>
 
-#include "exchange/attention_verbs.h"
-#include "exchange/expert_verbs.h"
-#include "exchange/route_verb.h"
+#include "exchange/device/verbs/attention.h"
+#include "exchange/device/verbs/expert.h"
+#include "exchange/device/verbs/route.h"
 
 namespace m2n {
 

@@ -6,12 +6,12 @@
 #include <cstdint>
 
 #include "core/arrive.h"
-#include "exchange/combine.h"
-#include "exchange/device_wait.h"
-#include "exchange/dispatch.h"
-#include "exchange/layout.h"
-#include "exchange/route.h"
-#include "exchange/stream_wait.h"
+#include "exchange/bodies/combine.h"
+#include "exchange/bodies/dispatch.h"
+#include "exchange/device/verbs/stream_wait.h"
+#include "exchange/device/verbs/wait.h"
+#include "exchange/rows/layout.h"
+#include "exchange/rows/route.h"
 
 namespace m2n {
 

@@ -6,11 +6,11 @@
 #include <cstdint>
 
 #include "core/arrive.h"
-#include "exchange/device_wait.h"
-#include "exchange/dispatch.h"
-#include "exchange/inbox.h"
-#include "exchange/layout.h"
-#include "exchange/tally.h"
+#include "exchange/bodies/dispatch.h"
+#include "exchange/bodies/inbox.h"
+#include "exchange/device/verbs/tally.h"
+#include "exchange/device/verbs/wait.h"
+#include "exchange/rows/layout.h"
 
 namespace m2n {
 

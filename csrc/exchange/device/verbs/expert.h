@@ -5,13 +5,13 @@
 
 #include <cstdint>
 
-#include "exchange/collect.h"
-#include "exchange/combine.h"
-#include "exchange/device_wait.h"
-#include "exchange/dispatch.h"
-#include "exchange/inbox.h"
-#include "exchange/layout.h"
-#include "exchange/stream_wait.h"
+#include "exchange/bodies/combine.h"
+#include "exchange/bodies/dispatch.h"
+#include "exchange/bodies/inbox.h"
+#include "exchange/device/verbs/collect.h"
+#include "exchange/device/verbs/stream_wait.h"
+#include "exchange/device/verbs/wait.h"
+#include "exchange/rows/layout.h"
 
 namespace m2n {
 

@@ -5,11 +5,11 @@
 #include <cstdint>
 
 #include "core/arrive.h"
-#include "exchange/device_wait.h"
-#include "exchange/dtype.h"
-#include "exchange/layout.h"
-#include "exchange/route.h"
-#include "exchange/tally.h"
+#include "exchange/device/verbs/tally.h"
+#include "exchange/device/verbs/wait.h"
+#include "exchange/rows/dtype.h"
+#include "exchange/rows/layout.h"
+#include "exchange/rows/route.h"
 
 namespace m2n {
 

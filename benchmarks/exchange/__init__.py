@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dispatch and combine alone: latency, the paper's figures, growth, copies, joins."""

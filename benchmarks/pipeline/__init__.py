@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reference model: what microbatches, ranks and balance gain."""

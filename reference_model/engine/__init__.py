@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a rank does and when: schedules, batches, the loop over layers, the monolithic run beside them."""
