@@ -13,7 +13,7 @@ constexpr int32_t kCuda = 2;  // in DLPack's words
 
 // "emulated" works in the memory of the host.
 DLDevice tensors_of(const std::string& device) {
-  if (device.rfind("cuda", 0) != 0) return kOnCpu;
+  if (!device.starts_with("cuda")) return kOnCpu;
   return {kCuda, device.size() > 5 ? std::stoi(device.substr(5)) : 0};
 }
 

@@ -3,6 +3,7 @@
 //
 // Usage: gate_dispatch_cuda. A line for each case; 1 where a bit differs, 77 where there is no GPU.
 #include <m2n/core/kernel_exec.h>
+#include <m2n/transport/choice.h>
 #include <m2n/transport/cuda/api.h>
 
 #include <cstdint>

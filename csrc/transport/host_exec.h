@@ -12,7 +12,8 @@
 #include <cstdint>
 
 #include "core/wake.h"
-#include "transport/transport.h"
+#include "transport/network.h"
+#include "transport/relay.h"
 
 namespace m2n {
 
@@ -36,7 +37,12 @@ struct NetworkSlot {
 };
 
 // Of one's own word: one of its sleepers may sleep in the network (nullptr: there is none).
-void wake_sleepers(WakeWord* own_wake, Network* network);
+inline void wake_sleepers(WakeWord* own_wake, Network* network) {
+  wake_waiters(own_wake, [network](const uint32_t* word) {
+    futex_wake_all(word);
+    if (network != nullptr) network->interrupt();
+  });
+}
 
 // A deadline: look once and do not wait.
 inline constexpr int64_t kNoWait = 0;

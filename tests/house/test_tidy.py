@@ -84,7 +84,7 @@ BAD = [
     ("vocabulary", "csrc/exchange/links/comm.cc", "make_shm_transport();"),
     ("vocabulary", "csrc/exchange/links/comm.cc", "// over UCX"),
     ("memory_orders", "csrc/exchange/links/comm.h", "x.load(std::memory_order_relaxed);"),
-    ("memory_orders", "csrc/transport/transport.cc", "x.load(std::memory_order_acquire);"),
+    ("memory_orders", "csrc/transport/process.cc", "x.load(std::memory_order_acquire);"),
     ("waited_for", "csrc/exchange/links/comm.cc", "store_release(&is_closed_, 1u);  // SYNC: comm-closed"),
     ("waited_for", "csrc/core/peer.h", "return load_acquire(&entries[i].state);  // SYNC: peer-state"),
     ("memory_orders", "csrc/core/atomic.h", "std::atomic_thread_fence(std::memory_order_seq_cst);"),

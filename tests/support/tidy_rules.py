@@ -29,7 +29,7 @@ _CONTRACT = ("core/", "transport/")  # what every transport knows
 _ROWS = ("core/", "exchange/rows/")
 _BODIES = (*_ROWS, "exchange/bodies/")
 _LINKS = (
-    *(*_BODIES, "exchange/links/", "transport/transport.h", "transport/watcher.h"),
+    *(*_BODIES, "exchange/links/", "transport/transport.h", "transport/choice.h", "transport/watcher.h"),
     *("transport/host_exec.h", "transport/own_thread.h"),
 )
 _VERBS = (*_BODIES, "exchange/device/verbs/")
@@ -54,7 +54,7 @@ FLOORS = (
         "bindings/",
         (
             *("exchange/rows/", "exchange/bodies/", "exchange/links/", "exchange/host/", "exchange/device/"),
-            *("exchange/device/verbs/", "core/error.h", "transport/memory_limit.h", "tensor.h", "bind.h", "lock.h"),
+            *("tensor.h", "bind.h", "lock.h", "exchange/device/verbs/", "core/error.h", "transport/choice.h", "transport/memory_limit.h"),
         ),
         _MEMORY,
     ),
@@ -109,11 +109,11 @@ def vocabulary(path: str, text: str) -> Iterator[str]:
 def memory_orders(path: str, text: str) -> Iterator[str]:
     """Memory orders stand in core/atomic.h alone; fences nowhere, as ThreadSanitizer does not understand them."""
     # Relaxed counters of forks: nothing is published through them.
-    is_allowed = path in ("csrc/core/atomic.h", "csrc/transport/transport.cc")
+    is_allowed = path in ("csrc/core/atomic.h", "csrc/transport/process.cc")
     for number, line in enumerate(without_comments(text).splitlines(), 1):
         if "memory_order" in line and not is_allowed:
             yield f"{path}:{number}: a memory order outside core/atomic.h"
-        if path == "csrc/transport/transport.cc" and re.search(r"memory_order_(?!relaxed)", line):
+        if path == "csrc/transport/process.cc" and re.search(r"memory_order_(?!relaxed)", line):
             yield f"{path}:{number}: only relaxed counters may have a memory order here"
         if re.search(r"\batomic_(thread|signal)_fence\b|\bvolatile\b|\b__sync_", line) and "asm" not in line:
             yield f"{path}:{number}: a fence, volatile or __sync: use the operations of core/atomic.h"

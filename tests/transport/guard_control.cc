@@ -5,7 +5,7 @@
 #include <cstring>
 #include <string>
 
-#include "transport/transport.h"
+#include "transport/choice.h"
 
 namespace {
 

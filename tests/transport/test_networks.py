@@ -53,7 +53,7 @@ def test_whatever_header_or_address_is_accepted_stays_within_its_objects(tmp_pat
 @pytest.mark.timeout(400)
 @needs_compiler
 def test_whatever_comes_over_a_socket_stays_within_its_objects_and_holds_up_nobody_else(tmp_path: Path) -> None:
-    sources = ("tcp/links", "tcp/traffic", "network/areas", "network/message", "memory_limit")
+    sources = ("tcp/links", "tcp/traffic", "network/areas", "network/links", "network/message", "memory_limit")
     run_sanitized(tmp_path, "tcp_garbage", 200, *sources)
 
 

@@ -29,7 +29,7 @@ void require(bool is_so, const char* what) {
 
 // A rank with one link: its two objects, with bytes between and around them that nobody may touch.
 struct Rank : LinkListener {
-  Rank(const Settings& settings, std::shared_ptr<Window> rows_areas) : links(settings), memory(5 * kBytes, kGuard) {
+  Rank(const Choice& choice, std::shared_ptr<Window> rows_areas) : links(choice), memory(5 * kBytes, kGuard) {
     std::memset(rows(), 0, kBytes);
     std::memset(small(), 0, kBytes);
     links.open({1, kBytes, kBytes}, std::move(rows_areas), [] {}, [] {});
@@ -60,8 +60,8 @@ struct Rank : LinkListener {
 // Two ranks, and an endpoint of ours to the second, by which anything can be sent to it.
 struct Pair {
   // `rows_areas`: of a receiver whose rows no message may touch; it would not connect to such a sender.
-  explicit Pair(const Settings& settings, std::shared_ptr<Window> rows_areas = nullptr)
-      : api(load(settings.library, "")), sender(settings, nullptr), receiver(settings, rows_areas) {
+  explicit Pair(const Choice& choice, std::shared_ptr<Window> rows_areas = nullptr)
+      : api(load(choice.ucx.library, "")), sender(choice, nullptr), receiver(choice, rows_areas) {
     bool wakes = false;
     sender.links.connect(0, receiver.door, Fd(), &wakes);
     if (rows_areas == nullptr) receiver.links.connect(0, sender.door, Fd(), &wakes);
@@ -122,7 +122,7 @@ struct Pair {
   Endpoint* endpoint = nullptr;
 };
 
-void check_violations(const Settings& settings) {
+void check_violations(const Choice& choice) {
   struct Case {
     const char* words;
     uint16_t num_parts;
@@ -142,7 +142,7 @@ void check_violations(const Settings& settings) {
       {"a header of", 2, 0, {}, 0},
   };
   for (const Case& one : cases) {
-    Pair pair(settings);
+    Pair pair(choice);
     const MessageHead head{pair.door.key, pair.door.link, one.num_parts, 0, one.word_offset, make_signal(1, 1)};
     std::vector<MessagePart> parts;
     if (one.num_parts == 1) parts.push_back(one.part);
@@ -153,8 +153,8 @@ void check_violations(const Settings& settings) {
   }
 }
 
-void check_strangers(const Settings& settings) {
-  Pair pair(settings);
+void check_strangers(const Choice& choice) {
+  Pair pair(choice);
   const MessagePart part{0, 0, 0, 16};
   pair.send(pair.header({pair.door.key + 1, pair.door.link, 1, 0, 0, make_signal(1, 1)}, {part}), 16);
   pair.send(pair.header({pair.door.key, pair.door.link + 1, 1, 0, 0, make_signal(1, 1)}, {part}), 16);
@@ -168,8 +168,8 @@ void check_strangers(const Settings& settings) {
   require(pair.receiver.is_guarded(), "and nothing else");
 }
 
-void check_rows_elsewhere(const Settings& settings) {
-  Pair pair(settings, make_host_transport()->make_window(kBytes, kBytes, 1));
+void check_rows_elsewhere(const Choice& choice) {
+  Pair pair(choice, make_host_transport()->make_window(kBytes, kBytes, 1));
   const MessagePart part{0, 0, 0, 16};
   pair.send(pair.header({pair.door.key, pair.door.link, 1, 0, 0, make_signal(1, 1)}, {part}), 16);
   pair.await([&] { return pair.receiver.is_broken; });
@@ -178,11 +178,11 @@ void check_rows_elsewhere(const Settings& settings) {
 }
 
 // Before a processor reads through an address of the GPU's as if it were the host's.
-void check_without_cuda(Settings settings) {
-  settings.device = "cuda:0";
-  settings.rows = "gpudirect:cuda:0";
+void check_without_cuda(Choice choice) {
+  choice.device = "cuda:0";
+  choice.inner = std::make_shared<Choice>();
   try {
-    Links links(settings);
+    Links links(choice);
     require(false, "rows of a GPU need a UCX with CUDA");
   } catch (const Error& error) {
     require(
@@ -194,12 +194,12 @@ void check_without_cuda(Settings settings) {
 }  // namespace
 
 int main(int, char** arguments) {
-  Settings settings;
-  settings.library = arguments[1];
-  settings.variables = {{"TLS", "tcp,self"}};
-  check_violations(settings);
-  check_strangers(settings);
-  check_rows_elsewhere(settings);
-  check_without_cuda(settings);
+  Choice choice;
+  choice.ucx.library = arguments[1];
+  choice.ucx.variables = {{"TLS", "tcp,self"}};
+  check_violations(choice);
+  check_strangers(choice);
+  check_rows_elsewhere(choice);
+  check_without_cuda(choice);
   std::printf("ten bad messages, four of strangers, one good\n");
 }

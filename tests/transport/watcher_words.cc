@@ -12,7 +12,7 @@
 #include "transport/control.h"
 #include "transport/host_exec.h"
 #include "transport/own_thread.h"
-#include "transport/transport.h"
+#include "transport/process.h"
 
 namespace m2n {
 uint32_t fork_count() { return 0; }

@@ -222,7 +222,7 @@ void sum_replies(const Job& job, Contender& contender, unsigned char* y) {
 std::unique_ptr<Contender> make_contender(const Job& job, Board& board, const std::string& name) {
   const size_t split = name.find('=');
   if (split == std::string::npos) {
-    if (name.rfind("m2n", 0) == 0) return make_m2n(job, name);
+    if (name.starts_with("m2n")) return make_m2n(job, name);
     if (name == "socket") return make_socket(job, board);
     return make_limit(job, board, name);
   }

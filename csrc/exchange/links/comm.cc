@@ -6,6 +6,8 @@
 #include <cstring>
 #include <limits>
 
+#include "transport/choice.h"
+
 namespace m2n {
 namespace {
 

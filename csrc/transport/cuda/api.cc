@@ -70,7 +70,7 @@ void check_cuda(cudaError_t result, const char* what) {
 int cuda_ordinal(const std::string& device) {
   int ordinal = 0;
   if (device != "cuda") {
-    const std::string digits = device.rfind("cuda:", 0) == 0 ? device.substr(5) : "";
+    const std::string digits = device.starts_with("cuda:") ? device.substr(5) : "";
     if (digits.empty() || digits.size() > 4 || digits.find_first_not_of("0123456789") != std::string::npos) {
       refuse("device: expected 'cuda' or 'cuda:0', got '" + device + "'");
     }

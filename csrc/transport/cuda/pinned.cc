@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "core/error.h"
+#include "transport/choice.h"
 #include "transport/cuda/api.h"
-#include "transport/transport.h"
 
 namespace m2n {
 namespace {
@@ -120,8 +120,8 @@ class PinnedTransport final : public Transport {
 
 }  // namespace
 
-std::unique_ptr<Transport> make_pinned_transport(const std::string& device) {
-  return std::make_unique<PinnedTransport>(device);
+std::unique_ptr<Transport> make_pinned_transport(const Choice& choice) {
+  return std::make_unique<PinnedTransport>(choice.device);
 }
 
 }  // namespace m2n

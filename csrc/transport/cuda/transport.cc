@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/error.h"
+#include "transport/choice.h"
 #include "transport/cuda/memory.h"
 #include "transport/local.h"
 
@@ -203,11 +204,8 @@ class CudaTransport final : public Transport {
 
 }  // namespace
 
-std::unique_ptr<Transport> make_cuda_transport(const std::string& device) {
-  return std::make_unique<CudaTransport>(device, /*is_for_nics=*/false);
-}
-std::unique_ptr<Transport> make_gpu_direct_transport(const std::string& device) {
-  return std::make_unique<CudaTransport>(device, /*is_for_nics=*/true);
+std::unique_ptr<Transport> make_cuda_transport(const Choice& choice) {
+  return std::make_unique<CudaTransport>(choice.device, /*is_for_nics=*/choice.kind == Choice::Kind::kGpuDirect);
 }
 
 std::string why_no_cuda() {

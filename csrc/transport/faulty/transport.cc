@@ -8,58 +8,20 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <charconv>
 #include <chrono>
 #include <condition_variable>
 #include <map>
 #include <mutex>
-#include <string_view>
 #include <thread>
 
 #include "core/error.h"
 #include "core/peer.h"
+#include "transport/choice.h"
 #include "transport/host_exec.h"
 #include "transport/own_thread.h"
-#include "transport/transport.h"
 
 namespace m2n {
 namespace {
-
-constexpr std::string_view kPrefix = "faulty:";
-constexpr int64_t kMaxDelayNs = 10'000'000'000;
-
-struct Faults {
-  int64_t delay_ns = 0;
-  int64_t jitter_ns = 0;
-  uint64_t seed = 0;
-};
-
-// "faulty:delay_ns=500000,jitter_ns=100000,seed=1:inner" -> its numbers, and the inner name.
-std::pair<Faults, std::string> parse(const std::string& name) {
-  std::string_view rest = name;
-  bool is_good = true;
-  const auto take = [&](std::string_view text) {
-    is_good = is_good && rest.substr(0, text.size()) == text;
-    if (is_good) rest.remove_prefix(text.size());
-  };
-  const auto take_number = [&]<class T>(std::string_view key, T& number) {
-    take(key);
-    const auto [end, error] = std::from_chars(rest.data(), rest.data() + rest.size(), number);
-    is_good = is_good && error == std::errc{} && number >= 0;
-    if (is_good) rest.remove_prefix(static_cast<size_t>(end - rest.data()));
-  };
-  Faults faults;
-  take(kPrefix);
-  take_number("delay_ns=", faults.delay_ns);
-  take_number(",jitter_ns=", faults.jitter_ns);
-  take_number(",seed=", faults.seed);
-  take(":");
-  is_good = is_good && faults.delay_ns <= kMaxDelayNs && faults.jitter_ns <= kMaxDelayNs - faults.delay_ns;
-  if (is_good && !rest.empty() && rest.substr(0, kPrefix.size()) != kPrefix) return {faults, std::string(rest)};
-  throw Error(Failure::kSetup,
-              "transport: expected 'faulty:delay_ns=<int>,jitter_ns=<int>,seed=<int>:<another>' with at most " +
-                  std::to_string(kMaxDelayNs) + " ns of delay and jitter, got '" + name + "'");
-}
 
 // splitmix64: a step of it also mixes two numbers well.
 uint64_t next_random(uint64_t& state) {
@@ -226,13 +188,12 @@ class FaultyTransport final : public Transport {
 
 }  // namespace
 
-std::unique_ptr<Transport> make_faulty_transport(const std::string& name) {
-  const auto [faults, inner] = parse(name);
-  return std::make_unique<FaultyTransport>(faults, make_transport(inner));
+std::unique_ptr<Transport> make_faulty_transport(const Choice& choice) {
+  return std::make_unique<FaultyTransport>(choice.faults, make_transport(*choice.inner));
 }
 
-std::vector<int64_t> fault_delays(const std::string& name, uint64_t stream, uint32_t count) {
-  Delays delays(parse(name).first, stream);
+std::vector<int64_t> fault_delays(const Faults& faults, uint64_t stream, uint32_t count) {
+  Delays delays(faults, stream);
   std::vector<int64_t> all_ns(count);
   for (int64_t& delay_ns : all_ns) delay_ns = delays.next_ns();
   return all_ns;

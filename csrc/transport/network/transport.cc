@@ -75,10 +75,10 @@ class NetworkOfLinks final : public Network {
 
 class NetworkTransport final : public Transport {
  public:
-  NetworkTransport(const NetworkSettings& settings, std::function<std::unique_ptr<NetworkLinks>()> make_links)
-      : shares_memory_(settings.shares_memory),
-        host_(settings.device.empty() ? make_host_transport() : make_transport("pinned:" + settings.device)),
-        rows_(settings.rows.empty() ? nullptr : make_transport(settings.rows)),
+  NetworkTransport(const Choice& choice, std::function<std::unique_ptr<NetworkLinks>()> make_links)
+      : shares_memory_(choice.kind == Choice::Kind::kAuto),
+        host_(choice.device.empty() ? make_host_transport() : make_transport({Choice::Kind::kPinned, choice.device})),
+        rows_(choice.inner == nullptr ? nullptr : make_transport(*choice.inner)),
         make_links_(std::move(make_links)) {}
   bool shares_memory() const override { return shares_memory_; }
   uint64_t page_bytes() const override {
@@ -109,19 +109,9 @@ class NetworkTransport final : public Transport {
 
 }  // namespace
 
-void for_each_option(const std::string& name,
-                     const std::function<void(const std::string&, const std::string&, const std::string&)>& take) {
-  for (size_t begin = name.find(';'), end = begin; begin != std::string::npos; begin = end) {
-    end = name.find(';', begin + 1);
-    const std::string part = name.substr(begin + 1, end == std::string::npos ? end : end - begin - 1);
-    const size_t equals = part.find('=');
-    take(part.substr(0, equals), equals == std::string::npos ? "" : part.substr(equals + 1), part);
-  }
-}
-
-std::unique_ptr<Transport> make_network_transport(const NetworkSettings& settings,
+std::unique_ptr<Transport> make_network_transport(const Choice& choice,
                                                   std::function<std::unique_ptr<NetworkLinks>()> make_links) {
-  return std::make_unique<NetworkTransport>(settings, std::move(make_links));
+  return std::make_unique<NetworkTransport>(choice, std::move(make_links));
 }
 
 }  // namespace m2n

@@ -14,9 +14,9 @@
 
 #include "core/atomic.h"
 #include "core/error.h"
+#include "transport/choice.h"
 #include "transport/local.h"
 #include "transport/memory_limit.h"
-#include "transport/transport.h"
 
 namespace m2n {
 namespace {
@@ -207,6 +207,6 @@ class ShmTransport final : public Transport {
 
 }  // namespace
 
-std::unique_ptr<Transport> make_shm_transport() { return std::make_unique<ShmTransport>(); }
+std::unique_ptr<Transport> make_shm_transport(const Choice&) { return std::make_unique<ShmTransport>(); }
 
 }  // namespace m2n

@@ -22,15 +22,9 @@
 namespace m2n::tcp {
 namespace {
 
-constexpr int64_t kDrainNs = 5'000'000'000;
 // For the peer's host to say that it has what it was sent: a socket that closes before its owner has read everything
 // takes back what is still under way.
 constexpr int64_t kAcknowledgedNs = 1'000'000'000;
-// The watcher of processes knows better why a connection broke, a moment later.
-constexpr int64_t kGraceNs = 200'000'000;
-// After a goodbye or a death: how long the rest of what was sent may take where the connection does not end.
-constexpr int64_t kEndingNs = 100'000'000;
-
 struct Door {
   static constexpr uint64_t kMagic = 0x3170637432326D32;  // of this version and byte order
   uint64_t magic = kMagic;
@@ -45,29 +39,11 @@ bool is_acknowledged(int socket) {
 
 }  // namespace
 
-void fail(const std::string& text) { throw Error(Failure::kSetup, "tcp: " + text); }
-
-Links::Links() : epoll_(epoll_create1(EPOLL_CLOEXEC)) {
+Links::Links() : NetworkLinks("tcp"), epoll_(epoll_create1(EPOLL_CLOEXEC)) {
   if (epoll_.get() < 0) fail(std::string("epoll_create1: ") + std::strerror(errno));
 }
 
-void Links::open(const Network::Peers& peers, std::shared_ptr<Window> rows_areas, std::function<void()> on_signal,
-                 std::function<void()> on_report) {
-  std::lock_guard lock(mutex_);
-  areas_.open(peers, std::move(rows_areas));
-  on_signal_ = std::move(on_signal);
-  on_report_ = std::move(on_report);
-}
-
-std::string Links::make_door(uint32_t peer_idx, const Areas& own) {
-  std::lock_guard lock(mutex_);
-  if (is_closed_) fail("the comm is closed");
-  if (links_.size() <= peer_idx) links_.resize(peer_idx + 1);
-  links_[peer_idx] = std::make_unique<Link>();
-  Link& link = *links_[peer_idx];
-  link.peer_idx = peer_idx;
-  link.key = random_number();
-  link.own = own;
+std::string Links::write_door_of(NetworkLink& link) {
   const Door door{Door::kMagic, link.key};
   return {reinterpret_cast<const char*>(&door), sizeof door};
 }
@@ -86,8 +62,8 @@ Areas Links::connect(uint32_t peer_idx, const std::string& bytes, Fd data, bool*
   (void)setsockopt(data.get(), IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);  // of a Unix socket there is no such thing
   (void)fcntl(data.get(), F_SETFD, FD_CLOEXEC);
   std::lock_guard lock(mutex_);
-  if (is_closed_) fail("the comm is closed");
-  Link& link = *links_.at(peer_idx);
+  require_open();
+  Link& link = static_cast<Link&>(*links_.at(peer_idx));
   const Areas send = areas_.add(peer_idx);  // first: it may fail
   link.peer_key = door.key;
   link.socket = std::move(data);
@@ -120,49 +96,25 @@ void Links::stop(Link& link) {
 
 void Links::lose(Link& link, const std::string& violation) {
   stop(link);
-  if (link.is_broken) return;
-  link.is_broken = true;
-  link.violation = violation;
-  link.tell_ns = now_ns() + (violation.empty() ? kGraceNs : 0);
-  if (on_report_) on_report_();
+  mark_broken(link, violation);
 }
 
-void Links::end(uint32_t peer_idx) {
-  std::lock_guard lock(mutex_);
-  Link* link = find(peer_idx);
-  if (link == nullptr || is_closed_) return;
-  link->ending_ns = now_ns();
-  on_report_();
-}
-
-void Links::end_now(uint32_t peer_idx) {
-  std::lock_guard lock(mutex_);
-  Link* link = find(peer_idx);
-  if (link == nullptr || link->is_ended || is_closed_) return;
+void Links::end_link(NetworkLink& ending) {
+  auto& link = static_cast<Link&>(ending);
   const int64_t until_ns = now_ns() + kEndingNs;  // what has arrived still counts, but a peer may send and send
-  while (receive(*link) && now_ns() < until_ns) {
+  while (receive(link) && now_ns() < until_ns) {
   }
-  link->is_ended = true;
-  stop(*link);
+  link.is_ended = true;
+  stop(link);
 }
 
-bool Links::release(uint32_t peer_idx) {
-  std::lock_guard lock(mutex_);
-  Link* link = find(peer_idx);
-  if (link == nullptr) return true;
-  if (is_closed_ || is_reporting_) return false;
-  stop(*link);
-  areas_.remove(peer_idx);
-  links_[peer_idx].reset();
+bool Links::let_go(NetworkLink& link) {
+  stop(static_cast<Link&>(link));
   return true;
 }
 
 void Links::drain() {
-  const int64_t began_ns = now_ns();
-  while (num_sending() != 0 && now_ns() < began_ns + kDrainNs) {
-    look();
-    sched_yield();
-  }
+  NetworkLinks::drain();
   const auto is_all_acknowledged = [this] {
     std::lock_guard lock(mutex_);
     return std::all_of(open_links_.begin(), open_links_.end(),
@@ -180,43 +132,6 @@ void Links::close() {
     open_links_.back()->is_ended = true;
     stop(*open_links_.back());
   }
-}
-
-int64_t Links::report(LinkListener& listener) {
-  int64_t next_ns = -1;
-  std::vector<std::pair<uint32_t, std::string>> broken;
-  std::vector<uint32_t> ended;
-  {
-    std::lock_guard lock(mutex_);
-    if (is_closed_) return -1;
-    is_reporting_ = true;
-    const int64_t now = now_ns();
-    const auto is_due = [&](int64_t at_ns) {
-      if (now >= at_ns) return true;
-      if (next_ns < 0 || at_ns - now < next_ns) next_ns = at_ns - now;
-      return false;
-    };
-    for (const auto& link : links_) {
-      if (link == nullptr || link->is_ended) continue;
-      if (link->ending_ns >= 0) {
-        if (link->is_broken || is_due(link->ending_ns + kEndingNs)) ended.push_back(link->peer_idx);
-      } else if (link->is_broken && !link->is_told && is_due(link->tell_ns)) {
-        broken.emplace_back(link->peer_idx, link->violation);
-      }
-    }
-  }
-  for (const auto& [peer_idx, violation] : broken) {
-    listener.link_broke(peer_idx, violation);  // one that throws is told again
-    std::lock_guard lock(mutex_);
-    find(peer_idx)->is_told = true;  // there: nothing is released meanwhile
-  }
-  for (uint32_t peer_idx : ended) {
-    end_now(peer_idx);
-    listener.link_ended(peer_idx);
-  }
-  std::lock_guard lock(mutex_);
-  is_reporting_ = false;
-  return next_ns;
 }
 
 }  // namespace m2n::tcp

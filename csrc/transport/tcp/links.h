@@ -9,14 +9,10 @@
 #include <sys/uio.h>
 
 #include <cstdint>
-#include <functional>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
-#include "core/atomic.h"
-#include "transport/network/areas.h"
 #include "transport/network/links.h"
 
 namespace m2n::tcp {
@@ -25,28 +21,16 @@ class Links final : public NetworkLinks {
  public:
   Links();
   ~Links() override { close(); }
-  Links(const Links&) = delete;
-  Links& operator=(const Links&) = delete;
-
-  void open(const Network::Peers& peers, std::shared_ptr<Window> rows_areas, std::function<void()> on_signal,
-            std::function<void()> on_report) override;
-  std::string make_door(uint32_t peer_idx, const Areas& own) override;
   Areas connect(uint32_t peer_idx, const std::string& door, Fd data, bool* wakes) override;
-  void end(uint32_t peer_idx) override;
-  void end_now(uint32_t peer_idx) override;
-  bool release(uint32_t peer_idx) override;
   void drain() override;
   void close() override;
 
-  bool covers(const void* at) const override { return areas_.covers(at); }
   void send(const std::vector<Piece>& pieces, const Signal* word, Signal value, bool is_free_after) override;
   void finish(const Signal* word) override;
-  uint32_t num_sending() const override { return load_acquire(&num_sending_); }  // SYNC: network-sending
 
   void look() override;
   bool settle_and_arm() override;
   int event_fd() const override { return epoll_.get(); }
-  int64_t report(LinkListener& listener) override;
 
  private:
   static constexpr size_t kMaxHeaderBytes = sizeof(MessageHead) + kMaxParts * sizeof(MessagePart);
@@ -61,10 +45,7 @@ class Links final : public NetworkLinks {
     size_t first = 0;  // those before it have left
     bool is_done() const { return first == rest.size(); }
   };
-  struct Link {
-    uint32_t peer_idx = 0;
-    uint64_t key = 0, peer_key = 0;  // with which messages begin: from the peer, and to it
-    Areas own;
+  struct Link final : NetworkLink {
     Fd socket;
     bool is_open = false;  // more may arrive
     // Bytes that were received before it was known where they go.
@@ -77,14 +58,13 @@ class Links final : public NetworkLinks {
     uint32_t num_places = 0, next_place = 0;
     bool is_in_message = false;
     std::vector<std::unique_ptr<Sending>> sending;  // the oldest first
-    // Its end.
-    bool is_broken = false, is_told = false, is_ended = false;
-    int64_t tell_ns = 0;     // when to tell that it broke
-    int64_t ending_ns = -1;  // since when it ends
-    std::string violation;
   };
 
-  Link* find(uint32_t peer_idx) { return peer_idx < links_.size() ? links_[peer_idx].get() : nullptr; }
+  std::unique_ptr<NetworkLink> make_link() override { return std::make_unique<Link>(); }
+  std::string write_door_of(NetworkLink& link) override;
+  void end_link(NetworkLink& link) override;
+  bool let_go(NetworkLink& link) override;
+  Link* find(uint32_t peer_idx) const { return static_cast<Link*>(NetworkLinks::find(peer_idx)); }
   void watch_socket(const Link& link, int operation);
   void write_message(const Link& link, Sending& sending, const std::vector<Piece>& pieces, Signal value);
   // What the socket takes now; true: all.
@@ -107,19 +87,10 @@ class Links final : public NetworkLinks {
   void stop(Link& link);
 
   Fd epoll_;
-  std::mutex mutex_;  // of all below
-  bool is_closed_ = false;
-  SendAreas areas_;
-  std::vector<std::unique_ptr<Link>> links_;  // by peer index
+  // Below the lock of all links.
   std::vector<Link*> open_links_;
   std::vector<std::unique_ptr<Sending>> idle_;
-  uint32_t num_sending_ = 0;
-  bool is_reporting_ = false;  // the listener is being told of links by their indices
-  uint64_t num_moved_ = 0;     // bytes, both ways
-  std::function<void()> on_signal_, on_report_;
+  uint64_t num_moved_ = 0;  // bytes, both ways
 };
-
-// Throws Error(kSetup), of this transport.
-[[noreturn]] void fail(const std::string& text);
 
 }  // namespace m2n::tcp

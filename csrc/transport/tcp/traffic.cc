@@ -18,7 +18,6 @@
 namespace m2n::tcp {
 namespace {
 
-constexpr int64_t kFinishNs = 1'000'000'000;
 // Who must have its rows back waits for a peer that takes them, which a copy does not make faster: as long as it takes
 // some now and then, and not for ever.
 constexpr int64_t kTakesNs = 200'000;

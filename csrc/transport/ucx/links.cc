@@ -21,7 +21,6 @@ namespace {
 constexpr int64_t kConnectNs = 5'000'000'000;
 constexpr useconds_t kAgainUs = 250'000;  // UCX itself says each failure on stderr
 constexpr int64_t kCloseNs = 1'000'000'000;
-constexpr int64_t kDrainNs = 5'000'000'000;
 
 // What m2n chooses where neither the user's settings nor the environment do. Up to 512 KB a message is one segment over
 // TCP, from there on UCX's rendezvous.
@@ -45,10 +44,11 @@ void require(const Api& api, Status status, const std::string& call) {
 
 }  // namespace
 
-Links::Links(const Settings& settings) : api_(load(settings.library, settings.beside)), way_(settings.way) {
+Links::Links(const Choice& choice)
+    : NetworkLinks("ucx"), api_(load(choice.ucx.library, choice.ucx.beside)), way_(choice.ucx.way) {
   require_same_process();
   try {
-    make_worker(settings);
+    make_worker(choice);
   } catch (...) {
     close();
     throw;
@@ -57,7 +57,8 @@ Links::Links(const Settings& settings) : api_(load(settings.library, settings.be
 
 Links::~Links() { close(); }
 
-void Links::make_worker(const Settings& settings) {
+void Links::make_worker(const Choice& choice) {
+  const UcxOptions& options = choice.ucx;
   Config* config = nullptr;
   require(api_, api_.config_read(nullptr, nullptr, &config), "ucp_config_read");
   const std::unique_ptr<Config, void (*)(Config*)> config_owner(config, api_.config_release);
@@ -65,19 +66,19 @@ void Links::make_worker(const Settings& settings) {
     // Some versions do not know all of them.
     if (std::getenv((std::string("UCX_") + name).c_str()) == nullptr) (void)api_.config_modify(config, name, value);
   }
-  for (const auto& [name, value] : settings.variables) {
+  for (const auto& [name, value] : options.variables) {
     require(api_, api_.config_modify(config, name.c_str(), value.c_str()), "setting " + name + "=" + value);
   }
-  const std::string transports = tls_of(settings.variables);
-  if (transports.empty() && !settings.is_insecure) {
+  const std::string transports = tls_of(options.variables);
+  if (transports.empty() && !options.is_insecure) {
     require(api_, api_.config_modify(config, "TLS", kWithoutTcp), std::string("setting TLS=") + kWithoutTcp);
   }
-  is_within_host_ = is_within_host(transports);
-  has_tcp_ = lets_tcp_in(transports) && settings.is_insecure;
+  tells_of_ends_ = !is_within_host(transports);  // those of shared memory do not
+  has_tcp_ = lets_tcp_in(transports) && options.is_insecure;
   Params params;
   params.features = Params::kAm | Params::kRma | Params::kWakeup;
   require(api_, api_.init_version(kMajor, kMinor, &params, config, &context_), "ucp_init");
-  if (!settings.device.empty() && !settings.rows.empty()) require_cuda();
+  if (!choice.device.empty() && choice.inner != nullptr) require_cuda();
   require(api_, api_.worker_create(context_, std::make_unique<WorkerParams>().get(), &worker_), "ucp_worker_create");
   require(api_, api_.worker_get_efd(worker_, &event_fd_), "ucp_worker_get_efd");
   AmHandler handler;
@@ -105,26 +106,17 @@ void Links::require_cuda() {
          "pip install libucx-cu12 and name it by ucx_library, or leave out gpu_direct");
 }
 
-void Links::open(const Network::Peers& peers, std::shared_ptr<Window> rows_areas, std::function<void()> on_signal,
-                 std::function<void()> on_report) {
-  std::lock_guard lock(mutex_);
-  areas_.open(peers, std::move(rows_areas));
-  on_signal_ = std::move(on_signal);
-  on_report_ = std::move(on_report);
+std::unique_ptr<NetworkLink> Links::make_link() {
+  auto link = std::make_unique<Link>();
+  link->links = this;
+  return link;
 }
 
-std::string Links::make_door(uint32_t peer_idx, const Areas& own) {
-  std::lock_guard lock(mutex_);
-  if (is_closed_) fail("the comm is closed");
-  if (links_.size() <= peer_idx) links_.resize(peer_idx + 1);
-  links_[peer_idx] = std::make_unique<Link>();
-  Link& link = *links_[peer_idx];
-  link.links = this;
-  link.peer_idx = peer_idx;
-  link.key = random_number();
-  link.own = own;
+std::string Links::write_door_of(NetworkLink& made) {
+  auto& link = static_cast<Link&>(made);
+  const Areas& own = link.own;
   Door door;
-  door.link = peer_idx;
+  door.link = link.peer_idx;
   door.key = link.key;
   door.way = static_cast<uint32_t>(way_);
   door.address = address_;
@@ -149,10 +141,10 @@ Areas Links::connect(uint32_t peer_idx, const std::string& bytes, Fd /*data*/, b
     fail("the peer's address is none of this version, on a machine of this byte order");
   }
   std::unique_lock lock(mutex_);
-  Link& link = *links_.at(peer_idx);
+  Link& link = static_cast<Link&>(*links_.at(peer_idx));
   const int64_t until_ns = now_ns() + kConnectNs;
   while (true) {
-    if (is_closed_) fail("the comm is closed");
+    require_open();
     try {
       make_endpoint(link, door.address);
       break;
@@ -188,9 +180,8 @@ void Links::make_endpoint(Link& link, const std::string& address) {
   params.error_mode = EndpointParams::kPeerErrors;
   params.error_callback = &on_error;
   params.error_arg = &link;
-  if (is_within_host_) params.field_mask = EndpointParams::kAddress;
+  if (!tells_of_ends_) params.field_mask = EndpointParams::kAddress;
   const Status status = api_.ep_create(worker_, &params, &link.endpoint);
-  link.has_errors = !is_within_host_;
   if (status != Status::kOk) {
     link.endpoint = nullptr;
     fail(std::string("no connection to the peer: ") + api_.status_string(status) +
@@ -244,45 +235,30 @@ void Links::close_endpoint(Link& link, bool by_force) {
   }
   RequestParam param;
   param.field_mask = RequestParam::kFlags;
-  param.flags = by_force && link.has_errors ? RequestParam::kForceClose : 0;
+  param.flags = by_force && tells_of_ends_ ? RequestParam::kForceClose : 0;
   const Request request = api_.ep_close_nbx(std::exchange(link.endpoint, nullptr), &param);
   if (request == nullptr || is_error(request)) return;
   progress_until([&] { return api_.request_check_status(request) != Status::kInProgress; }, kCloseNs);
   api_.request_free(request);
 }
 
-void Links::end(uint32_t peer_idx) {
-  std::lock_guard lock(mutex_);
-  Link* link = find(peer_idx);
-  if (link == nullptr || is_closed_) return;
-  link->ending_ns = now_ns();
-  on_report_();
-}
-
-void Links::end_now(uint32_t peer_idx) {
-  std::lock_guard lock(mutex_);
-  Link* link = find(peer_idx);
-  if (link == nullptr || link->is_ended || is_closed_) return;
+void Links::end_link(NetworkLink& ending) {
+  auto& link = static_cast<Link&>(ending);
   while (api_.worker_progress(worker_) != 0) {  // what has arrived still counts
   }
-  link->is_ended = true;
-  close_endpoint(*link, true);
-  progress_until([&] { return link->num_sending == 0 && link->num_receiving == 0; }, kCloseNs);
+  link.is_ended = true;
+  close_endpoint(link, true);
+  progress_until([&] { return link.num_sending == 0 && link.num_receiving == 0; }, kCloseNs);
 }
 
-bool Links::release(uint32_t peer_idx) {
-  std::lock_guard lock(mutex_);
-  Link* link = find(peer_idx);
-  if (link == nullptr) return true;
-  if (is_closed_ || is_reporting_) return false;
-  if (!link->is_ended) {  // its handshake came to nothing
-    link->is_ended = true;
-    close_endpoint(*link, true);
+bool Links::let_go(NetworkLink& ended) {
+  auto& link = static_cast<Link&>(ended);
+  if (!link.is_ended) {  // its handshake came to nothing
+    link.is_ended = true;
+    close_endpoint(link, true);
   }
-  if (link->num_sending != 0 || link->num_receiving != 0) return false;
-  unmap(*link);
-  areas_.remove(peer_idx);
-  links_[peer_idx].reset();
+  if (link.num_sending != 0 || link.num_receiving != 0) return false;
+  unmap(link);
   return true;
 }
 
@@ -292,19 +268,12 @@ void Links::unmap(Link& link) {
   }
 }
 
-void Links::drain() {
-  const int64_t until_ns = now_ns() + kDrainNs;
-  while (num_sending() != 0 && now_ns() < until_ns) {
-    look();
-    sched_yield();
-  }
-}
-
 void Links::close() {
   std::lock_guard lock(mutex_);
   if (is_closed_) return;
   is_closed_ = true;
-  for (const auto& link : links_) {
+  for (uint32_t i = 0; i < links_.size(); ++i) {
+    Link* link = find(i);
     if (link == nullptr) continue;
     close_endpoint(*link, link->is_broken || link->num_sending != 0);
     link->is_ended = true;

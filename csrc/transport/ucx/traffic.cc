@@ -21,11 +21,6 @@ constexpr uint64_t kShortBytes = 16 << 10;
 // From here on UCX waits for the receiver before it reads anything.
 constexpr uint64_t kMostWaitedBytes = 500 << 10;
 constexpr int kLooks = 8;  // of one call, while each finds something, but no whole message
-constexpr int64_t kFinishNs = 1'000'000'000;
-// The watcher of processes knows better why a connection broke, a moment later.
-constexpr int64_t kGraceNs = 200'000'000;
-// After a goodbye or a death: how long the rest of what was sent may take where UCX does not tell of the end.
-constexpr int64_t kEndingNs = 100'000'000;
 
 }  // namespace
 
@@ -99,7 +94,7 @@ void Links::post_message(Link& link, const std::vector<Piece>& pieces, const Sig
     // wait for a peer that has not taken the last message; one that was heard since then runs.
     link.was_heard = false;
     note_request(sending, post(sending, RequestParam::kFastCompletion));
-    if (!progress_until([&] { return sending.num_requests == 1 || link.is_broken; }, kTakenNs)) break_link(link, "");
+    if (!progress_until([&] { return sending.num_requests == 1 || link.is_broken; }, kTakenNs)) mark_broken(link, "");
     return end_request(sending, Status::kOk);
   }
   if (is_free_after) {
@@ -135,7 +130,7 @@ void Links::post_puts(Link& link, const std::vector<Piece>& pieces, const Signal
   if (is_free_after) copy_to_area(own);
   for (const Piece& piece : own) put(piece.from, piece.num_bytes, piece.to);
   // It may make progress, and so may complete those.
-  if (api_.worker_fence(worker_) != Status::kOk) break_link(link, "");
+  if (api_.worker_fence(worker_) != Status::kOk) mark_broken(link, "");
   if (!link.is_broken) put(&sending.value, sizeof sending.value, word);
   end_request(sending, Status::kOk);
 }
@@ -155,7 +150,7 @@ Links::Sending& Links::keep(Link& link, const Signal* word) {
 }
 
 void Links::note_request(Sending& sending, Request request) {
-  if (is_error(request)) return break_link(*sending.link, "");
+  if (is_error(request)) return mark_broken(*sending.link, "");
   if (request != nullptr) ++sending.num_requests;
 }
 
@@ -168,7 +163,7 @@ void Links::on_sent(void* request, Status status, void* user_data) {
 
 void Links::end_request(Sending& sending, Status status) {
   Link& link = *sending.link;
-  if (status != Status::kOk) break_link(link, "");
+  if (status != Status::kOk) mark_broken(link, "");
   if (--sending.num_requests != 0) return;
   --link.num_sending;
   const auto at =
@@ -185,7 +180,7 @@ void Links::finish(const Signal* word) {
     const auto is_it = [word](const auto& one) { return one->word == word; };
     const auto found = std::find_if(sending_.begin(), sending_.end(), is_it);
     if (is_closed_ || found == sending_.end()) return;
-    if (now_ns() > until_ns) return break_link(*(*found)->link, "");
+    if (now_ns() > until_ns) return mark_broken(*(*found)->link, "");
     if (api_.worker_progress(worker_) == 0) sched_yield();
   }
 }
@@ -207,11 +202,11 @@ Status Links::receive(const void* header, size_t header_bytes, void* data, size_
   const std::string wrong =
       read_message(header, header_bytes, num_bytes, {link->own.rows_bytes, link->own.small_bytes}, &message);
   if (!wrong.empty()) {
-    break_link(*link, "it sent a message with " + wrong);
+    mark_broken(*link, "it sent a message with " + wrong);
     return Status::kOk;
   }
   if (areas_.has_rows_apart()) {  // rows here are no memory of the host either
-    break_link(*link, "it sent a message where all must be put");
+    mark_broken(*link, "it sent a message where all must be put");
     return Status::kOk;
   }
   std::vector<Iov> places;  // of the data
@@ -249,7 +244,7 @@ Status Links::fetch(Link& link, const MessageHead& head, std::vector<Iov> places
   void* to = is_run ? iov[0].buffer : const_cast<Iov*>(iov.data());
   const Request request = api_.am_recv_data_nbx(worker_, data, to, is_run ? iov[0].length : iov.size(), &param);
   if (is_error(request)) {
-    break_link(link, "");
+    mark_broken(link, "");
   } else if (request == nullptr) {
     deliver(link, head);
   } else {
@@ -264,7 +259,7 @@ void Links::on_received(void* request, Status status, size_t, void* user_data) {
   Link& link = *receiving->link;
   link.links->api_.request_free(request);
   --link.num_receiving;
-  if (status != Status::kOk) return link.links->break_link(link, "");
+  if (status != Status::kOk) return link.links->mark_broken(link, "");
   if (!link.is_ended) link.links->deliver(link, receiving->head);
 }
 
@@ -276,15 +271,7 @@ void Links::deliver(Link& link, const MessageHead& head) {
 
 void Links::on_error(void* arg, Endpoint*, Status) {
   auto& link = *static_cast<Link*>(arg);
-  link.links->break_link(link, "");
-}
-
-void Links::break_link(Link& link, const std::string& violation) {
-  if (link.is_broken) return;
-  link.is_broken = true;
-  link.violation = violation;
-  link.tell_ns = now_ns() + (violation.empty() ? kGraceNs : 0);
-  if (on_report_) on_report_();
+  link.links->mark_broken(link, "");
 }
 
 void Links::look() {
@@ -302,51 +289,6 @@ bool Links::settle_and_arm() {
   while (api_.worker_progress(worker_) != 0) {
   }
   return api_.worker_arm(worker_) == Status::kOk;
-}
-
-int64_t Links::report(LinkListener& listener) {
-  int64_t next_ns = -1;
-  std::vector<std::pair<uint32_t, std::string>> broken;
-  std::vector<uint32_t> ended;
-  {
-    std::lock_guard lock(mutex_);
-    if (is_closed_) return -1;
-    is_reporting_ = true;
-    const int64_t now = now_ns();
-    const auto come_at = [&](int64_t at_ns) {
-      if (next_ns < 0 || at_ns - now < next_ns) next_ns = std::max<int64_t>(at_ns - now, 1);
-    };
-    for (const auto& link : links_) {
-      if (link == nullptr || link->is_ended) continue;
-      if (link->ending_ns >= 0) {
-        const int64_t until_ns = link->ending_ns + kEndingNs;
-        const bool is_over = link->is_broken || !link->has_errors || now >= until_ns;
-        if (is_over) {
-          ended.push_back(link->peer_idx);
-        } else {
-          come_at(until_ns);
-        }
-      } else if (link->is_broken && !link->is_told) {
-        if (now >= link->tell_ns) {
-          broken.emplace_back(link->peer_idx, link->violation);
-        } else {
-          come_at(link->tell_ns);
-        }
-      }
-    }
-  }
-  for (const auto& [peer_idx, violation] : broken) {
-    listener.link_broke(peer_idx, violation);  // one that throws is told again
-    std::lock_guard lock(mutex_);
-    find(peer_idx)->is_told = true;  // there: nothing is released meanwhile
-  }
-  for (uint32_t peer_idx : ended) {
-    end_now(peer_idx);
-    listener.link_ended(peer_idx);
-  }
-  std::lock_guard lock(mutex_);
-  is_reporting_ = false;
-  return next_ns;
 }
 
 }  // namespace m2n::ucx

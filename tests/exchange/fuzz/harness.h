@@ -15,8 +15,8 @@
 #include "core/atomic.h"
 #include "core/peer.h"
 #include "exchange/links/comm.h"
+#include "transport/choice.h"
 #include "transport/control.h"
-#include "transport/transport.h"
 
 namespace fuzz {
 

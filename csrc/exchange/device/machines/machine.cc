@@ -14,7 +14,7 @@ std::unique_ptr<Machine> make_cuda_machine(const std::string& device);
 std::unique_ptr<Machine> make_machine(const std::string& device) {
   if (device == "emulated") return make_team_machine();
 #if M2N_HAS_CUDA
-  if (device.rfind("cuda", 0) == 0) return make_cuda_machine(device);
+  if (device.starts_with("cuda")) return make_cuda_machine(device);
 #endif
   throw Error(Failure::kSetup, "device: '" + device + "' is not known to this build");
 }

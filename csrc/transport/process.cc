@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+// The identity of this process.
+#include "transport/process.h"
+
+#include <pthread.h>
+#include <sys/random.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <mutex>
+
+namespace m2n {
+namespace {
+
+std::atomic<uint32_t> g_fork_count{0};
+std::atomic<uint64_t> g_process_nonce{0};
+
+void after_fork_in_child() {
+  g_fork_count.fetch_add(1, std::memory_order_relaxed);
+  g_process_nonce.store(0, std::memory_order_relaxed);
+}
+
+void register_fork_handler() {
+  static std::once_flag once;
+  std::call_once(once, [] { pthread_atfork(nullptr, nullptr, after_fork_in_child); });
+}
+
+}  // namespace
+
+uint32_t fork_count() {
+  register_fork_handler();
+  return g_fork_count.load(std::memory_order_relaxed);
+}
+
+uint64_t process_nonce() {
+  register_fork_handler();
+  uint64_t nonce = g_process_nonce.load(std::memory_order_relaxed);
+  while (nonce == 0) {
+    uint64_t fresh = 0;
+    if (getrandom(&fresh, sizeof fresh, 0) != sizeof fresh) continue;
+    // Relaxed: the number itself is all that is shared. A race between two first callers has one winner.
+    if (g_process_nonce.compare_exchange_strong(nonce, fresh, std::memory_order_relaxed)) nonce = fresh;
+  }
+  return nonce;
+}
+
+}  // namespace m2n
