@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <charconv>
-#include <functional>
 #include <string_view>
 
 #include "core/error.h"
@@ -21,14 +20,9 @@ using Way = UcxOptions::Way;
 
 bool read_nothing(const std::string&, std::string_view rest, Choice*) { return rest.empty(); }
 
-bool read_device(const std::string&, std::string_view rest, Choice* choice) {
-  choice->device = rest.substr(std::min<size_t>(1, rest.size()));
-  return rest.starts_with(':');
-}
-
-[[maybe_unused]] bool read_cuda(const std::string& name, std::string_view, Choice* choice) {
-  choice->device = name;
-  return true;
+[[maybe_unused]] bool read_device(const std::string& name, std::string_view rest, Choice* choice) {
+  choice->device = choice->kind == Kind::kCuda ? name : rest.substr(std::min<size_t>(1, rest.size()));
+  return choice->kind == Kind::kCuda || rest.starts_with(':');
 }
 
 // ":delay_ns=500000,jitter_ns=100000,seed=1:inner"
@@ -59,9 +53,10 @@ bool read_faults(const std::string& name, std::string_view rest, Choice* choice)
   return true;
 }
 
-// Calls take(key, value, has_value) for each ";key=value", until it returns false, which is refused.
-void read_options(const std::string& expected, const std::string& name, std::string_view rest,
-                  const std::function<bool(const std::string&, const std::string&, bool)>& take) {
+// Hands each ";key=value" over to take(key, value, has_value, choice); what that does not take is refused.
+template <class Take>
+bool read_options(const std::string& expected, const std::string& name, std::string_view rest, Choice* choice,
+                  Take&& take) {
   const auto refuse_part = [&](std::string_view part) {
     refuse("expected " + expected + ", got '" + std::string(part) + "' in '" + name + "'");
   };
@@ -70,20 +65,19 @@ void read_options(const std::string& expected, const std::string& name, std::str
     rest.remove_prefix(1);
     const std::string_view part = rest.substr(0, rest.find(';'));
     const size_t equals = std::min(part.find('='), part.size());
-    const bool has_value = equals != part.size();
-    const std::string_view value = has_value ? part.substr(equals + 1) : "";
-    if (!take(std::string(part.substr(0, equals)), std::string(value), has_value)) refuse_part(part);
+    const std::string value(part.substr(std::min(equals + 1, part.size())));
+    if (!take(std::string(part.substr(0, equals)), value, equals != part.size(), choice)) refuse_part(part);
     rest.remove_prefix(part.size());
   }
+  return true;
 }
 
 bool read_tcp(const std::string& name, std::string_view rest, Choice* choice) {
-  read_options("'tcp' or 'auto' and ';device=...'", name, rest,
-               [choice](const std::string& key, const std::string& value, bool) {
-                 choice->device = value;
-                 return key == "device" && !value.empty();
-               });
-  return true;
+  return read_options("'tcp' or 'auto' and ';device=...'", name, rest, choice,
+                      [](const std::string& key, const std::string& value, bool, Choice* taken) {
+                        taken->device = value;
+                        return key == "device" && !value.empty();
+                      });
 }
 
 bool take_ucx_option(const std::string& key, const std::string& value, bool has_value, Choice* choice) {
@@ -109,13 +103,10 @@ bool take_ucx_option(const std::string& key, const std::string& value, bool has_
 }
 
 bool read_ucx(const std::string& name, std::string_view rest, Choice* choice) {
-  read_options(
+  constexpr const char* kExpected =
       "'ucx' and ';key=value' for way (auto, message, put), library, beside, device, rows, insecure or a variable of "
-      "UCX",
-      name, rest, [choice](const std::string& key, const std::string& value, bool has_value) {
-        return take_ucx_option(key, value, has_value, choice);
-      });
-  return true;
+      "UCX";
+  return read_options(kExpected, name, rest, choice, take_ucx_option);
 }
 
 struct Known {
@@ -133,7 +124,7 @@ const std::vector<Known>& all_known() {
       {"tcp", Kind::kTcp, read_tcp, make_tcp_transport},
       {"ucx", Kind::kUcx, read_ucx, make_ucx_transport},
 #if M2N_HAS_CUDA
-      {"cuda", Kind::kCuda, read_cuda, make_cuda_transport},
+      {"cuda", Kind::kCuda, read_device, make_cuda_transport},
       {"pinned", Kind::kPinned, read_device, make_pinned_transport},
       {"gpudirect", Kind::kGpuDirect, read_device, make_cuda_transport},
 #endif

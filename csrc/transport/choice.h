@@ -55,8 +55,8 @@ std::unique_ptr<Transport> make_ucx_transport(const Choice& choice);
 std::unique_ptr<Transport> make_cuda_transport(const Choice& choice);
 std::unique_ptr<Transport> make_pinned_transport(const Choice& choice);
 
-// The first delays that the relay of a faulty transport gives to its signals, in ns.
-std::vector<int64_t> fault_delays(const Faults& faults, uint64_t stream, uint32_t count);
+// The first delays that the relay of a faulty transport of this name gives to its signals, in ns.
+std::vector<int64_t> fault_delays(const std::string& name, uint64_t stream, uint32_t count);
 
 // The library that a transport of this name needs, in words; "" where it needs none. Throws Error(kSetup) where there
 // is no such library or transport.

@@ -4,7 +4,6 @@
 
 #include <pthread.h>
 #include <sys/random.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <mutex>

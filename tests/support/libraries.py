@@ -17,17 +17,17 @@ CXX = os.environ.get("CXX", "g++")
 TOGETHER = ("-DCMAKE_UNITY_BUILD=ON", "-DCMAKE_UNITY_BUILD_BATCH_SIZE=0")
 
 
-def build_libraries() -> Path:
-    """The folder with libm2n_exchange.a and libm2n_transport.a, from `cmake -DM2N_PYTHON=OFF`."""
-    directory = ROOT / "build/libraries"
+def build_libraries(target: str = "all", root: Path = ROOT, cuda: bool = False) -> Path:
+    """The folder with libm2n_exchange.a and libm2n_transport.a of a source tree, from `cmake -DM2N_PYTHON=OFF`."""
+    directory = root / ("build/libraries-cuda" if cuda else "build/libraries")
     directory.mkdir(parents=True, exist_ok=True)
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     # Unoptimised: compiles in half the time.
-    options = ["-DM2N_PYTHON=OFF", "-DM2N_CUDA=OFF", "-DCMAKE_BUILD_TYPE=Debug", *TOGETHER]
-    configure = ["cmake", "-S", str(ROOT), "-B", str(directory), *generator, *options]
+    options = ["-DM2N_PYTHON=OFF", f"-DM2N_CUDA={'ON' if cuda else 'OFF'}", "-DCMAKE_BUILD_TYPE=Debug", *TOGETHER]
+    configure = ["cmake", "-S", str(root), "-B", str(directory), *generator, *options]
     with (directory / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for command in (configure, ["cmake", "--build", str(directory), "--parallel", "2"]):
+        for command in (configure, ["cmake", "--build", str(directory), "--parallel", "2", "--target", target]):
             done = subprocess.run(command, capture_output=True, text=True, timeout=280)
             assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return directory

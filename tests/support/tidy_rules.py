@@ -54,7 +54,8 @@ FLOORS = (
         "bindings/",
         (
             *("exchange/rows/", "exchange/bodies/", "exchange/links/", "exchange/host/", "exchange/device/"),
-            *("tensor.h", "bind.h", "lock.h", "exchange/device/verbs/", "core/error.h", "transport/choice.h", "transport/memory_limit.h"),
+            *("exchange/device/verbs/", "core/error.h", "transport/choice.h", "transport/memory_limit.h"),
+            *("tensor.h", "bind.h", "lock.h"),
         ),
         _MEMORY,
     ),

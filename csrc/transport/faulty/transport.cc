@@ -192,8 +192,8 @@ std::unique_ptr<Transport> make_faulty_transport(const Choice& choice) {
   return std::make_unique<FaultyTransport>(choice.faults, make_transport(*choice.inner));
 }
 
-std::vector<int64_t> fault_delays(const Faults& faults, uint64_t stream, uint32_t count) {
-  Delays delays(faults, stream);
+std::vector<int64_t> fault_delays(const std::string& name, uint64_t stream, uint32_t count) {
+  Delays delays(read_choice(name).faults, stream);
   std::vector<int64_t> all_ns(count);
   for (int64_t& delay_ns : all_ns) delay_ns = delays.next_ns();
   return all_ns;
