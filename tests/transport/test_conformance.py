@@ -32,13 +32,21 @@ TRANSPORTS = [
 ]
 
 
-def compile_suite(program: Path, root: Path = ROOT, cuda: bool = False) -> Path:
-    """The suite, with the transports of a source tree."""
+def compile_suite(program: Path, root: Path = ROOT, cuda: bool = False, instead: tuple[Path, ...] = ()) -> Path:
+    """The suite, with the transports of a source tree; `instead`: sources that count before those of the same names."""
     library = build_libraries("m2n_transport", root, cuda) / "libm2n_transport.a"
     flags = ["-std=c++20", "-O0", f"-DM2N_HAS_CUDA={int(cuda)}", f"-I{root / 'csrc'}", f"-I{ROOT / 'tests/transport'}"]
     # nvcc brings the runtime of CUDA.
     compiler = ["nvcc", "-lrt"] if cuda else [CXX, "-Wall", "-Wextra", "-pthread"]
-    command = [*compiler, *flags, str(ROOT / "tests/transport/conformance/suite.cc"), str(library), "-ldl"]
+    sources = [str(path) for path in (ROOT / "tests/transport/conformance/suite.cc", *instead)]
+    command = [
+        *compiler,
+        *flags,
+        *sources,
+        *(["-Wl,--allow-multiple-definition"] if instead else []),
+        str(library),
+        "-ldl",
+    ]
     subprocess.run([*command, "-o", str(program)], check=True, timeout=110)
     return program
 
