@@ -6,7 +6,6 @@
 #include <sys/random.h>
 
 #include <atomic>
-#include <mutex>
 
 namespace m2n {
 namespace {
@@ -14,14 +13,12 @@ namespace {
 std::atomic<uint32_t> g_fork_count{0};
 std::atomic<uint64_t> g_process_nonce{0};
 
-void after_fork_in_child() {
-  g_fork_count.fetch_add(1, std::memory_order_relaxed);
-  g_process_nonce.store(0, std::memory_order_relaxed);
-}
-
 void register_fork_handler() {
-  static std::once_flag once;
-  std::call_once(once, [] { pthread_atfork(nullptr, nullptr, after_fork_in_child); });
+  static const int registered = pthread_atfork(nullptr, nullptr, [] {
+    g_fork_count.fetch_add(1, std::memory_order_relaxed);
+    g_process_nonce.store(0, std::memory_order_relaxed);
+  });
+  (void)registered;
 }
 
 }  // namespace

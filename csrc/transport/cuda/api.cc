@@ -10,8 +10,6 @@
 namespace m2n {
 namespace {
 
-[[noreturn]] void refuse(const std::string& text) { throw Error(Failure::kSetup, "cuda: " + text); }
-
 template <class Function>
 void look_up(const char* symbol, Function& function) {
   void* address = nullptr;
@@ -21,7 +19,7 @@ void look_up(const char* symbol, Function& function) {
 #else
   check_cuda(cudaGetDriverEntryPoint(symbol, &address, cudaEnableDefault, &found), symbol);
 #endif
-  if (found != cudaDriverEntryPointSuccess) refuse(std::string("the driver has no ") + symbol + "; update it");
+  if (found != cudaDriverEntryPointSuccess) refuse_cuda(std::string("the driver has no ") + symbol + "; update it");
   function = reinterpret_cast<Function>(address);
 }
 
@@ -61,10 +59,12 @@ class OwnStream {
 
 }  // namespace
 
+void refuse_cuda(const std::string& text) { throw Error(Failure::kSetup, "cuda: " + text); }
+
 void check_cuda(cudaError_t result, const char* what) {
   if (result == cudaSuccess) return;
   cudaGetLastError();  // it was told: the next call must not find it again
-  refuse(std::string(what) + ": " + cudaGetErrorString(result) + " (" + cudaGetErrorName(result) + ")");
+  refuse_cuda(std::string(what) + ": " + cudaGetErrorString(result) + " (" + cudaGetErrorName(result) + ")");
 }
 
 int cuda_ordinal(const std::string& device) {
@@ -72,16 +72,16 @@ int cuda_ordinal(const std::string& device) {
   if (device != "cuda") {
     const std::string digits = device.starts_with("cuda:") ? device.substr(5) : "";
     if (digits.empty() || digits.size() > 4 || digits.find_first_not_of("0123456789") != std::string::npos) {
-      refuse("device: expected 'cuda' or 'cuda:0', got '" + device + "'");
+      refuse_cuda("device: expected 'cuda' or 'cuda:0', got '" + device + "'");
     }
     ordinal = std::stoi(digits);
   }
   int driver = 0;
   check_cuda(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
-  if (driver == 0) refuse("there is no NVIDIA driver on this machine");
+  if (driver == 0) refuse_cuda("there is no NVIDIA driver on this machine");
   int count = 0;
   check_cuda(cudaGetDeviceCount(&count), "no usable device");
-  if (ordinal >= count) refuse("device: there are " + std::to_string(count) + " devices, got '" + device + "'");
+  if (ordinal >= count) refuse_cuda("device: there are " + std::to_string(count) + " devices, got '" + device + "'");
   return ordinal;
 }
 

@@ -10,7 +10,9 @@
 
 namespace m2n {
 
-// Throws Error(kSetup) that names what was tried.
+// Throws Error(kSetup), of this transport.
+[[noreturn]] void refuse_cuda(const std::string& text);
+// The same, naming what was tried.
 void check_cuda(cudaError_t result, const char* what);
 
 // "cuda" or "cuda:1" -> the device's number. Throws Error(kSetup): not a device, or why there is none.

@@ -4,12 +4,8 @@
 
 #include <cstdio>
 
-#include "core/error.h"
-
 namespace m2n {
 namespace {
-
-[[noreturn]] void refuse(const std::string& text) { throw Error(Failure::kSetup, "cuda: " + text); }
 
 int attribute_of(int ordinal, CUdevice_attribute attribute) {
   int value = 0;
@@ -37,7 +33,7 @@ void check_driver(CUresult result, const std::string& what) {
   if (result == CUDA_SUCCESS) return;
   const char* text = nullptr;
   cuda_driver().error_string(result, &text);
-  refuse(what + ": " + (text != nullptr ? text : "unknown error"));
+  refuse_cuda(what + ": " + (text != nullptr ? text : "unknown error"));
 }
 
 uint64_t map_granularity(int ordinal) {
@@ -52,11 +48,11 @@ uint64_t map_granularity(int ordinal) {
 void require_gpu_direct(int ordinal) {
   const bool is_supported = attribute_of(ordinal, CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_SUPPORTED) != 0 &&
                             attribute_of(ordinal, CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED) != 0;
-  if (!is_supported) refuse(name_of(ordinal) + " or its driver lets no NIC into its memory; leave out gpu_direct");
+  if (!is_supported) refuse_cuda(name_of(ordinal) + " or its driver lets no NIC into its memory; leave out gpu_direct");
   // Else a NIC's rows could become visible after the signal behind them, without a flush by the host in between.
   const int ordering = attribute_of(ordinal, CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING);
   if (ordering < CU_GPU_DIRECT_RDMA_WRITES_ORDERING_OWNER) {
-    refuse(
+    refuse_cuda(
         "a NIC's writes into the memory of " + name_of(ordinal) +
         " need a flush before its kernels may read them, which m2n does not do; leave out gpu_direct (Hopper and newer "
         "GPUs need none)");
@@ -82,7 +78,7 @@ Fd export_allocation(int ordinal, Allocation allocation) {
 
 Allocation import_allocation(int fd) {
   if (fd < 0) {
-    refuse(
+    refuse_cuda(
         "the peer is another process, and its system cannot share memory of a GPU between processes by file "
         "descriptors; run both ranks in one process");
   }
@@ -121,14 +117,15 @@ int reachable_device(int ordinal, const std::string& uuid) {
     int can_access = other == ordinal;
     if (can_access == 0) check_cuda(cudaDeviceCanAccessPeer(&can_access, ordinal, other), "cudaDeviceCanAccessPeer");
     if (can_access == 0) {
-      refuse(name_of(ordinal) + " cannot write into the memory of " + name_of(other) +
-             ", on which the peer is: the two have no peer access (nvidia-smi topo -p2p w); put both ranks on one of "
-             "them, or give one device=\"cpu\" and both Config(transport=\"shm\")");
+      refuse_cuda(
+          name_of(ordinal) + " cannot write into the memory of " + name_of(other) +
+          ", on which the peer is: the two have no peer access (nvidia-smi topo -p2p w); put both ranks on one of "
+          "them, or give one device=\"cpu\" and both Config(transport=\"shm\")");
     }
     return other;
   }
-  refuse("the peer is on the GPU with UUID " + uuid + ", which is not among the " + std::to_string(count) +
-         " devices that this process sees; both must see both (CUDA_VISIBLE_DEVICES)");
+  refuse_cuda("the peer is on the GPU with UUID " + uuid + ", which is not among the " + std::to_string(count) +
+              " devices that this process sees; both must see both (CUDA_VISIBLE_DEVICES)");
 }
 
 }  // namespace m2n

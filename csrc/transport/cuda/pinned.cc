@@ -6,7 +6,6 @@
 #include <mutex>
 #include <vector>
 
-#include "core/error.h"
 #include "transport/choice.h"
 #include "transport/cuda/api.h"
 
@@ -89,9 +88,7 @@ class PinnedTransport final : public Transport {
     check_cuda(cudaDeviceGetAttribute(&is_same_address, cudaDevAttrCanUseHostPointerForRegisteredMem, ordinal_),
                "cudaDeviceGetAttribute");
     if (is_same_address == 0) {
-      throw Error(
-          Failure::kSetup,
-          "cuda: this GPU cannot use memory of the host at the host's addresses, which transport=\"shm\" needs");
+      refuse_cuda("this GPU cannot use memory of the host at the host's addresses, which transport=\"shm\" needs");
     }
   }
 

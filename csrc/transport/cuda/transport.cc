@@ -42,7 +42,7 @@ class CudaWindow final : public Window, public std::enable_shared_from_this<Cuda
   uint64_t bytes() const override { return stride_bytes_ * objects_.size(); }
 
   Handle add_object(uint32_t peer_idx) override {
-    if (peer_idx >= objects_.size()) throw Error(Failure::kSetup, "cuda: peer index beyond max_peers");
+    if (peer_idx >= objects_.size()) refuse_cuda("peer index beyond max_peers");
     const OnDevice on_device(ordinal_);
     const CUdeviceptr at = base_ + stride_bytes_ * peer_idx;
     Object& object = objects_[peer_idx];

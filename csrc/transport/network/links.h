@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "core/atomic.h"
+#include "transport/choice.h"
 #include "transport/network/areas.h"
-#include "transport/transport.h"
 
 namespace m2n {
 
@@ -93,5 +93,10 @@ class NetworkLinks {
  private:
   bool is_reporting_ = false;  // the listener is being told of links by their indices
 };
+
+// A transport over such links, with windows in this host's memory, which a GPU may use too. `make_links`: called when a
+// comm needs them.
+std::unique_ptr<Transport> make_network_transport(const Choice& choice,
+                                                  std::function<std::unique_ptr<NetworkLinks>()> make_links);
 
 }  // namespace m2n

@@ -1,7 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // What all kinds of networks share: the thread that makes their progress, and where windows lie.
-#include "transport/network/transport.h"
-
 #include <algorithm>
 
 #include "core/error.h"

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Across hosts without any library: one connection a link, which the handshake has made. With "auto" peers of this host
 // share memory.
-#include "transport/network/transport.h"
-#include "transport/choice.h"
 #include "transport/tcp/links.h"
 
 namespace m2n {

@@ -9,7 +9,6 @@
 #include <utility>
 #include <vector>
 
-#include "transport/choice.h"
 #include "transport/network/links.h"
 #include "transport/ucx/api.h"
 #include "transport/ucx/door.h"

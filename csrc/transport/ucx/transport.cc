@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Across hosts through UCX, loaded when it is asked for: for RDMA, also with rows in the memory of a GPU, where NICs
 // reach it (GPUDirect).
-#include "transport/network/transport.h"
 #include "core/error.h"
-#include "transport/choice.h"
 #include "transport/ucx/links.h"
 #include "transport/ucx/tls.h"
 
