@@ -17,7 +17,7 @@
 
 namespace m2n {
 
-inline constexpr int64_t kFinishNs = 1'000'000'000;
+inline constexpr int64_t kFinishNs = 1'000'000'000;  // of finish(): then the link is broken
 // After a goodbye or a death: how long the rest of what was sent may take where the connection does not end.
 inline constexpr int64_t kEndingNs = 100'000'000;
 
@@ -82,7 +82,7 @@ class NetworkLinks {
   NetworkLink* find(uint32_t peer_idx) const { return peer_idx < links_.size() ? links_[peer_idx].get() : nullptr; }
 
   const std::string kind_;
-  bool tells_of_ends_ = true;  // the connections of this kind do
+  bool tells_of_ends_ = true;  // the connections of this kind do, and let go of what they still send
   std::mutex mutex_;           // of all below
   bool is_closed_ = false;
   SendAreas areas_;

@@ -25,6 +25,7 @@ namespace {
 // For the peer's host to say that it has what it was sent: a socket that closes before its owner has read everything
 // takes back what is still under way.
 constexpr int64_t kAcknowledgedNs = 1'000'000'000;
+
 struct Door {
   static constexpr uint64_t kMagic = 0x3170637432326D32;  // of this version and byte order
   uint64_t magic = kMagic;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Links over connected stream sockets, one each, that came out of the handshake: nobody else can write to them.
 //
-// A message is a header (network_message.h), without bytes of its own, and behind it the bytes of its parts. It is sent
+// A message is a header (network/message.h), without bytes of its own, and behind it the bytes of its parts. It is sent
 // from where it lies. The receiver reads the header, checks it, and only then takes the rest, which the kernel copies
 // to where it belongs; what is short comes with the header, and is copied once more.
 #pragma once
@@ -87,7 +87,7 @@ class Links final : public NetworkLinks {
   void stop(Link& link);
 
   Fd epoll_;
-  // Below the lock of all links.
+  // Under the lock that all kinds have.
   std::vector<Link*> open_links_;
   std::vector<std::unique_ptr<Sending>> idle_;
   uint64_t num_moved_ = 0;  // bytes, both ways

@@ -55,8 +55,6 @@ Links::Links(const Choice& choice)
   }
 }
 
-Links::~Links() { close(); }
-
 void Links::make_worker(const Choice& choice) {
   const UcxOptions& options = choice.ucx;
   Config* config = nullptr;
@@ -106,21 +104,16 @@ void Links::require_cuda() {
          "pip install libucx-cu12 and name it by ucx_library, or leave out gpu_direct");
 }
 
-std::unique_ptr<NetworkLink> Links::make_link() {
-  auto link = std::make_unique<Link>();
-  link->links = this;
-  return link;
-}
-
 std::string Links::write_door_of(NetworkLink& made) {
   auto& link = static_cast<Link&>(made);
-  const Areas& own = link.own;
+  link.links = this;
   Door door;
   door.link = link.peer_idx;
   door.key = link.key;
   door.way = static_cast<uint32_t>(way_);
   door.address = address_;
-  const std::pair<unsigned char*, uint64_t> areas[] = {{own.rows, own.rows_bytes}, {own.small, own.small_bytes}};
+  const std::pair<unsigned char*, uint64_t> areas[] = {{link.own.rows, link.own.rows_bytes},
+                                                       {link.own.small, link.own.small_bytes}};
   for (uint32_t i = 0; i < kNumAreas; ++i) {
     MapParams params;
     params.address = areas[i].first;

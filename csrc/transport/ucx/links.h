@@ -20,7 +20,7 @@ using Way = UcxOptions::Way;
 class Links final : public NetworkLinks {
  public:
   explicit Links(const Choice& choice);
-  ~Links() override;
+  ~Links() override { close(); }
   // With rows elsewhere nothing here touches their bytes, so rows can only be put, in both directions.
   Areas connect(uint32_t peer_idx, const std::string& bytes, Fd data, bool* wakes) override;
   void close() override;
@@ -64,7 +64,7 @@ class Links final : public NetworkLinks {
 
   void make_worker(const Choice& choice);
   void require_cuda();
-  std::unique_ptr<NetworkLink> make_link() override;
+  std::unique_ptr<NetworkLink> make_link() override { return std::make_unique<Link>(); }
   std::string write_door_of(NetworkLink& link) override;
   void end_link(NetworkLink& link) override;
   bool let_go(NetworkLink& link) override;
@@ -103,7 +103,7 @@ class Links final : public NetworkLinks {
   std::string address_;
   uint64_t max_inline_bytes_ = 0;
   int event_fd_ = -1;
-  // Below the lock of all links, as the worker is.
+  // Under the lock that all kinds have, as the worker is.
   std::vector<std::unique_ptr<Sending>> sending_, idle_;
   bool has_delivered_ = false;  // a message, since a look began
 };
