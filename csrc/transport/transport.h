@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The contract of a transport: it makes memory of one rank writable by a peer. It knows bytes, not what they
-// mean.
+// The contract of a transport: it makes memory of one rank writable by a peer. It knows bytes, not what they mean.
 //
 // An owner makes a Window: one reserved address range with room for `max_peers` objects at a fixed stride.
 // Every peer gets an object of its own, so it can reach nothing else; holes read as zero, so the owner may
@@ -65,6 +64,7 @@ class Transport {
     return make_window(object_bytes, stride_bytes, max_peers);
   }
   virtual Origin origin() const { return {process_nonce()}; }
+  // Throws Error(kSetup) that says why this peer cannot be reached.
   virtual std::shared_ptr<Mapping> attach(Handle handle, const Origin& origin) = 0;
   // Lets bodies use the send areas for a peer, on pages that hold nothing else, wherever they work on these windows,
   // while what it returns lives.

@@ -70,6 +70,8 @@ BAD = [
     ("includes", "csrc/transport/shm/transport.cc", '#include "transport/ucx/api.h"'),
     ("includes", "csrc/transport/network/proxy.cc", '#include "transport/tcp/links.h"'),
     ("includes", "csrc/transport/transport.h", '#include "transport/network/areas.h"'),
+    ("includes", "csrc/transport/transport.h", '#include "transport/choice.h"'),
+    ("includes", "csrc/transport/network.h", '#include "transport/transport.h"'),
     ("includes", "csrc/exchange/rows/sum.h", '#include "exchange/bodies/combine.h"'),
     ("includes", "csrc/exchange/bodies/inbox.h", '#include "exchange/links/comm.h"'),
     ("includes", "csrc/exchange/device/verbs/expert.h", '#include "exchange/device/comm.h"'),

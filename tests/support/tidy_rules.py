@@ -26,6 +26,7 @@ class Floor(NamedTuple):
 _BYTES = ("token", "expert", "route")  # what a transport moves is bytes
 _MEMORY = ("shm", "ucx", "ipc")  # what an exchange writes to is memory
 _CONTRACT = ("core/", "transport/")  # what every transport knows
+_HEADERS = tuple(f"transport/{name}.h" for name in ("network", "relay", "fd", "process"))  # of the contract's parts
 _ROWS = ("core/", "exchange/rows/")
 _BODIES = (*_ROWS, "exchange/bodies/")
 _LINKS = (
@@ -42,6 +43,9 @@ FLOORS = (
     Floor("csrc/transport/network/", (*_CONTRACT, "transport/network/"), _BYTES),
     Floor("csrc/transport/tcp/", (*_CONTRACT, "transport/network/", "transport/tcp/"), _BYTES),
     Floor("csrc/transport/ucx/", (*_CONTRACT, "transport/network/", "transport/ucx/"), _BYTES),
+    Floor("csrc/transport/transport.h", ("core/", *_HEADERS), _BYTES),
+    Floor("csrc/transport/network.h", ("core/", "transport/fd.h"), _BYTES),
+    Floor("csrc/transport/relay.h", ("core/",), _BYTES),
     Floor("csrc/transport/", _CONTRACT, _BYTES),
     Floor("csrc/exchange/rows/", _ROWS, _MEMORY),
     Floor("csrc/exchange/bodies/", _BODIES, _MEMORY),
