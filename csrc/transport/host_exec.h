@@ -37,12 +37,7 @@ struct NetworkSlot {
 };
 
 // Of one's own word: one of its sleepers may sleep in the network (nullptr: there is none).
-inline void wake_sleepers(WakeWord* own_wake, Network* network) {
-  wake_waiters(own_wake, [network](const uint32_t* word) {
-    futex_wake_all(word);
-    if (network != nullptr) network->interrupt();
-  });
-}
+void wake_sleepers(WakeWord* own_wake, Network* network);
 
 // A deadline: look once and do not wait.
 inline constexpr int64_t kNoWait = 0;

@@ -13,23 +13,18 @@ namespace {
 std::atomic<uint32_t> g_fork_count{0};
 std::atomic<uint64_t> g_process_nonce{0};
 
-void register_fork_handler() {
-  static const int registered = pthread_atfork(nullptr, nullptr, [] {
-    g_fork_count.fetch_add(1, std::memory_order_relaxed);
-    g_process_nonce.store(0, std::memory_order_relaxed);
-  });
-  (void)registered;
-}
-
 }  // namespace
 
 uint32_t fork_count() {
-  register_fork_handler();
+  [[maybe_unused]] static const int registered = pthread_atfork(nullptr, nullptr, [] {
+    g_fork_count.fetch_add(1, std::memory_order_relaxed);
+    g_process_nonce.store(0, std::memory_order_relaxed);
+  });
   return g_fork_count.load(std::memory_order_relaxed);
 }
 
 uint64_t process_nonce() {
-  register_fork_handler();
+  (void)fork_count();  // from now on a fork makes it anew
   uint64_t nonce = g_process_nonce.load(std::memory_order_relaxed);
   while (nonce == 0) {
     uint64_t fresh = 0;

@@ -40,8 +40,6 @@ class NetworkLinks {
   // `kind`: what its errors begin with.
   explicit NetworkLinks(std::string kind) : kind_(std::move(kind)) {}
   virtual ~NetworkLinks() = default;
-  NetworkLinks(const NetworkLinks&) = delete;
-  NetworkLinks& operator=(const NetworkLinks&) = delete;
 
   // `rows_areas`: send areas for rows, a peer's object each, where they do not lie in memory of the host.
   // The calls are made where a signal was stored, and where somebody must come and report(); with a lock held.
