@@ -28,8 +28,8 @@ BUILD = ROOT / "build" / "fuzz"
 SECONDS = int(os.environ.get("M2N_FUZZ_SECONDS", "5"))
 INSTRUMENT = "address,undefined"
 FLAGS = [
-    "-std=c++20", "-O1", "-g", "-fno-omit-frame-pointer", "-ffp-contract=off", "-pthread", "-DM2N_GUARD_PAGES",
-    "-DM2N_HAS_CUDA=0", "-D_GLIBCXX_ASSERTIONS", "-fno-sanitize-recover=undefined",
+    "-std=c++20", "-O1", "-gline-tables-only", "-fno-omit-frame-pointer", "-ffp-contract=off", "-pthread",
+    "-DM2N_GUARD_PAGES", "-DM2N_HAS_CUDA=0", "-D_GLIBCXX_ASSERTIONS", "-fno-sanitize-recover=undefined",
 ]  # fmt: skip
 # No leaks: worlds live until the process ends. Fake stacks double the price of an exception, of which there are many.
 OPTIONS = "detect_leaks=0:detect_stack_use_after_return=0:quarantine_size_mb=32"
@@ -83,7 +83,7 @@ def compile_objects(sources: list[Path], directory: Path, includes: list[str]) -
     directory.mkdir(parents=True, exist_ok=True)
     objects = [directory / f"{source.stem}.o" for source in sources]
     commands = [
-        [clang(), *FLAGS, f"-fsanitize=fuzzer-no-link,{INSTRUMENT}", *includes, "-c", source, "-o", target]
+        [clang(), *FLAGS, f"-fsanitize=fuzzer-no-link,{INSTRUMENT}", *includes, "-MMD", "-c", source, "-o", target]
         for source, target in zip(sources, objects)
     ]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -105,14 +105,23 @@ def build() -> dict[str, Path]:
     library = [ROOT / path for path in (*names, "tests/transport/no_network.cc")]
     shutil.rmtree(BUILD, ignore_errors=True)
     BUILD.mkdir(parents=True)
-    # Together they take a third as long; build_wrong() replaces single ones.
-    single = [path for path in library if path.stem in ("attention", "expert")]
-    (BUILD / "together.cc").write_text("".join(f'#include "{path}"\n' for path in library if path not in single))
-    sources = [ROOT / f"tests/exchange/fuzz/{target}.cc" for target in TARGETS]
-    objects = compile_objects([*sources, BUILD / "together.cc", *single], BUILD / "objects", includes())
-    for target, main in zip(TARGETS, objects):
-        link(main, objects[len(TARGETS) :], BUILD / target)
+    # Those of a folder together take a third as long.
+    folders = sorted({folder_of(path) for path in library})
+    for folder in folders:
+        lines = [f'#include "{path}"\n' for path in library if folder_of(path) == folder]
+        (BUILD / f"{folder}.cc").write_text("".join(lines))
+    sources = [BUILD / f"{folder}.cc" for folder in folders]
+    sources += [ROOT / f"tests/exchange/fuzz/{target}.cc" for target in TARGETS]
+    objects = compile_objects(sources, BUILD / "objects", includes())
+    for target, main in zip(TARGETS, objects[len(folders) :]):
+        link(main, objects[: len(folders)], BUILD / target)
     return {target: BUILD / target for target in TARGETS}
+
+
+def folder_of(path: Path) -> str:
+    """exchange_host for all below csrc/exchange/host; transport for csrc/transport and what tests put beside it."""
+    names = path.relative_to(ROOT).parts[1:-1]
+    return "_".join(names[: 1 if names[0] == "transport" else 2])
 
 
 def link(main: Path, library: list[Path], program: Path) -> None:
@@ -129,12 +138,15 @@ def build_wrong(mutation: Mutation) -> Path:
     header = directory / mutation.header
     header.parent.mkdir(parents=True, exist_ok=True)
     header.write_text(wrong)
-    # What includes the header is compiled again; the rest is the library as it is.
-    again = [ROOT / f"tests/exchange/fuzz/{mutation.target}.cc"]
-    role = ROOT / f"csrc/exchange/host/{mutation.target.removeprefix('fuzz_')}.cc"
-    again += [role] if mutation.target != "fuzz_route" else []
+    # What includes the header, directly or not, is compiled again; the rest is the library as it is.
+    right = str(ROOT / "csrc" / mutation.header)
+    again, rest = [ROOT / f"tests/exchange/fuzz/{mutation.target}.cc"], []
+    for path in (BUILD / "objects").glob("*.o"):
+        if path.stem in TARGETS:
+            continue
+        includes_it = right in path.with_suffix(".d").read_text().split()
+        (again if includes_it else rest).append(BUILD / f"{path.stem}.cc" if includes_it else path)
     objects = compile_objects(again, directory / "objects", includes(directory))
-    rest = [path for path in (BUILD / "objects").glob("*.o") if path.stem not in {*TARGETS, *(o.stem for o in objects)}]
     program = directory / mutation.target
     link(objects[0], [*objects[1:], *rest], program)
     return program
