@@ -146,7 +146,7 @@ M2N_HD void wrote([[maybe_unused]] const Exec& exec, [[maybe_unused]] void* peer
 // Returns when nothing reads any more what the last message with this word was put from: before the next one is written
 // into a send area, and before the sender's own rows may change. Where bytes are written at once, so is that.
 template <class Exec>
-M2N_HD void finish_last([[maybe_unused]] const Exec& exec, [[maybe_unused]] const Signal* word) {
+M2N_HD void flush([[maybe_unused]] const Exec& exec, [[maybe_unused]] const Signal* word) {
 #if !defined(__CUDA_ARCH__)
   if constexpr (kHasDraft<Exec>) {
     if (exec.draft() != nullptr && exec.draft()->covers(word)) [[unlikely]]

@@ -63,7 +63,7 @@ M2N_HD void put_dispatch(Exec& exec, const Layout& layout, const Shape& shape, c
 template <class Exec>
 void dispatch_send(Exec& exec, const Layout& layout, const Shape& shape, const DispatchSend& send) {
   PutDeal deal{{0, 1}, false};
-  finish_last(exec, peer_signal(send.peer, layout.dispatch_small, send.slot));
+  flush(exec, peer_signal(send.peer, layout.dispatch_small, send.slot));
   if (shape.dispatch_dtype == DType::kFloat8E4M3) {
     with_dtype(send.x_dtype, [&](auto in) { put_dispatch<decltype(in)>(exec, layout, shape, send, deal); });
   } else {

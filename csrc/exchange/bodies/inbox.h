@@ -92,7 +92,7 @@ M2N_HD void answer_empty(Exec& exec, const InboxView& view, uint32_t peer_idx, u
   header.detail = detail;
   box.seq.replied = box.seq.accepted;
   const PeerView& peer = view.peers.entries[peer_idx].view;
-  finish_last(exec, peer_signal(peer, view.layout.combine_small, slot));
+  flush(exec, peer_signal(peer, view.layout.combine_small, slot));
   ring(exec, peer, view.layout.combine_small, slot, box.seq.replied, header);
 }
 

@@ -104,7 +104,7 @@ class Rank final : public LinkListener {
   void send(const std::vector<unsigned char>& bytes, Signal value) {
     auto* peers_word = reinterpret_cast<Signal*>(view.small);
     const auto write = [&](HostExec exec) {
-      finish_last(exec, peers_word);
+      flush(exec, peers_word);
       put(exec, view.rows, bytes.data(), bytes.size());
       require(drain(exec, nullptr), "a block alone is the last one");
       signal(exec, view, peers_word, value);
