@@ -33,7 +33,7 @@ def _rows(num_slots: int, max_rows: int, row_bytes: int) -> dict[str, int]:
     return {"bytes": object_bytes, "stride": _round_up(object_bytes, math.lcm(PAGE_BYTES, row_bytes))}
 
 
-def _small(num_slots: int, ids_per_slot: int) -> int:
+def _meta(num_slots: int, ids_per_slot: int) -> int:
     """Signals and headers, a line each per slot, and for a dispatch its ids and weights."""
     slot_ids_bytes = _round_up(ids_per_slot * 4, _LINE_BYTES)
     return _round_up(num_slots * 2 * (_LINE_BYTES + slot_ids_bytes), PAGE_BYTES)
@@ -45,9 +45,9 @@ def _layout(shape: Any) -> dict[str, Any]:
     reply_rows = shape.max_tokens if shape.reduce_at == "expert" else pairs
     return {
         "dispatch_rows": _rows(num_slots, shape.max_tokens, _row_bytes(shape.hidden, shape.dispatch_dtype)),
-        "dispatch_small": _small(num_slots, pairs),
+        "dispatch_meta": _meta(num_slots, pairs),
         "combine_rows": _rows(num_slots, reply_rows, _row_bytes(shape.hidden, shape.combine_dtype)),
-        "combine_small": _small(num_slots, 0),
+        "combine_meta": _meta(num_slots, 0),
     }
 
 
@@ -58,15 +58,15 @@ def link_bytes(shape: Any) -> dict[str, int]:
         shape: m2n.Shape.
 
     Returns:
-        `dispatch_rows`, `dispatch_small` (in the expert rank's window), `combine_rows`, `combine_small` (in the
+        `dispatch_rows`, `dispatch_meta` (in the expert rank's window), `combine_rows`, `combine_meta` (in the
         attention rank's), and `total`.
     """
     layout = _layout(shape)
     parts = {
         "dispatch_rows": layout["dispatch_rows"]["bytes"],
-        "dispatch_small": layout["dispatch_small"],
+        "dispatch_meta": layout["dispatch_meta"],
         "combine_rows": layout["combine_rows"]["bytes"],
-        "combine_small": layout["combine_small"],
+        "combine_meta": layout["combine_meta"],
     }
     return {**parts, "total": sum(parts.values())}
 
@@ -94,9 +94,9 @@ def rank_bytes(shape: Any, role: str, peers: int, max_peers: int = 64) -> dict[s
         raise ValueError(f"peers: expected 0 to max_peers={max_peers}, got {peers}")
     layout = _layout(shape)
     own, other = ("dispatch", "combine") if role == "expert" else ("combine", "dispatch")
-    per_link = {side: layout[f"{side}_rows"]["bytes"] + layout[f"{side}_small"] for side in (own, other)}
+    per_link = {side: layout[f"{side}_rows"]["bytes"] + layout[f"{side}_meta"] for side in (own, other)}
     return {
         "owned": _WAKE_BYTES + peers * per_link[own],
         "mapped": peers * (_WAKE_BYTES + per_link[other]),
-        "addresses": _WAKE_BYTES + max_peers * (layout[f"{own}_rows"]["stride"] + layout[f"{own}_small"]),
+        "addresses": _WAKE_BYTES + max_peers * (layout[f"{own}_rows"]["stride"] + layout[f"{own}_meta"]),
     }

@@ -20,7 +20,7 @@ namespace m2n {
 // Plain pointers without ownership: a kernel may hold it by value.
 struct PeerView {
   unsigned char* rows = nullptr;       // the peer's landing area for rows from us
-  unsigned char* small = nullptr;      // signals, headers, ids and weights for the same slots
+  unsigned char* meta = nullptr;       // signals, headers, ids and weights for the same slots
   WakeWord* wake = nullptr;            // the peer's wake word
   const Doorbell* doorbell = nullptr;  // where given, both are send areas, and this sends them
 };

@@ -70,7 +70,7 @@ struct RecvSeq {
   uint32_t replied = 0;
 };
 
-// Precedes the rows of a message, in the small object beside the signal.
+// Precedes the rows of a message, in the meta object beside the signal.
 struct alignas(16) Header {
   uint32_t layer;
   uint32_t microbatch;

@@ -109,10 +109,9 @@ M2N_HD void put_token(Exec& exec, const GateDispatch<T>& launch, const PeerView&
   const uint32_t top_k = layout.top_k;
   const int32_t* ids = launch.topk_ids + uint64_t{token} * top_k;
   const float* weights = launch.topk_weights + uint64_t{token} * top_k;
-  auto* peer_ids =
-      reinterpret_cast<int32_t*>(peer.small + layout.dispatch_small.ids(verb.slot)) + uint64_t{row} * top_k;
+  auto* peer_ids = reinterpret_cast<int32_t*>(peer.meta + layout.dispatch_meta.ids(verb.slot)) + uint64_t{row} * top_k;
   auto* peer_weights =
-      reinterpret_cast<float*>(peer.small + layout.dispatch_small.weights(verb.slot)) + uint64_t{row} * top_k;
+      reinterpret_cast<float*>(peer.meta + layout.dispatch_meta.weights(verb.slot)) + uint64_t{row} * top_k;
   for (uint32_t k = exec.lane(); k < top_k; k += exec.num_lanes()) {
     uint32_t num_here = 0, num_before = 0;
     for (uint32_t j = 0; j < top_k; ++j) {

@@ -45,7 +45,7 @@ void send(const PeerView& peer, const unsigned char* rows, uint32_t seq) {
   Exec exec;
   put(exec, peer.rows, rows, kNumRows * kRowBytes);
   if (!drain(exec, nullptr)) return;  // with several blocks, all but the last to get here
-  signal(exec, peer, reinterpret_cast<Signal*>(peer.small), make_signal(kNumRows, seq));
+  signal(exec, peer, reinterpret_cast<Signal*>(peer.meta), make_signal(kNumRows, seq));
 }
 
 uint32_t abort_word = 0;  // not 0: all waits end

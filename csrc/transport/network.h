@@ -21,12 +21,12 @@ class LinkListener {
   virtual void link_ended(uint32_t peer_idx) = 0;
 };
 
-// The two objects of a link, rows and small, in the owner's windows; or the send areas that stand for them at its peer.
+// The two objects of a link, rows and meta, in the owner's windows; or the send areas that stand for them at its peer.
 struct Areas {
   unsigned char* rows = nullptr;
   uint64_t rows_bytes = 0;
-  unsigned char* small = nullptr;
-  uint64_t small_bytes = 0;
+  unsigned char* meta = nullptr;
+  uint64_t meta_bytes = 0;
 };
 
 // What a comm has where no peer can write its memory: messages, which move only while some thread makes progress.
@@ -38,7 +38,7 @@ class Network : public Wire {
   // What send areas are made for.
   struct Peers {
     uint32_t max_peers;
-    uint64_t rows_bytes, small_bytes;  // of each peer's objects, whole pages
+    uint64_t rows_bytes, meta_bytes;  // of each peer's objects, whole pages
   };
   // Before anything else. Signals that arrive wake the sleepers of `own_wake`. Both stay until close().
   virtual void open(LinkListener* listener, WakeWord* own_wake, const Peers& peers) = 0;

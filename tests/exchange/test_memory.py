@@ -103,7 +103,7 @@ def test_the_kernel_counts_what_the_shape_says(shape: m2n.Shape) -> None:
     assert sum(everything.values()) == M * N * link_bytes(shape)["total"] + wakes
     window = found["expert", 0]["window"]
     assert found["expert", 0]["window_mapped"] == window
-    small = MAX_PEERS * link_bytes(shape)["dispatch_small"] + 4096
+    small = MAX_PEERS * link_bytes(shape)["dispatch_meta"] + 4096
     assert window + small == owned["expert"]["addresses"]
 
 

@@ -45,16 +45,16 @@ struct Rank : LinkListener {
     bool is_broken = false;
     uint32_t num_refusals = 1;  // how many times there is no memory to take the news with
     unsigned char* rows() { return memory.data() + kGuardBytes; }
-    unsigned char* small() { return rows() + kRowsBytes + kGuardBytes; }
-    uint64_t word() { return load_signal(reinterpret_cast<const Signal*>(small())); }
+    unsigned char* meta() { return rows() + kRowsBytes + kGuardBytes; }
+    uint64_t word() { return load_signal(reinterpret_cast<const Signal*>(meta())); }
   };
   Rank() {
     links.open({2, kRowsBytes, kSmallBytes}, nullptr, [] {}, [] {});
     for (uint32_t i = 0; i < 2; ++i) {
       Peer& peer = peers[i];
       std::memset(peer.rows(), 0, kRowsBytes);
-      std::memset(peer.small(), 0, kSmallBytes);
-      const std::string door = links.make_door(i, {peer.rows(), kRowsBytes, peer.small(), kSmallBytes});
+      std::memset(peer.meta(), 0, kSmallBytes);
+      const std::string door = links.make_door(i, {peer.rows(), kRowsBytes, peer.meta(), kSmallBytes});
       std::memcpy(&peer.key, door.data() + sizeof(uint64_t), sizeof peer.key);
       int ends[2];
       require(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0, ends) == 0, "socketpair");
@@ -118,13 +118,13 @@ Sent good_message(Rank::Peer& peer, uint64_t value) {
     const uint64_t num_bytes = g_random() % (pick({1, 100, 5000, area_bytes}) % area_bytes + 1);
     const uint64_t offset = g_random() % (area_bytes - num_bytes + 1);
     sent.parts.push_back({i % 2, 0, offset + (i % 2) * 64, num_bytes});  // not over the signal
-    unsigned char* to = peer.expected.data() + ((i % 2 == 0 ? peer.rows() : peer.small()) - peer.memory.data());
+    unsigned char* to = peer.expected.data() + ((i % 2 == 0 ? peer.rows() : peer.meta()) - peer.memory.data());
     for (uint64_t j = 0; j < num_bytes; ++j) {
       sent.data.push_back(static_cast<unsigned char>(g_random()));
       to[sent.parts.back().offset + j] = sent.data.back();
     }
   }
-  std::memcpy(peer.expected.data() + (peer.small() - peer.memory.data()), &value, sizeof value);
+  std::memcpy(peer.expected.data() + (peer.meta() - peer.memory.data()), &value, sizeof value);
   return sent;
 }
 

@@ -31,9 +31,9 @@ void require(bool is_so, const char* what) {
 struct Rank : LinkListener {
   Rank(const Choice& choice, std::shared_ptr<Window> rows_areas) : links(choice), memory(5 * kBytes, kGuard) {
     std::memset(rows(), 0, kBytes);
-    std::memset(small(), 0, kBytes);
+    std::memset(meta(), 0, kBytes);
     links.open({1, kBytes, kBytes}, std::move(rows_areas), [] {}, [] {});
-    door = links.make_door(0, {rows(), kBytes, small(), kBytes});
+    door = links.make_door(0, {rows(), kBytes, meta(), kBytes});
   }
   void link_broke(uint32_t, const std::string& violation) override {
     is_broken = true;
@@ -41,8 +41,8 @@ struct Rank : LinkListener {
   }
   void link_ended(uint32_t) override {}
   unsigned char* rows() { return memory.data() + kBytes; }
-  unsigned char* small() { return memory.data() + 3 * kBytes; }
-  uint64_t word() { return load_signal(reinterpret_cast<const Signal*>(small())); }
+  unsigned char* meta() { return memory.data() + 3 * kBytes; }
+  uint64_t word() { return load_signal(reinterpret_cast<const Signal*>(meta())); }
   bool is_guarded() const {
     for (size_t i = 0; i < memory.size(); ++i) {
       const size_t page = i / kBytes;
@@ -162,7 +162,7 @@ void check_strangers(const Choice& choice) {
   pair.send({}, 0);
   require(!pair.receiver.is_broken && pair.receiver.word() == 0 && pair.receiver.rows()[0] == 0, "a stranger");
   pair.send(pair.header({pair.door.key, pair.door.link, 1, 0, 8, make_signal(1, 1)}, {part}), 16);
-  const auto* second = reinterpret_cast<const Signal*>(pair.receiver.small() + 8);
+  const auto* second = reinterpret_cast<const Signal*>(pair.receiver.meta() + 8);
   pair.await([&] { return load_signal(second) != 0; });
   require(load_signal(second) == make_signal(1, 1) && pair.receiver.rows()[15] == 0x5A, "a good message arrives");
   require(pair.receiver.is_guarded(), "and nothing else");

@@ -96,11 +96,11 @@ M2N_HD void put_combine_as(Exec& exec, const Layout& layout, const Shape& shape,
 template <class Exec>
 void combine_send(Exec& exec, const Layout& layout, const Shape& shape, const CombineSend& send) {
   PutDeal deal{{0, 1}, false};
-  flush(exec, peer_signal(send.peer, layout.combine_small, send.slot));
+  flush(exec, peer_signal(send.peer, layout.combine_meta, send.slot));
   with_dtypes(send.y_dtype, shape.combine_dtype,
               [&](auto in, auto out) { put_combine_as<decltype(in), decltype(out)>(exec, layout, shape, send, deal); });
   if (drain(exec, nullptr, send.is_streamed)) {
-    ring(exec, send.peer, layout.combine_small, send.slot, send.seq, send.header);
+    ring(exec, send.peer, layout.combine_meta, send.slot, send.seq, send.header);
   }
 }
 

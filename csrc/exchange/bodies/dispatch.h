@@ -44,9 +44,9 @@ M2N_HD void put_dispatch(Exec& exec, const Layout& layout, const Shape& shape, c
   const auto put_ids = [&](uint32_t begin, uint32_t end) {
     const uint64_t first = uint64_t{begin} * layout.top_k;
     const uint64_t num_bytes = uint64_t{end - begin} * layout.top_k * sizeof(int32_t);
-    unsigned char* small = send.peer.small + first * sizeof(int32_t);
-    put(exec, small + layout.dispatch_small.ids(send.slot), send.ids + first, num_bytes);
-    put(exec, small + layout.dispatch_small.weights(send.slot), send.weights + first, num_bytes);
+    unsigned char* meta = send.peer.meta + first * sizeof(int32_t);
+    put(exec, meta + layout.dispatch_meta.ids(send.slot), send.ids + first, num_bytes);
+    put(exec, meta + layout.dispatch_meta.weights(send.slot), send.weights + first, num_bytes);
   };
   if constexpr (std::is_void_v<In>) {
     if constexpr (kHasDraft<Exec>) {
@@ -63,14 +63,14 @@ M2N_HD void put_dispatch(Exec& exec, const Layout& layout, const Shape& shape, c
 template <class Exec>
 void dispatch_send(Exec& exec, const Layout& layout, const Shape& shape, const DispatchSend& send) {
   PutDeal deal{{0, 1}, false};
-  flush(exec, peer_signal(send.peer, layout.dispatch_small, send.slot));
+  flush(exec, peer_signal(send.peer, layout.dispatch_meta, send.slot));
   if (shape.dispatch_dtype == DType::kFloat8E4M3) {
     with_dtype(send.x_dtype, [&](auto in) { put_dispatch<decltype(in)>(exec, layout, shape, send, deal); });
   } else {
     put_dispatch<void>(exec, layout, shape, send, deal);
   }
   if (drain(exec, nullptr, send.is_streamed)) {
-    ring(exec, send.peer, layout.dispatch_small, send.slot, send.seq, send.header);
+    ring(exec, send.peer, layout.dispatch_meta, send.slot, send.seq, send.header);
   }
 }
 

@@ -29,15 +29,15 @@ struct InboxView {
   Layout layout;
   uint32_t max_tokens;
   PeerTable peers;
-  const unsigned char* small;  // our own window of small objects, by peer index
-  Inbox* inboxes;              // [peer][slot]
+  const unsigned char* meta;  // our own window of meta objects, by peer index
+  Inbox* inboxes;             // [peer][slot]
 
   M2N_HD Inbox& at(uint32_t peer_idx, uint32_t slot) const { return inboxes[peer_idx * layout.num_slots + slot]; }
-  M2N_HD const unsigned char* small_of(uint32_t peer_idx) const {
-    return small + peer_idx * layout.dispatch_small.object_bytes;
+  M2N_HD const unsigned char* meta_of(uint32_t peer_idx) const {
+    return meta + peer_idx * layout.dispatch_meta.object_bytes;
   }
   M2N_HD const Signal* signal_of(uint32_t peer_idx, uint32_t slot) const {
-    return reinterpret_cast<const Signal*>(small_of(peer_idx) + layout.dispatch_small.signal(slot));
+    return reinterpret_cast<const Signal*>(meta_of(peer_idx) + layout.dispatch_meta.signal(slot));
   }
   // Do messages of this peer count that have come? Those of one that is gone do until it is given up, or its rank has a
   // newer life.
@@ -92,8 +92,8 @@ M2N_HD void answer_empty(Exec& exec, const InboxView& view, uint32_t peer_idx, u
   header.detail = detail;
   box.seq.replied = box.seq.accepted;
   const PeerView& peer = view.peers.entries[peer_idx].view;
-  flush(exec, peer_signal(peer, view.layout.combine_small, slot));
-  ring(exec, peer, view.layout.combine_small, slot, box.seq.replied, header);
+  flush(exec, peer_signal(peer, view.layout.combine_meta, slot));
+  ring(exec, peer, view.layout.combine_meta, slot, box.seq.replied, header);
 }
 
 // Notes the message behind a new signal. The header is read once into private memory and checked there.
@@ -104,11 +104,11 @@ M2N_HD Violation accept(Exec& exec, const InboxView& view, uint32_t peer_idx, ui
   if (signal_seq(signal) != box.seq.accepted + 1u || box.seq.accepted != box.seq.replied) {
     return {Breach::kSeq, peer_idx, slot, box.seq.accepted + 1, signal_seq(signal)};
   }
-  const unsigned char* small = view.small_of(peer_idx);
+  const unsigned char* meta = view.meta_of(peer_idx);
   // What is read next comes from the same core.
-  prefetch(small + view.layout.dispatch_small.ids(slot));
-  prefetch(small + view.layout.dispatch_small.weights(slot));
-  const Header header = read_header(small + view.layout.dispatch_small.header(slot));
+  prefetch(meta + view.layout.dispatch_meta.ids(slot));
+  prefetch(meta + view.layout.dispatch_meta.weights(slot));
+  const Header header = read_header(meta + view.layout.dispatch_meta.header(slot));
   const Violation violation = check_header(view.layout, view.max_tokens, peer_idx, slot, signal, header);
   if (violation.breach != Breach::kNone) return violation;
   ++scanned->num_arrived;

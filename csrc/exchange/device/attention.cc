@@ -40,7 +40,7 @@ DeviceAttentionComm::DeviceAttentionComm(const Shape& shape, uint32_t rank, uint
   view_.placement_version = placement_version;
   view_.peers = memory_.mirror(peers_, max_peers);
   view_.rows = rows_window()->data();
-  view_.small = small_window()->data();
+  view_.meta = meta_window()->data();
   view_.seqs = memory_.uploaded(std::vector<SendSeq>(per_slot, SendSeq{first_seq_, first_seq_, 0}));
   view_.slots = memory_.on_device<SlotState>(layout_.num_slots);
   view_.peers_of_ranks = memory_.on_device<int32_t>(per_slot);

@@ -31,7 +31,7 @@ DeviceExpertComm::DeviceExpertComm(const Shape& shape, uint32_t rank, uint32_t m
   view_.inbox.max_tokens = shape_.max_tokens;
   view_.peers = memory_.mirror(peers_, max_peers);
   view_.inbox.peers = view_.peers.table;
-  view_.inbox.small = small_window()->data();
+  view_.inbox.meta = meta_window()->data();
   view_.inbox.inboxes = memory_.uploaded(std::vector<Inbox>(per_slot, inbox));
   view_.shape = shape_;
   view_.max_peers = max_peers;

@@ -162,7 +162,7 @@ Look AttentionComm::look_for_reply(uint32_t peer_idx, uint32_t slot) {
   const auto is_live = [&] { return peers_.is_live(peer_idx); };
   const Look look = look_for(own_signal(peer_idx, slot), seq.sent - 1, is_live);
   // What is read next comes from the same core.
-  if (look == Look::kArrived) prefetch(own_small(peer_idx) + small().header(slot));
+  if (look == Look::kArrived) prefetch(own_meta(peer_idx) + meta().header(slot));
   if (look != Look::kViolation) return look;
   const Signal seen = load_relaxed(own_signal(peer_idx, slot));  // relaxed: for the message only
   raise_violation(peer_idx, "microbatch " + std::to_string(slot) + ": expected reply " + std::to_string(seq.sent) +
@@ -209,7 +209,7 @@ void AttentionComm::take_replies(Slot& slot, uint32_t slot_idx) {
     seq.consumed = seq.sent;
     // The rows of x are the caller's again: nothing reads them any more.
     if (is_over_network(peer_idx)) {
-      network_.get()->finish(peer_signal(peers_.entries[peer_idx].view, layout_.dispatch_small, slot_idx));
+      network_.get()->finish(peer_signal(peers_.entries[peer_idx].view, layout_.dispatch_meta, slot_idx));
     }
     ++num_messages;
     num_received += num_rows == kRefusedRows ? 0 : num_rows;

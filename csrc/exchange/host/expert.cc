@@ -16,7 +16,7 @@ ExpertComm::ExpertComm(const Shape& shape, uint32_t rank, uint32_t max_peers, co
       copy_choices_(inboxes_.size()),
       holds_(std::make_shared<uint32_t[]>(inboxes_.size())),
       unserved_(max_peers),
-      inbox_view_{layout_, shape.max_tokens, peers_, small_window()->data(), inboxes_.data()},
+      inbox_view_{layout_, shape.max_tokens, peers_, meta_window()->data(), inboxes_.data()},
       next_(local_experts.size()) {
   for (Inbox& box : inboxes_) box.seq = {first_seq_, first_seq_};
 }
@@ -201,8 +201,8 @@ bool ExpertComm::take_message(Batch& batch, uint32_t peer_idx, uint32_t slot) {
   message.peer_idx = peer_idx;
   message.slot = slot;
   message.num_rows = box.header.num_rows;
-  message.window_ids = reinterpret_cast<const int32_t*>(inbox_view_.small_of(peer_idx) + small().ids(slot));
-  message.window_weights = reinterpret_cast<const float*>(inbox_view_.small_of(peer_idx) + small().weights(slot));
+  message.window_ids = reinterpret_cast<const int32_t*>(inbox_view_.meta_of(peer_idx) + meta().ids(slot));
+  message.window_weights = reinterpret_cast<const float*>(inbox_view_.meta_of(peer_idx) + meta().weights(slot));
   const uint32_t first_row = batch.messages.empty() ? 0 : batch.messages.back().end_row();
   const size_t from = size_t{first_row} * shape_.top_k;
   const size_t end = from + size_t{message.num_rows} * shape_.top_k;

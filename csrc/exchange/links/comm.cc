@@ -57,7 +57,7 @@ Comm::Comm(Role role, const Shape& shape, uint32_t rank, uint32_t max_peers, con
   links_.resize(max_peers);
   start_watcher();  // where there can be no thread, it is said now and not when the first peer joins
   rows_window_ = transport_->make_rows_window(rows().object_bytes, rows().stride_bytes, max_peers);
-  small_window_ = transport_->make_window(small().object_bytes, small().object_bytes, max_peers);
+  meta_window_ = transport_->make_window(meta().object_bytes, meta().object_bytes, max_peers);
   wake_window_ = host_transport_->make_window(kPageBytes, kPageBytes, 1);
   wake_handle_ = wake_window_->add_object(0);
   own_wake_ = reinterpret_cast<WakeWord*>(wake_window_->data());
@@ -69,7 +69,7 @@ void Comm::make_network() {
   if (network_owner_ != nullptr) return;
   auto network = transport_->make_network();
   if (network == nullptr) throw Error(Failure::kSetup, own_name() + ": its transport reaches no other host");
-  network->open(this, own_wake_, {max_peers_, peer_rows().object_bytes, peer_small().object_bytes});
+  network->open(this, own_wake_, {max_peers_, peer_rows().object_bytes, peer_meta().object_bytes});
   network_owner_ = std::move(network);
   network_.set(network_owner_.get());
 }
@@ -190,27 +190,27 @@ void Comm::list_pieces(const Signal* word, Signal value, std::vector<Piece>& pie
   const auto* at = reinterpret_cast<const unsigned char*>(word);
   const auto is_in = [&](uint32_t peer_idx) {
     if (peers_.state(peer_idx) == PeerState::kUnused) return false;  // its view may be written just now
-    const unsigned char* small = peers_.entries[peer_idx].view.small;
-    return at >= small && at < small + peer_small().object_bytes;
+    const unsigned char* meta = peers_.entries[peer_idx].view.meta;
+    return at >= meta && at < meta + peer_meta().object_bytes;
   };
   uint32_t peer_idx = 0;
   while (!is_in(peer_idx)) ++peer_idx;
   const PeerView& view = peers_.entries[peer_idx].view;
-  const auto slot = static_cast<uint32_t>(static_cast<uint64_t>(at - view.small) / kLineBytes);
+  const auto slot = static_cast<uint32_t>(static_cast<uint64_t>(at - view.meta) / kLineBytes);
   const auto add = [&](unsigned char* bytes, uint64_t num_bytes) {
     if (num_bytes != 0) pieces.push_back({bytes, bytes, num_bytes});
   };
   const uint64_t num_rows = signal_rows(value) == kRefusedRows ? 0 : signal_rows(value);
   const uint64_t num_ids = role_ == Role::kAttention ? num_rows * layout_.top_k : 0;
-  add(view.small + peer_small().header(slot), sizeof(Header));
-  add(view.small + peer_small().ids(slot), num_ids * sizeof(int32_t));
-  add(view.small + peer_small().weights(slot), num_ids * sizeof(float));
+  add(view.meta + peer_meta().header(slot), sizeof(Header));
+  add(view.meta + peer_meta().ids(slot), num_ids * sizeof(int32_t));
+  add(view.meta + peer_meta().weights(slot), num_ids * sizeof(float));
   add(view.rows + peer_rows().row_in_object(slot, 0) * peer_rows().row_bytes, num_rows * peer_rows().row_bytes);
 }
 
 Header Comm::own_header(uint32_t peer_idx, uint32_t slot) const {
   Header header;
-  std::memcpy(&header, own_small(peer_idx) + small().header(slot), sizeof header);
+  std::memcpy(&header, own_meta(peer_idx) + meta().header(slot), sizeof header);
   return header;
 }
 

@@ -67,7 +67,7 @@ class Comm : public PeerListener, public LinkListener, public std::enable_shared
     uint32_t peer_idx;
     Origin origin;
     bool wakes;                   // does it wake a peer that sleeps? A device cannot
-    std::vector<Handle> handles;  // rows, small, wake; over a network nobody can attach to them
+    std::vector<Handle> handles;  // rows, meta, wake; over a network nobody can attach to them
     std::string door;             // what stands for them there, else ""
     uint32_t link;                // its number among the links of these two lives, from 1
   };
@@ -125,7 +125,7 @@ class Comm : public PeerListener, public LinkListener, public std::enable_shared
   const Layout& layout() const { return layout_; }
   uint32_t rank() const { return rank_; }
   const std::shared_ptr<Window>& rows_window() const { return rows_window_; }
-  const std::shared_ptr<Window>& small_window() const { return small_window_; }
+  const std::shared_ptr<Window>& meta_window() const { return meta_window_; }
   uint64_t window_rows() const { return rows().stride_rows * max_peers_; }
 
  protected:
@@ -198,10 +198,10 @@ class Comm : public PeerListener, public LinkListener, public std::enable_shared
   [[noreturn]] void raise_violation(uint32_t peer_idx, const std::string& what);
 
   const Signal* own_signal(uint32_t peer_idx, uint32_t slot) const {
-    return reinterpret_cast<const Signal*>(own_small(peer_idx) + small().signal(slot));
+    return reinterpret_cast<const Signal*>(own_meta(peer_idx) + meta().signal(slot));
   }
-  const unsigned char* own_small(uint32_t peer_idx) const {
-    return small_window_->data() + peer_idx * small().object_bytes;
+  const unsigned char* own_meta(uint32_t peer_idx) const {
+    return meta_window_->data() + peer_idx * meta().object_bytes;
   }
   Header own_header(uint32_t peer_idx, uint32_t slot) const;
 
@@ -231,9 +231,9 @@ class Comm : public PeerListener, public LinkListener, public std::enable_shared
   }
 
   const Rows& rows() const { return role_ == Role::kExpert ? layout_.dispatch_rows : layout_.combine_rows; }
-  const Small& small() const { return role_ == Role::kExpert ? layout_.dispatch_small : layout_.combine_small; }
+  const Meta& meta() const { return role_ == Role::kExpert ? layout_.dispatch_meta : layout_.combine_meta; }
   const Rows& peer_rows() const { return role_ == Role::kExpert ? layout_.combine_rows : layout_.dispatch_rows; }
-  const Small& peer_small() const { return role_ == Role::kExpert ? layout_.combine_small : layout_.dispatch_small; }
+  const Meta& peer_meta() const { return role_ == Role::kExpert ? layout_.combine_meta : layout_.dispatch_meta; }
 
   const Role role_;
   const Shape shape_;
@@ -295,7 +295,7 @@ class Comm : public PeerListener, public LinkListener, public std::enable_shared
 
   const std::unique_ptr<Transport> host_transport_;
   std::shared_ptr<Window> rows_window_;
-  std::shared_ptr<Window> small_window_;
+  std::shared_ptr<Window> meta_window_;
   std::shared_ptr<Window> wake_window_;
   Handle wake_handle_;
   WakeWord* own_wake_;

@@ -97,10 +97,10 @@ Comm::Offer Comm::offer(uint32_t peer_rank, uint64_t life, bool is_over_network,
 std::vector<Handle> Comm::make_objects(uint32_t peer_idx) {
   std::vector<Handle> handles;
   handles.push_back(rows_window_->add_object(peer_idx));
-  handles.push_back(small_window_->add_object(peer_idx));
+  handles.push_back(meta_window_->add_object(peer_idx));
   for (uint32_t slot = 0; slot < layout_.num_slots; ++slot) {
-    small_window_->set_word(peer_idx * this->small().object_bytes + this->small().signal(slot),
-                            make_signal(0, first_seq_));
+    meta_window_->set_word(peer_idx * this->meta().object_bytes + this->meta().signal(slot),
+                           make_signal(0, first_seq_));
   }
   if (links_[peer_idx].is_over_network) return std::vector<Handle>(3);  // which nobody could use there
   Fd wake_fd(fcntl(wake_handle_.fd.get(), F_DUPFD_CLOEXEC, 0));
@@ -113,7 +113,7 @@ std::string Comm::make_door(uint32_t peer_idx) {
   if (!links_[peer_idx].is_over_network) return "";
   return network_owner_->make_door(peer_idx,
                                    {rows_window_->data() + peer_idx * rows().stride_bytes, rows().object_bytes,
-                                    small_window_->data() + peer_idx * small().object_bytes, small().object_bytes});
+                                    meta_window_->data() + peer_idx * meta().object_bytes, meta().object_bytes});
 }
 
 void Comm::withdraw(uint32_t peer_idx) {
@@ -178,11 +178,11 @@ bool Comm::give_back(uint32_t peer_idx) {
   link.exposed.reset();  // before the network's memory
   if (link.is_over_network && !network_owner_->release(peer_idx)) return false;
   if (relay_ != nullptr && link.mappings.size() > 1) {
-    relay_->forget(link.mappings[1]->data(), peer_small().object_bytes);
+    relay_->forget(link.mappings[1]->data(), peer_meta().object_bytes);
   }
   link.mappings.clear();
   peers_.entries[peer_idx].view = {};  // it pointed there
-  if (!rows_window_->remove_object(peer_idx) || !small_window_->remove_object(peer_idx)) return false;
+  if (!rows_window_->remove_object(peer_idx) || !meta_window_->remove_object(peer_idx)) return false;
   if (peers_.state(peer_idx) != PeerState::kUnused) reset_peer(peer_idx);  // else no verb has seen it
   store_relaxed(&peers_.entries[peer_idx].is_given_up, 0u);  // relaxed: nobody asks for it before the state says so
   set_state(peer_idx, PeerState::kUnused);
@@ -196,13 +196,13 @@ void Comm::attach(uint32_t peer_idx, std::vector<Handle> handles, const Origin& 
                   const std::string& door, Fd data) {
   require_usable();
   if (handles.size() != 3) throw Error(Failure::kSetup, "handshake: expected 3 memory objects");
-  const uint64_t expected[] = {peer_rows().object_bytes, peer_small().object_bytes, kPageBytes};
+  const uint64_t expected[] = {peer_rows().object_bytes, peer_meta().object_bytes, kPageBytes};
   Link& link = links_.at(peer_idx);
   if (link.is_over_network) {
     const Areas send = network_owner_->connect(peer_idx, door, std::move(data), &wakes);
     if (!wakes) exec_.look_often();
     link.exposed = transport_->expose(send);
-    peers_.entries[peer_idx].view = {send.rows, send.small, nullptr, doorbell()};
+    peers_.entries[peer_idx].view = {send.rows, send.meta, nullptr, doorbell()};
     return;
   }
   for (size_t i = 0; i < handles.size(); ++i) {

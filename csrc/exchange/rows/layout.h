@@ -54,9 +54,9 @@ struct Rows {
   }
 };
 
-// The small object beside the rows: per slot one signal and one header, and for a dispatch the expert ids and
+// The meta object beside the rows: per slot one signal and one header, and for a dispatch the expert ids and
 // weights of each row: int32 and float32 [max_rows][top_k], ids global, -1 behind the last one.
-struct Small {
+struct Meta {
   uint64_t headers_offset;
   uint64_t ids_offset;
   uint64_t weights_offset;
@@ -73,9 +73,9 @@ struct Layout {
   uint32_t num_slots;  // one per microbatch, and the retry slot
   uint32_t top_k;
   Rows dispatch_rows;  // in an expert rank's memory, per attention peer
-  Small dispatch_small;
+  Meta dispatch_meta;
   Rows combine_rows;  // in an attention rank's memory, per expert peer
-  Small combine_small;
+  Meta combine_meta;
 
   M2N_HD constexpr uint32_t retry_slot() const { return num_slots - 1; }
 };
@@ -90,14 +90,14 @@ constexpr Rows make_rows(uint32_t num_slots, uint32_t max_rows, uint64_t row_byt
   return rows;
 }
 
-constexpr Small make_small(uint32_t num_slots, uint64_t ids_per_slot, uint64_t page_bytes) {
-  Small small{};
-  small.headers_offset = num_slots * kLineBytes;
-  small.ids_offset = small.headers_offset + num_slots * kLineBytes;
-  small.slot_ids_bytes = round_up(ids_per_slot * sizeof(int32_t), kLineBytes);
-  small.weights_offset = small.ids_offset + num_slots * small.slot_ids_bytes;
-  small.object_bytes = round_up(small.weights_offset + num_slots * small.slot_ids_bytes, page_bytes);
-  return small;
+constexpr Meta make_meta(uint32_t num_slots, uint64_t ids_per_slot, uint64_t page_bytes) {
+  Meta meta{};
+  meta.headers_offset = num_slots * kLineBytes;
+  meta.ids_offset = meta.headers_offset + num_slots * kLineBytes;
+  meta.slot_ids_bytes = round_up(ids_per_slot * sizeof(int32_t), kLineBytes);
+  meta.weights_offset = meta.ids_offset + num_slots * meta.slot_ids_bytes;
+  meta.object_bytes = round_up(meta.weights_offset + num_slots * meta.slot_ids_bytes, page_bytes);
+  return meta;
 }
 
 constexpr Layout make_layout(const Shape& shape, uint64_t page_bytes) {
@@ -110,9 +110,9 @@ constexpr Layout make_layout(const Shape& shape, uint64_t page_bytes) {
   const uint64_t dispatch_row_bytes = bytes_of_row(shape.hidden, shape.dispatch_dtype);
   const uint64_t combine_row_bytes = bytes_of_row(shape.hidden, shape.combine_dtype);
   layout.dispatch_rows = make_rows(layout.num_slots, shape.max_tokens, dispatch_row_bytes, page_bytes);
-  layout.dispatch_small = make_small(layout.num_slots, ids_per_slot, page_bytes);
+  layout.dispatch_meta = make_meta(layout.num_slots, ids_per_slot, page_bytes);
   layout.combine_rows = make_rows(layout.num_slots, reply_rows, combine_row_bytes, page_bytes);
-  layout.combine_small = make_small(layout.num_slots, 0, page_bytes);
+  layout.combine_meta = make_meta(layout.num_slots, 0, page_bytes);
   return layout;
 }
 

@@ -84,17 +84,17 @@ void pack_rows(Exec& exec, unsigned char* to, uint32_t num_rows, uint64_t row_by
   put_beside(0, num_rows);
 }
 
-M2N_HD inline Signal* peer_signal(const PeerView& peer, const Small& small, uint32_t slot) {
-  return reinterpret_cast<Signal*>(peer.small + small.signal(slot));
+M2N_HD inline Signal* peer_signal(const PeerView& peer, const Meta& meta, uint32_t slot) {
+  return reinterpret_cast<Signal*>(peer.meta + meta.signal(slot));
 }
 
 // The end of a message, by one thread, behind drain(): its header, then its signal.
 template <class Exec>
-M2N_HD void ring(Exec& exec, const PeerView& peer, const Small& small, uint32_t slot, uint32_t seq,
+M2N_HD void ring(Exec& exec, const PeerView& peer, const Meta& meta, uint32_t slot, uint32_t seq,
                  const Header& header) {
-  write_header(peer.small + small.header(slot), header);
-  wrote(exec, peer.small + small.header(slot), sizeof header);
-  signal(exec, peer, peer_signal(peer, small, slot), make_signal(header.num_rows, seq));
+  write_header(peer.meta + meta.header(slot), header);
+  wrote(exec, peer.meta + meta.header(slot), sizeof header);
+  signal(exec, peer, peer_signal(peer, meta, slot), make_signal(header.num_rows, seq));
 }
 
 }  // namespace m2n

@@ -104,10 +104,9 @@ class PinnedTransport final : public Transport {
   }
   // Both areas lie behind each other, or (no rows) one alone.
   std::shared_ptr<void> expose(const Areas& send) override {
-    unsigned char* memory = send.rows_bytes != 0 ? send.rows : send.small;
+    unsigned char* memory = send.rows_bytes != 0 ? send.rows : send.meta;
     const uint64_t behind = reinterpret_cast<uintptr_t>(memory) % kPageBytes;  // whole pages are registered
-    return register_memory(ordinal_, memory - behind,
-                           round_up(behind + send.rows_bytes + send.small_bytes, kPageBytes));
+    return register_memory(ordinal_, memory - behind, round_up(behind + send.rows_bytes + send.meta_bytes, kPageBytes));
   }
 
  private:

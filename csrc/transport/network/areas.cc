@@ -52,8 +52,8 @@ SendAreas::Place SendAreas::place_of(const void* at) const {
   }
   const auto offset = static_cast<uint64_t>(byte - areas_.get());
   const uint64_t in_link = offset % area_bytes(), rows_bytes = rows_bytes_on_host();
-  const bool is_small = in_link >= rows_bytes;
-  return {static_cast<uint32_t>(offset / area_bytes()), is_small, in_link - (is_small ? rows_bytes : 0)};
+  const bool is_meta = in_link >= rows_bytes;
+  return {static_cast<uint32_t>(offset / area_bytes()), is_meta, in_link - (is_meta ? rows_bytes : 0)};
 }
 
 Areas SendAreas::add(uint32_t peer_idx) const {
@@ -64,12 +64,12 @@ Areas SendAreas::add(uint32_t peer_idx) const {
     (void)rows_areas_->add_object(peer_idx);
     rows = rows_areas_->data() + peer_idx * peers_.rows_bytes;
   }
-  return {rows, peers_.rows_bytes, area + rows_bytes_on_host(), peers_.small_bytes};
+  return {rows, peers_.rows_bytes, area + rows_bytes_on_host(), peers_.meta_bytes};
 }
 
 void SendAreas::remove(uint32_t peer_idx) const {
   if (rows_areas_ != nullptr) (void)rows_areas_->remove_object(peer_idx);
-  give_back(areas_.get() + peer_idx * area_bytes(), rows_bytes_on_host() + peers_.small_bytes);
+  give_back(areas_.get() + peer_idx * area_bytes(), rows_bytes_on_host() + peers_.meta_bytes);
 }
 
 void SendAreas::add_part(MessageHead& head, MessagePart (&parts)[kMaxParts], uint32_t first_part, const void* to,

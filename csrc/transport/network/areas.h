@@ -39,19 +39,19 @@ class SendAreas {
 
  private:
   // From one peer's send area to the next, on pages of their own.
-  uint64_t area_bytes() const { return rows_bytes_on_host() + peers_.small_bytes + kPageBytes; }
+  uint64_t area_bytes() const { return rows_bytes_on_host() + peers_.meta_bytes + kPageBytes; }
   uint64_t rows_bytes_on_host() const { return rows_areas_ == nullptr ? peers_.rows_bytes : 0; }
   bool is_in_rows_areas(const unsigned char* at) const {
     return rows_areas_ != nullptr && at >= rows_areas_->data() && at < rows_areas_->data() + rows_areas_->bytes();
   }
 
   Network::Peers peers_{};
-  std::shared_ptr<unsigned char> areas_;  // by peer index: rows, then small
+  std::shared_ptr<unsigned char> areas_;  // by peer index: rows, then meta
   std::shared_ptr<Window> rows_areas_;    // where given, rows, and none of them above
 };
 
 // Where a part of a message goes in the objects of a link.
-inline unsigned char* data_of(const Areas& areas, uint32_t area) { return area == 0 ? areas.rows : areas.small; }
+inline unsigned char* data_of(const Areas& areas, uint32_t area) { return area == 0 ? areas.rows : areas.meta; }
 
 uint64_t bytes_of(const std::vector<Piece>& pieces);
 

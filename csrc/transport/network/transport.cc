@@ -94,7 +94,7 @@ class NetworkTransport final : public Transport {
     return host_->attach(std::move(handle), origin);
   }
   std::shared_ptr<void> expose(const Areas& send) override {
-    return host_->expose(rows_ == nullptr ? send : Areas{nullptr, 0, send.small, send.small_bytes});
+    return host_->expose(rows_ == nullptr ? send : Areas{nullptr, 0, send.meta, send.meta_bytes});
   }
   std::unique_ptr<Network> make_network() override { return std::make_unique<NetworkOfLinks>(make_links_(), rows_); }
 

@@ -200,7 +200,7 @@ bool Links::begin_message(Link& link) {
   for (uint32_t i = 0; i < link.head.num_parts; ++i)
     data_bytes += message.parts[i].num_bytes;  // may wrap: not yet read
   const std::string wrong =
-      read_message(at, header_bytes, data_bytes, {link.own.rows_bytes, link.own.small_bytes}, &message);
+      read_message(at, header_bytes, data_bytes, {link.own.rows_bytes, link.own.meta_bytes}, &message);
   if (!wrong.empty()) {
     lose(link, "it sent a message with " + wrong);
     return false;
@@ -264,7 +264,7 @@ bool Links::receive_rest(Link& link) {
 
 void Links::deliver(Link& link) {
   link.is_in_message = false;
-  store_signal(reinterpret_cast<Signal*>(link.own.small + link.head.word_offset),
+  store_signal(reinterpret_cast<Signal*>(link.own.meta + link.head.word_offset),
                link.head.value);  // SYNC: slot-signal
   on_signal_();
 }

@@ -113,7 +113,7 @@ std::string Links::write_door_of(NetworkLink& made) {
   door.way = static_cast<uint32_t>(way_);
   door.address = address_;
   const std::pair<unsigned char*, uint64_t> areas[] = {{link.own.rows, link.own.rows_bytes},
-                                                       {link.own.small, link.own.small_bytes}};
+                                                       {link.own.meta, link.own.meta_bytes}};
   for (uint32_t i = 0; i < kNumAreas; ++i) {
     MapParams params;
     params.address = areas[i].first;

@@ -200,7 +200,7 @@ Status Links::receive(const void* header, size_t header_bytes, void* data, size_
   link->was_heard = true;
   Message message;
   const std::string wrong =
-      read_message(header, header_bytes, num_bytes, {link->own.rows_bytes, link->own.small_bytes}, &message);
+      read_message(header, header_bytes, num_bytes, {link->own.rows_bytes, link->own.meta_bytes}, &message);
   if (!wrong.empty()) {
     mark_broken(*link, "it sent a message with " + wrong);
     return Status::kOk;
@@ -264,7 +264,7 @@ void Links::on_received(void* request, Status status, size_t, void* user_data) {
 }
 
 void Links::deliver(Link& link, const MessageHead& head) {
-  store_signal(reinterpret_cast<Signal*>(link.own.small + head.word_offset), head.value);  // SYNC: slot-signal
+  store_signal(reinterpret_cast<Signal*>(link.own.meta + head.word_offset), head.value);  // SYNC: slot-signal
   has_delivered_ = true;
   on_signal_();
 }

@@ -68,21 +68,21 @@ inline void write_reply(Bytes& bytes, const Layout& layout, Peer& peer) {
     const uint64_t at = layout.combine_rows.row_in_object(slot, 0) * layout.combine_rows.row_bytes;
     std::memcpy(peer.fake->rows() + at + i * sizeof value, &value, sizeof value);
   }
-  std::memcpy(peer.fake->small() + layout.combine_small.header(slot), &header, sizeof header);
+  std::memcpy(peer.fake->meta() + layout.combine_meta.header(slot), &header, sizeof header);
   if (raw & 64) return;
-  peer.fake->ring(layout.combine_small.signal(slot), make_signal(num_rows, seq));
-  lane.is_answered |= signal_seq(peer.fake->signal_at(layout.combine_small.signal(slot))) == lane.sent;
+  peer.fake->ring(layout.combine_meta.signal(slot), make_signal(num_rows, seq));
+  lane.is_answered |= signal_seq(peer.fake->signal_at(layout.combine_meta.signal(slot))) == lane.sent;
 }
 
 enum class Reply { kPending, kGone, kGood, kRefused, kBroken };
 
 inline Reply reply_of(const Layout& layout, const Peer& peer, uint32_t slot) {
   const Lane& lane = peer.lanes[slot];
-  const Signal signal = peer.fake->signal_at(layout.combine_small.signal(slot));
+  const Signal signal = peer.fake->signal_at(layout.combine_meta.signal(slot));
   if (signal_seq(signal) == lane.sent - 1) return peer.is_live ? Reply::kPending : Reply::kGone;
   if (signal_seq(signal) != lane.sent) return Reply::kBroken;
   Header header;
-  std::memcpy(&header, peer.fake->small() + layout.combine_small.header(slot), sizeof header);
+  std::memcpy(&header, peer.fake->meta() + layout.combine_meta.header(slot), sizeof header);
   if (header.layer != kLayer || header.microbatch != slot) return Reply::kBroken;
   if (signal_rows(signal) == kRefusedRows) return Reply::kRefused;
   const bool is_right = signal_rows(signal) == lane.reply_rows && header.num_rows == signal_rows(signal);

@@ -50,11 +50,11 @@ struct Peer {
 // The comm's look at a slot. False: its message breaks the protocol.
 inline bool look_at(const Layout& layout, Peer& peer, uint32_t slot) {
   Box& box = peer.boxes[slot];
-  const Signal signal = peer.fake->signal_at(layout.dispatch_small.signal(slot));
+  const Signal signal = peer.fake->signal_at(layout.dispatch_meta.signal(slot));
   if (signal_seq(signal) == box.accepted) return true;
   if (signal_seq(signal) != box.accepted + 1 || box.accepted != box.replied) return false;
   Header header;
-  std::memcpy(&header, peer.fake->small() + layout.dispatch_small.header(slot), sizeof header);
+  std::memcpy(&header, peer.fake->meta() + layout.dispatch_meta.header(slot), sizeof header);
   if (signal_rows(signal) > kMaxTokens || header.num_rows != signal_rows(signal)) return false;
   if (slot != layout.retry_slot() && header.microbatch != slot) return false;
   if (header.flags > 3) return false;
@@ -112,10 +112,10 @@ class Peers : public std::vector<Peer> {
 enum class Verdict { kFine, kBroken, kNotHosted };
 
 inline const int32_t* ids_of(const Layout& layout, const Peer& peer, uint32_t slot) {
-  return reinterpret_cast<const int32_t*>(std::as_const(*peer.fake).small() + layout.dispatch_small.ids(slot));
+  return reinterpret_cast<const int32_t*>(std::as_const(*peer.fake).meta() + layout.dispatch_meta.ids(slot));
 }
 inline const float* weights_of(const Layout& layout, const Peer& peer, uint32_t slot) {
-  return reinterpret_cast<const float*>(std::as_const(*peer.fake).small() + layout.dispatch_small.weights(slot));
+  return reinterpret_cast<const float*>(std::as_const(*peer.fake).meta() + layout.dispatch_meta.weights(slot));
 }
 
 // What must come of a message whose header is in order.
@@ -157,11 +157,11 @@ inline void write_message(Bytes& bytes, const Layout& layout, const Peer& peer) 
   for (auto& row : weights) {
     for (float& weight : row) weight = bits_to_float(pick(6, 0x3F000000u));
   }
-  unsigned char* small = peer.fake->small();
-  std::memcpy(small + layout.dispatch_small.header(slot), &header, sizeof header);
-  std::memcpy(small + layout.dispatch_small.ids(slot), ids, sizeof ids);
-  std::memcpy(small + layout.dispatch_small.weights(slot), weights, sizeof weights);
-  if ((raw & 0x80) == 0) peer.fake->ring(layout.dispatch_small.signal(slot), make_signal(num_rows, seq));
+  unsigned char* meta = peer.fake->meta();
+  std::memcpy(meta + layout.dispatch_meta.header(slot), &header, sizeof header);
+  std::memcpy(meta + layout.dispatch_meta.ids(slot), ids, sizeof ids);
+  std::memcpy(meta + layout.dispatch_meta.weights(slot), weights, sizeof weights);
+  if ((raw & 0x80) == 0) peer.fake->ring(layout.dispatch_meta.signal(slot), make_signal(num_rows, seq));
 }
 
 inline Wanted make_wanted(Bytes& bytes) {

@@ -36,7 +36,7 @@ class World {
     comm_ = std::make_shared<AttentionComm>(shape_, 0, kMaxLives, "shm");
     layout_ = comm_->layout();
     while (desks_.size() < kMostLinks) {
-      desks_.push_back(std::make_unique<Desk>(layout_.dispatch_rows, layout_.dispatch_small));
+      desks_.push_back(std::make_unique<Desk>(layout_.dispatch_rows, layout_.dispatch_meta));
     }
     for (uint32_t rank = 0; rank < kRanks; ++rank) join(rank);
     is_spoiled_ = false;
@@ -184,14 +184,14 @@ class World {
     Lane& lane = peer.lanes[slot];
     lane = {lane.sent + 1, false, reply_rows, false};
     // A peer may have rung this seq before the message: then it counts as its reply.
-    lane.is_answered = signal_seq(peer.fake->signal_at(layout_.combine_small.signal(slot))) == lane.sent;
-    const Signal seen = peer.fake->answer_at(layout_.dispatch_small.signal(slot));
+    lane.is_answered = signal_seq(peer.fake->signal_at(layout_.combine_meta.signal(slot))) == lane.sent;
+    const Signal seen = peer.fake->answer_at(layout_.dispatch_meta.signal(slot));
     require(seen == make_signal(num_rows, lane.sent), "the signal of a message");
-    const Header header = peer.fake->answer_header(layout_.dispatch_small.header(slot));
+    const Header header = peer.fake->answer_header(layout_.dispatch_meta.header(slot));
     require(header.num_rows == num_rows && header.microbatch == slot, "the header of a message");
     for (uint32_t i = 0; i < num_rows * kTopK; ++i) {
       int32_t id;
-      std::memcpy(&id, peer.fake->desk_small() + layout_.dispatch_small.ids(slot) + i * sizeof id, sizeof id);
+      std::memcpy(&id, peer.fake->desk_meta() + layout_.dispatch_meta.ids(slot) + i * sizeof id, sizeof id);
       const bool is_of_rank =
           id >= 0 && id < static_cast<int32_t>(kExperts) && id % 2 == static_cast<int>(peer.fake->rank());
       require(is_of_rank || (id == -1 && i % kTopK != 0), "the ids of a message");
@@ -304,7 +304,7 @@ class World {
     }
     for (uint32_t slot = 0; slot < kMicrobatches; ++slot) {
       for (Peer& peer : peers_) {
-        const uint32_t seen = signal_seq(peer.fake->answer_at(layout_.dispatch_small.signal(slot)));
+        const uint32_t seen = signal_seq(peer.fake->answer_at(layout_.dispatch_meta.signal(slot)));
         const bool is_new = seen == peer.lanes[slot].sent + 1;
         require(is_cut_short || !peer.is_live || flights_[slot].is_busy || is_new, "idle tells everybody");
         if (!is_new) continue;
@@ -367,8 +367,8 @@ class World {
         header.num_rows = lane.reply_rows;
         header.layer = kLayer;
         header.microbatch = slot;
-        std::memcpy(peer.fake->small() + layout_.combine_small.header(slot), &header, sizeof header);
-        peer.fake->ring(layout_.combine_small.signal(slot), make_signal(lane.reply_rows, lane.sent));
+        std::memcpy(peer.fake->meta() + layout_.combine_meta.header(slot), &header, sizeof header);
+        peer.fake->ring(layout_.combine_meta.signal(slot), make_signal(lane.reply_rows, lane.sent));
         lane.is_answered = true;
       }
       if (flights_[slot].is_busy) receive(slot);

@@ -35,7 +35,7 @@ class World {
     comm_ = std::make_shared<ExpertComm>(shape_, 0, kMaxLives, "shm", kLocal);
     layout_ = comm_->layout();
     while (desks_.size() < kMostLinks) {
-      desks_.push_back(std::make_unique<Desk>(layout_.combine_rows, layout_.combine_small));
+      desks_.push_back(std::make_unique<Desk>(layout_.combine_rows, layout_.combine_meta));
     }
     join(0);
     join(1);
@@ -83,7 +83,7 @@ class World {
     bool may_keep = is_held(peer);
     for (uint32_t slot = 0; slot < kSlots; ++slot) {
       const Box& box = peer.boxes[slot];
-      const Signal signal = peer.fake->signal_at(layout_.dispatch_small.signal(slot));
+      const Signal signal = peer.fake->signal_at(layout_.dispatch_meta.signal(slot));
       const bool is_new = !peer.is_closed && signal_seq(signal) != box.accepted;
       may_keep |= (box.is_pending || is_new) && peers_.is_served(peer);
     }
@@ -114,7 +114,7 @@ class World {
       for (uint32_t slot = 0; slot < kSlots; ++slot) {
         const Box& box = peer.boxes[slot];
         if (box.replied == first_seq_) continue;
-        const Signal answer = peer.fake->answer_at(layout_.combine_small.signal(slot));
+        const Signal answer = peer.fake->answer_at(layout_.combine_meta.signal(slot));
         require(signal_seq(answer) == box.replied, "every message that is done with has its answer");
       }
     }
@@ -127,9 +127,9 @@ class World {
       for (uint32_t slot = 0; slot < kSlots; ++slot) {
         Box& box = peer.boxes[slot];
         if (!box.is_pending) continue;
-        const Signal answer = peer.fake->answer_at(layout_.combine_small.signal(slot));
+        const Signal answer = peer.fake->answer_at(layout_.combine_meta.signal(slot));
         if (answer != make_signal(kRefusedRows, box.accepted)) continue;
-        const Header header = peer.fake->answer_header(layout_.combine_small.header(slot));
+        const Header header = peer.fake->answer_header(layout_.combine_meta.header(slot));
         require(judge(layout_, peer, slot) == Verdict::kNotHosted, "only a message for experts of others is refused");
         require(header.num_rows == kRefusedRows && local_idx(static_cast<int32_t>(header.detail)) == kNone,
                 "a refusal names an expert that is not hosted");
@@ -286,9 +286,9 @@ class World {
       const uint32_t num_pairs =
           static_cast<uint32_t>(batch->pair_begin[first + message.arrived.num_rows] - batch->pair_begin[first]);
       const uint32_t expected = shape_.reduce_at == ReduceAt::kExpert ? message.arrived.num_rows : num_pairs;
-      const Signal seen = peer.fake->answer_at(layout_.combine_small.signal(message.arrived.slot));
+      const Signal seen = peer.fake->answer_at(layout_.combine_meta.signal(message.arrived.slot));
       require(seen == make_signal(expected, message.seq), "the reply announces its rows");
-      const Header header = peer.fake->answer_header(layout_.combine_small.header(message.arrived.slot));
+      const Header header = peer.fake->answer_header(layout_.combine_meta.header(message.arrived.slot));
       require(header.num_rows == expected && header.layer == batch->layer, "the reply's header");
     }
   }
@@ -359,8 +359,8 @@ class World {
       for (uint32_t slot = 0; slot < kSlots; ++slot) {
         require(peer.boxes[slot].accepted == peer.boxes[slot].replied, "everything is answered in the end");
       }
-      std::memset(peer.fake->small() + layout_.dispatch_small.headers_offset, 0,
-                  layout_.dispatch_small.object_bytes - layout_.dispatch_small.headers_offset);
+      std::memset(peer.fake->meta() + layout_.dispatch_meta.headers_offset, 0,
+                  layout_.dispatch_meta.object_bytes - layout_.dispatch_meta.headers_offset);
     }
   }
 

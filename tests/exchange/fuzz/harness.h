@@ -51,15 +51,15 @@ class Bytes {
 
 // The memory of a fake peer, which the comm under test writes into. Made once and used again: that is most of the cost.
 struct Desk {
-  std::shared_ptr<m2n::Window> rows, small, wake;
+  std::shared_ptr<m2n::Window> rows, meta, wake;
   std::vector<uint64_t> ids;
 
-  Desk(const m2n::Rows& rows_layout, const m2n::Small& small_layout) {
+  Desk(const m2n::Rows& rows_layout, const m2n::Meta& meta_layout) {
     const auto transport = m2n::make_transport("shm");
     rows = transport->make_window(rows_layout.object_bytes, rows_layout.stride_bytes, 1);
-    small = transport->make_window(small_layout.object_bytes, small_layout.object_bytes, 1);
+    meta = transport->make_window(meta_layout.object_bytes, meta_layout.object_bytes, 1);
     wake = transport->make_window(m2n::kPageBytes, m2n::kPageBytes, 1);
-    for (m2n::Window* window : {rows.get(), small.get(), wake.get()}) {
+    for (m2n::Window* window : {rows.get(), meta.get(), wake.get()}) {
       ids.push_back(window->add_object(0).id);
     }
   }
@@ -69,7 +69,7 @@ struct Desk {
 class FakePeer {
  public:
   FakePeer(m2n::Comm& comm, Desk& desk, uint32_t rank) : rank_(rank), desk_(desk) {
-    std::memset(desk.small->data(), 0, desk.small->bytes());
+    std::memset(desk.meta->data(), 0, desk.meta->bytes());
     m2n::Comm::Offer offer = comm.offer(rank, 1);
     idx_ = offer.peer_idx;
     for (m2n::Handle& handle : offer.handles) {
@@ -102,9 +102,9 @@ class FakePeer {
   }
   // Where this peer writes: its objects in the comm's windows, or what it has left there.
   unsigned char* rows() { return has_let_go() ? left_[0].data() : mappings_[0]->data(); }
-  unsigned char* small() { return has_let_go() ? left_[1].data() : mappings_[1]->data(); }
+  unsigned char* meta() { return has_let_go() ? left_[1].data() : mappings_[1]->data(); }
   const unsigned char* rows() const { return const_cast<FakePeer*>(this)->rows(); }
-  const unsigned char* small() const { return const_cast<FakePeer*>(this)->small(); }
+  const unsigned char* meta() const { return const_cast<FakePeer*>(this)->meta(); }
   // It has the comm's memory no more: from now on its index may serve another one. It writes nothing any more.
   bool has_let_go() const { return mappings_.empty(); }
   void let_go() {
@@ -113,17 +113,17 @@ class FakePeer {
   }
   // Where the comm writes.
   const unsigned char* desk_rows() const { return desk_.rows->data(); }
-  const unsigned char* desk_small() const { return desk_.small->data(); }
+  const unsigned char* desk_meta() const { return desk_.meta->data(); }
 
   // As its owner reads it: a peer that writes what only the owner may has sent nothing, or something else.
-  m2n::Signal signal_at(uint64_t offset) const { return m2n::poll_signal(word(small() + offset)); }
-  m2n::Signal answer_at(uint64_t offset) const { return m2n::load_signal(word(desk_.small->data() + offset)); }
+  m2n::Signal signal_at(uint64_t offset) const { return m2n::poll_signal(word(meta() + offset)); }
+  m2n::Signal answer_at(uint64_t offset) const { return m2n::load_signal(word(desk_.meta->data() + offset)); }
   m2n::Header answer_header(uint64_t offset) const {
     m2n::Header header;
-    std::memcpy(&header, desk_.small->data() + offset, sizeof header);
+    std::memcpy(&header, desk_.meta->data() + offset, sizeof header);
     return header;
   }
-  void ring(uint64_t offset, m2n::Signal value) { m2n::store_signal(word(small() + offset), value); }
+  void ring(uint64_t offset, m2n::Signal value) { m2n::store_signal(word(meta() + offset), value); }
 
   // The comm has closed the connection, and said before why: the peer learns of its end.
   bool is_told() const {
@@ -155,7 +155,7 @@ class FakePeer {
   int connection_ = -1;
   std::vector<std::shared_ptr<m2n::Mapping>> mappings_;
   std::vector<uint64_t> num_bytes_;               // of the objects
-  std::vector<std::vector<unsigned char>> left_;  // rows and small, as they were when it let go
+  std::vector<std::vector<unsigned char>> left_;  // rows and meta, as they were when it let go
 };
 
 }  // namespace fuzz

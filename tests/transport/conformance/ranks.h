@@ -55,7 +55,7 @@ class Rank final : public LinkListener {
         object_bytes(round_up(64 << 10, transport->page_bytes())),
         stride_bytes(2 * object_bytes),
         rows(transport->make_rows_window(object_bytes, stride_bytes, kMaxPeers)),
-        small(transport->make_window(object_bytes, stride_bytes, kMaxPeers)),
+        meta(transport->make_window(object_bytes, stride_bytes, kMaxPeers)),
         relay(transport->make_relay(0)),
         exec_(&wake, relay.get(), &slot_) {
     if (transport->shares_memory()) return;
@@ -77,18 +77,18 @@ class Rank final : public LinkListener {
   std::vector<Handle> add_objects(uint32_t peer_idx = kPeer) {
     std::vector<Handle> handles;
     handles.push_back(rows->add_object(peer_idx));
-    handles.push_back(small->add_object(peer_idx));
+    handles.push_back(meta->add_object(peer_idx));
     return handles;
   }
   // Over a network: what the peer needs of this rank.
   std::string door(uint32_t peer_idx = kPeer) {
     (void)add_objects(peer_idx);
-    return network->make_door(peer_idx, {rows_of(peer_idx), object_bytes, small_of(peer_idx), object_bytes});
+    return network->make_door(peer_idx, {rows_of(peer_idx), object_bytes, meta_of(peer_idx), object_bytes});
   }
   void connect(const std::string& peers_door, Fd data, uint32_t peer_idx = kPeer) {
     const Areas send = network->connect(peer_idx, peers_door, std::move(data), &is_woken);
     exposed = transport->expose(send);
-    view = {send.rows, send.small, nullptr, nullptr};
+    view = {send.rows, send.meta, nullptr, nullptr};
   }
   void attach(std::vector<Handle> handles, const Origin& origin, WakeWord* peers_wake) {
     mappings.clear();
@@ -97,12 +97,12 @@ class Rank final : public LinkListener {
   }
 
   unsigned char* rows_of(uint32_t peer_idx = kPeer) const { return rows->data() + peer_idx * stride_bytes; }
-  unsigned char* small_of(uint32_t peer_idx = kPeer) const { return small->data() + peer_idx * stride_bytes; }
-  const Signal* word() const { return reinterpret_cast<const Signal*>(small_of()); }
+  unsigned char* meta_of(uint32_t peer_idx = kPeer) const { return meta->data() + peer_idx * stride_bytes; }
+  const Signal* word() const { return reinterpret_cast<const Signal*>(meta_of()); }
 
   // One message: rows from the beginning of the peer's object on, and a signal.
   void send(const std::vector<unsigned char>& bytes, Signal value) {
-    auto* peers_word = reinterpret_cast<Signal*>(view.small);
+    auto* peers_word = reinterpret_cast<Signal*>(view.meta);
     const auto write = [&](HostExec exec) {
       flush(exec, peers_word);
       put(exec, view.rows, bytes.data(), bytes.size());
@@ -134,7 +134,7 @@ class Rank final : public LinkListener {
 
   const std::unique_ptr<Transport> transport;
   const uint64_t object_bytes, stride_bytes;
-  std::shared_ptr<Window> rows, small;
+  std::shared_ptr<Window> rows, meta;
   WakeWord wake{};
   std::unique_ptr<Network> network;
   std::vector<std::shared_ptr<Mapping>> mappings;

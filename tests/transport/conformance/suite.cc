@@ -143,7 +143,7 @@ void a_late_signal_is_stored_once_and_a_forgotten_one_never(const Make& make) {
   require(load_signal(owner.word()) == 1, "after drain() the signal is there");
   require(writer.relay->held().count == 1 && writer.relay->held().total_ns > 0, "it was counted");
   writer.send(pattern(8, 2), 2);
-  writer.relay->forget(writer.view.small, writer.object_bytes);
+  writer.relay->forget(writer.view.meta, writer.object_bytes);
   writer.relay->drain();
   require(load_signal(owner.word()) == 1 && writer.relay->held().count == 1, "a forgotten one is not stored");
 }
@@ -175,9 +175,9 @@ void objects_and_holes_begin_as_zeros(const Make& make) {
   Rank rank(make);
   rank.require_host();
   (void)rank.add_objects();
-  rank.small->set_word(kPeer * rank.stride_bytes + 8, 0x0102);
+  rank.meta->set_word(kPeer * rank.stride_bytes + 8, 0x0102);
   require(sum(rank.rows->data(), rank.rows->bytes()) == 0, "all of a window reads as zeros");
-  require(sum(rank.small->data(), rank.small->bytes()) == 3, "but for a word that was set");
+  require(sum(rank.meta->data(), rank.meta->bytes()) == 3, "but for a word that was set");
 }
 
 void a_window_has_room_for_its_peers_alone(const Make& make) {
@@ -231,7 +231,7 @@ void an_index_serves_one_link_after_another(const Make& make) {
     }
     for (Rank* rank : ranks) {
       if (rank->network != nullptr) await([&] { return rank->network->release(kPeer); }, "the index comes back");
-      require(rank->rows->remove_object(kPeer) && rank->small->remove_object(kPeer), "its memory is given back");
+      require(rank->rows->remove_object(kPeer) && rank->meta->remove_object(kPeer), "its memory is given back");
     }
     link(pair.writer, pair.owner);
     require(load_signal(pair.owner.word()) == 0, "the next link begins with zeros");

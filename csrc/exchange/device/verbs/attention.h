@@ -28,13 +28,13 @@ struct AttentionView {
   uint32_t max_peers;
   uint32_t placement_version;  // which every message tells
   Peers peers;
-  const unsigned char* rows;   // our own window of reply rows
-  const unsigned char* small;  // and of their signals and headers, by peer index
-  SendSeq* seqs;               // [peer][slot]
-  SlotState* slots;            // [slot]
-  int32_t* peers_of_ranks;     // [slot][max_peers]: to whom dispatch_send sent; -1: nobody
-  int32_t* sources_of_ranks;   // [slot][max_peers]: whose reply combine_recv may read; -1: there is none
-  const uint32_t* hosts;       // [num_ranks]: not 0: the rank hosts something
+  const unsigned char* rows;  // our own window of reply rows
+  const unsigned char* meta;  // and of their signals and headers, by peer index
+  SendSeq* seqs;              // [peer][slot]
+  SlotState* slots;           // [slot]
+  int32_t* peers_of_ranks;    // [slot][max_peers]: to whom dispatch_send sent; -1: nobody
+  int32_t* sources_of_ranks;  // [slot][max_peers]: whose reply combine_recv may read; -1: there is none
+  const uint32_t* hosts;      // [num_ranks]: not 0: the rank hosts something
   uint32_t num_ranks;
   const Control* control;
   uint64_t* status;  // [peer], host memory
@@ -43,11 +43,11 @@ struct AttentionView {
   M2N_HD SendSeq& seq(uint32_t peer_idx, uint32_t slot) const { return seqs[peer_idx * layout.num_slots + slot]; }
   M2N_HD int32_t* peer_of_rank(uint32_t slot) const { return peers_of_ranks + uint64_t{slot} * max_peers; }
   M2N_HD int32_t* source_of_rank(uint32_t slot) const { return sources_of_ranks + uint64_t{slot} * max_peers; }
-  M2N_HD const unsigned char* small_of(uint32_t peer_idx) const {
-    return small + peer_idx * layout.combine_small.object_bytes;
+  M2N_HD const unsigned char* meta_of(uint32_t peer_idx) const {
+    return meta + peer_idx * layout.combine_meta.object_bytes;
   }
   M2N_HD const Signal* signal_of(uint32_t peer_idx, uint32_t slot) const {
-    return reinterpret_cast<const Signal*>(small_of(peer_idx) + layout.combine_small.signal(slot));
+    return reinterpret_cast<const Signal*>(meta_of(peer_idx) + layout.combine_meta.signal(slot));
   }
 };
 
@@ -220,7 +220,7 @@ M2N_HD void finish_message(Exec& exec, const DispatchVerb& verb, uint32_t rank, 
   header.num_rows = target.num_rows;
   ++seq.sent;
   seq.reply_rows = view.shape.reduce_at == ReduceAt::kExpert ? header.num_rows : verb.route.pair_counts[rank];
-  ring(exec, target.peer, view.layout.dispatch_small, verb.slot, seq.sent, header);
+  ring(exec, target.peer, view.layout.dispatch_meta, verb.slot, seq.sent, header);
   add_relaxed(&view.counters->messages_sent, uint64_t{1});
   add_relaxed(&view.counters->rows_sent, uint64_t{header.num_rows});
 }
@@ -287,7 +287,7 @@ M2N_HD inline Status judge_reply(const AttentionView& view, uint32_t peer_idx, u
       break;
   }
   const uint32_t num_rows = signal_rows(poll_signal(view.signal_of(peer_idx, slot)));
-  const Header header = read_header(view.small_of(peer_idx) + view.layout.combine_small.header(slot));
+  const Header header = read_header(view.meta_of(peer_idx) + view.layout.combine_meta.header(slot));
   if (header.layer != view.slots[slot].layer) return trouble(Trouble::kWrongBatch, header.layer);
   if (header.microbatch != slot) return trouble(Trouble::kWrongBatch, header.microbatch);
   if (num_rows == kRefusedRows) return trouble(Trouble::kRefused, header.detail);

@@ -63,13 +63,13 @@ struct Collected {
 M2N_HD inline BatchMessage message_of(const ExpertView& view, uint32_t peer_idx, uint32_t slot, uint32_t first_row) {
   const InboxView& inbox = view.inbox;
   const Inbox& box = inbox.at(peer_idx, slot);
-  const unsigned char* small = inbox.small_of(peer_idx);
+  const unsigned char* meta = inbox.meta_of(peer_idx);
   BatchMessage message{};
   message.arrived.peer_idx = peer_idx;
   message.arrived.slot = slot;
   message.arrived.num_rows = box.header.num_rows;
-  message.arrived.window_ids = reinterpret_cast<const int32_t*>(small + inbox.layout.dispatch_small.ids(slot));
-  message.arrived.window_weights = reinterpret_cast<const float*>(small + inbox.layout.dispatch_small.weights(slot));
+  message.arrived.window_ids = reinterpret_cast<const int32_t*>(meta + inbox.layout.dispatch_meta.ids(slot));
+  message.arrived.window_weights = reinterpret_cast<const float*>(meta + inbox.layout.dispatch_meta.weights(slot));
   message.seq = box.seq.accepted;
   message.first_row = first_row;
   return message;

@@ -233,7 +233,7 @@ M2N_HD void finish_reply(Exec& exec, const CombineSendVerb& verb, const BatchMes
   header.num_rows = rows_of(verb, reply).header.num_rows;
   // Before the signal, which may bring the next message at once.
   view.inbox.at(message.arrived.peer_idx, verb.slot).seq.replied = message.seq;
-  ring(exec, reply.peer, view.inbox.layout.combine_small, verb.slot, message.seq, header);
+  ring(exec, reply.peer, view.inbox.layout.combine_meta, verb.slot, message.seq, header);
   add_relaxed(&view.counters->messages_sent, uint64_t{1});
   add_relaxed(&view.counters->rows_sent, uint64_t{header.num_rows});
 }
