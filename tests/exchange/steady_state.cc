@@ -94,7 +94,7 @@ class In {
 class Pair {
  public:
   Pair(ReduceAt reduce_at, bool is_reduced, bool has_mistake) : is_reduced_(is_reduced), has_mistake_(has_mistake) {
-    // The longest messages, 64 KB, are some of those that copy_choice.h times.
+    // The longest messages, 64 KB, are some of those that write_choice.h times.
     shape_ = {512, 4, 2, 32, 2, DType::kFloat32, DType::kFloat32, reduce_at};
     attention_ = std::make_shared<AttentionComm>(shape_, 0, 4, "shm");
     expert_ = std::make_shared<ExpertComm>(shape_, 0, 4, "shm", std::vector<uint32_t>{0, 1, 2, 3});

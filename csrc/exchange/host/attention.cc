@@ -12,7 +12,7 @@ AttentionComm::AttentionComm(const Shape& shape, uint32_t rank, uint32_t max_pee
     : AttentionSide(shape, rank, max_peers, transport),
       send_seqs_(static_cast<size_t>(max_peers) * layout_.num_slots, SendSeq{first_seq_, first_seq_, 0}),
       holds_(send_seqs_.size()),
-      copy_choices_(send_seqs_.size()),
+      write_choices_(send_seqs_.size()),
       slots_(layout_.num_slots),
       hosts_nothing_(max_peers) {}
 
@@ -28,7 +28,7 @@ std::string AttentionComm::why_held() const { return "owe a reply: call combine_
 void AttentionComm::reset_peer(uint32_t peer_idx) {
   for (uint32_t slot = 0; slot < layout_.num_slots; ++slot) {
     send_seq(peer_idx, slot) = {first_seq_, first_seq_, 0};
-    copy_choices_[peer_idx * layout_.num_slots + slot] = {};
+    write_choices_[peer_idx * layout_.num_slots + slot] = {};
   }
 }
 
@@ -114,7 +114,7 @@ uint32_t AttentionComm::send_to_peer(uint32_t peer_idx, uint32_t slot_idx, const
     if (send.is_packed) add_relaxed(&stats_.bytes_packed, send.header.num_rows * layout_.dispatch_rows.row_bytes);
     put(false);
   } else {
-    CopyChoice& choice = copy_choices_[peer_idx * layout_.num_slots + slot_idx];
+    WriteChoice& choice = write_choices_[peer_idx * layout_.num_slots + slot_idx];
     choice.send(send.header.num_rows * layout_.dispatch_rows.row_bytes, put);
   }
   seq.sent = send.seq;

@@ -137,9 +137,9 @@ class AttentionComm final : public AttentionSide {
   void leave_missing(Slot& slot, uint32_t slot_idx);
   [[noreturn]] void raise_missing(const Slot& slot, uint32_t slot_idx, uint32_t rank);
 
-  std::vector<SendSeq> send_seqs_;        // [peer][slot]
-  std::vector<uint32_t> holds_;           // likewise
-  std::vector<CopyChoice> copy_choices_;  // likewise
+  std::vector<SendSeq> send_seqs_;          // [peer][slot]
+  std::vector<uint32_t> holds_;             // likewise
+  std::vector<WriteChoice> write_choices_;  // likewise
   std::vector<Slot> slots_;
   std::mutex hosts_mutex_;  // held for a moment; verbs look at hosts_nothing_ alone
   std::optional<std::vector<uint32_t>> hosts_;

@@ -13,7 +13,7 @@ ExpertComm::ExpertComm(const Shape& shape, uint32_t rank, uint32_t max_peers, co
                        const std::vector<uint32_t>& local_experts)
     : ExpertSide(shape, rank, max_peers, transport, local_experts),
       inboxes_(static_cast<size_t>(max_peers) * layout_.num_slots),
-      copy_choices_(inboxes_.size()),
+      write_choices_(inboxes_.size()),
       holds_(std::make_shared<uint32_t[]>(inboxes_.size())),
       unserved_(max_peers),
       inbox_view_{layout_, shape.max_tokens, peers_, meta_window()->data(), inboxes_.data()},
@@ -63,7 +63,7 @@ void ExpertComm::reset_peer(uint32_t peer_idx) {
   for (uint32_t slot = 0; slot < layout_.num_slots; ++slot) {
     inbox(peer_idx, slot) = Inbox{};
     inbox(peer_idx, slot).seq = {first_seq_, first_seq_};
-    copy_choices_[peer_idx * layout_.num_slots + slot] = {};
+    write_choices_[peer_idx * layout_.num_slots + slot] = {};
   }
 }
 
@@ -294,7 +294,7 @@ void ExpertComm::answer(Batch& batch, const unsigned char* y, uint64_t y_stride_
       send.is_streamed = is_streamed;
       with_sender([&](HostExec& exec) { m2n::combine_send(exec, layout_, shape_, send); }, /*is_free_after=*/true);
     };
-    CopyChoice& choice = copy_choices_[peer_idx * layout_.num_slots + send.slot];
+    WriteChoice& choice = write_choices_[peer_idx * layout_.num_slots + send.slot];
     if (is_over_network(peer_idx)) {
       put(false);
     } else {

@@ -68,7 +68,7 @@ class ExpertComm final : public ExpertSide {
   [[noreturn]] void raise_breach(const Violation& violation);
 
   std::vector<Inbox> inboxes_;               // [peer][slot]
-  std::vector<CopyChoice> copy_choices_;     // likewise
+  std::vector<WriteChoice> write_choices_;   // likewise
   const std::shared_ptr<uint32_t[]> holds_;  // likewise; see Batch
   std::vector<uint32_t> unserved_;           // [peer]: as of note_unserved()
   const InboxView inbox_view_;

@@ -23,7 +23,7 @@ inline const bool kMayStream = [] {
   return kHasStreams && (stores == nullptr || std::string_view(stores) != "regular");
 }();
 
-class CopyChoice {
+class WriteChoice {
  public:
   // put(is_streamed) sends a message with so many bytes of rows.
   template <class Put>
