@@ -3,7 +3,7 @@
 // the device "emulated"; compared with the oracle. This is how a kernel can be tested where there is no GPU.
 //
 // Usage: gate_dispatch. A line for each case; not 0 where a bit differs.
-#include <m2n/transport/team_exec.h>
+#include <m2n/transport/emulated_exec.h>
 
 #include <cstdint>
 
@@ -19,8 +19,8 @@ constexpr uint32_t kThreads = 2;  // of a block
 struct Launcher {
   template <class T>
   void operator()(const gate_dispatch::GateDispatch<T>& launch) const {
-    run_team(kBlocks, kThreads, /*num_shared_words=*/0,
-             [&launch](TeamExec& exec) { gate_dispatch::run(exec, launch); });
+    run_emulated(kBlocks, kThreads, /*num_shared_words=*/0,
+                 [&launch](EmulatedExec& exec) { gate_dispatch::run(exec, launch); });
   }
 };
 

@@ -34,7 +34,7 @@ _LINKS = (
     *("transport/host_exec.h", "transport/own_thread.h"),
 )
 _VERBS = (*_BODIES, "exchange/device/verbs/")
-_MACHINES = (*_VERBS, "exchange/device/machines/", "transport/team_exec.h", "transport/cuda/api.h")
+_MACHINES = (*_VERBS, "exchange/device/machines/", "transport/emulated_exec.h", "transport/cuda/api.h")
 FLOORS = (
     Floor("csrc/core/", ("core/",), _BYTES),
     Floor("csrc/transport/shm/", (*_CONTRACT, "transport/shm/"), _BYTES),

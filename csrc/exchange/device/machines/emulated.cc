@@ -6,7 +6,7 @@
 
 #include "exchange/device/machines/machine.h"
 #include "exchange/rows/plain_floats.h"
-#include "transport/team_exec.h"
+#include "transport/emulated_exec.h"
 
 namespace m2n {
 namespace {
@@ -14,13 +14,13 @@ namespace {
 constexpr uint32_t kBlocks = 3;
 constexpr uint32_t kThreads = 2;  // of a block
 
-class VerbExec : public TeamExec {
+class VerbExec : public EmulatedExec {
  public:
-  explicit VerbExec(const TeamExec& team) : TeamExec(team) {}
+  explicit VerbExec(const EmulatedExec& exec) : EmulatedExec(exec) {}
   uint32_t* counts() const { return shared() + shared_words(kMaxPeers); }
 };
 
-class TeamMachine final : public Machine {
+class EmulatedMachine final : public Machine {
  public:
   std::shared_ptr<void> allocate(uint64_t bytes) override {
     const auto align = std::align_val_t{kLineBytes};
@@ -76,7 +76,7 @@ class TeamMachine final : public Machine {
   // Always all blocks: small payloads shall meet them too.
   template <class V>
   static void start(const V& verb, uint32_t num_blocks) {
-    run_team<VerbExec>(num_blocks, kThreads, shared_words(kMaxPeers) + kCountWords, [&verb](VerbExec& exec) {
+    run_emulated<VerbExec>(num_blocks, kThreads, shared_words(kMaxPeers) + kCountWords, [&verb](VerbExec& exec) {
       const PlainFloats floats;  // threads begin with those of who starts them
       run(exec, verb);
     });
@@ -85,6 +85,6 @@ class TeamMachine final : public Machine {
 
 }  // namespace
 
-std::unique_ptr<Machine> make_team_machine() { return std::make_unique<TeamMachine>(); }
+std::unique_ptr<Machine> make_emulated_machine() { return std::make_unique<EmulatedMachine>(); }
 
 }  // namespace m2n

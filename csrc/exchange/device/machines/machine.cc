@@ -6,13 +6,13 @@
 
 namespace m2n {
 
-std::unique_ptr<Machine> make_team_machine();
+std::unique_ptr<Machine> make_emulated_machine();
 #if M2N_HAS_CUDA
 std::unique_ptr<Machine> make_cuda_machine(const std::string& device);
 #endif
 
 std::unique_ptr<Machine> make_machine(const std::string& device) {
-  if (device == "emulated") return make_team_machine();
+  if (device == "emulated") return make_emulated_machine();
 #if M2N_HAS_CUDA
   if (device.starts_with("cuda")) return make_cuda_machine(device);
 #endif

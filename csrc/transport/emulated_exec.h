@@ -20,7 +20,7 @@
 namespace m2n {
 
 // A group of lanes is one thread.
-class TeamExec {
+class EmulatedExec {
  public:
   // What the threads of a block share.
   struct Block {
@@ -34,7 +34,7 @@ class TeamExec {
     std::vector<Words> shared;
   };
 
-  TeamExec(uint32_t block_idx, uint32_t num_blocks, uint32_t thread, uint32_t num_threads, Block& block)
+  EmulatedExec(uint32_t block_idx, uint32_t num_blocks, uint32_t thread, uint32_t num_threads, Block& block)
       : block_idx_(block_idx), num_blocks_(num_blocks), thread_(thread), num_threads_(num_threads), block_(&block) {}
 
   uint32_t thread() const { return thread_; }
@@ -65,13 +65,13 @@ class TeamExec {
   Block* block_;
 };
 
-// Calls body(exec), with an `Exec` made from a TeamExec, on every thread of every block; returns when all are done.
+// Calls body(exec), with an `Exec` made from a EmulatedExec, on every thread of every block; returns when all are done.
 // Throws Error(kSetup), and has called nothing, where there can be no more threads.
-template <class Exec = TeamExec, class Body>
-void run_team(uint32_t num_blocks, uint32_t num_threads, uint32_t num_shared_words, const Body& body) {
-  std::vector<std::unique_ptr<TeamExec::Block>> blocks;
+template <class Exec = EmulatedExec, class Body>
+void run_emulated(uint32_t num_blocks, uint32_t num_threads, uint32_t num_shared_words, const Body& body) {
+  std::vector<std::unique_ptr<EmulatedExec::Block>> blocks;
   for (uint32_t i = 0; i < num_blocks; ++i) {
-    blocks.push_back(std::make_unique<TeamExec::Block>(num_threads, num_shared_words));
+    blocks.push_back(std::make_unique<EmulatedExec::Block>(num_threads, num_shared_words));
   }
   std::vector<std::thread> threads;
   std::latch is_decided(1);  // bodies wait for each other: none begins before all are there
@@ -81,7 +81,7 @@ void run_team(uint32_t num_blocks, uint32_t num_threads, uint32_t num_shared_wor
       threads.emplace_back([&, i] {
         is_decided.wait();
         if (!failure.empty()) return;
-        Exec exec{TeamExec(i / num_threads, num_blocks, i % num_threads, num_threads, *blocks[i / num_threads])};
+        Exec exec{EmulatedExec(i / num_threads, num_blocks, i % num_threads, num_threads, *blocks[i / num_threads])};
         body(exec);
       });
     }
