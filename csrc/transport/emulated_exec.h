@@ -65,8 +65,8 @@ class EmulatedExec {
   Block* block_;
 };
 
-// Calls body(exec), with an `Exec` made from a EmulatedExec, on every thread of every block; returns when all are done.
-// Throws Error(kSetup), and has called nothing, where there can be no more threads.
+// Calls body(exec), with an `Exec` made from an EmulatedExec, on every thread of every block; returns when all are
+// done. Throws Error(kSetup), and has called nothing, where there can be no more threads.
 template <class Exec = EmulatedExec, class Body>
 void run_emulated(uint32_t num_blocks, uint32_t num_threads, uint32_t num_shared_words, const Body& body) {
   std::vector<std::unique_ptr<EmulatedExec::Block>> blocks;

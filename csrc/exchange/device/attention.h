@@ -75,7 +75,7 @@ class RoutePool {
   std::vector<DeviceRoute::Memory> free_;
 };
 
-class DeviceAttentionComm final : public DeviceComm<AttentionSide> {
+class DeviceAttentionComm final : public DeviceComm<AttentionRole> {
  public:
   // Expert e is hosted by the expert ranks ranks[rank_offsets[e] .. rank_offsets[e + 1]), of num_ranks.
   DeviceAttentionComm(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport,

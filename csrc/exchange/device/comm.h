@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the comms of both roles share whose verbs run on a device. Side: AttentionSide or ExpertSide.
+// What the comms of both roles share whose verbs run on a device. Role: AttentionRole or ExpertRole.
 #pragma once
 
 #include <algorithm>
@@ -19,8 +19,8 @@
 
 namespace m2n {
 
-template <class Side>
-class DeviceComm : public Side {
+template <class Role>
+class DeviceComm : public Role {
  public:
   ~DeviceComm() override {
     if (this->is_own_process()) return;
@@ -73,7 +73,7 @@ class DeviceComm : public Side {
  protected:
   template <class... Args>
   explicit DeviceComm(const std::string& device, Args&&... args)
-      : Side(std::forward<Args>(args)...), memory_(device, *this->transport_) {
+      : Role(std::forward<Args>(args)...), memory_(device, *this->transport_) {
     for (uint32_t slot = 0; slot < this->layout_.num_slots; ++slot) {
       last_launch_.push_back(memory_.machine().make_event());
     }

@@ -259,7 +259,7 @@ std::vector<uint32_t> DeviceExpertComm::read_versions(Stream stream) {
   return versions;
 }
 
-ExpertSide::PlacementVersions DeviceExpertComm::placement_versions(Stream stream) {
+ExpertRole::PlacementVersions DeviceExpertComm::placement_versions(Stream stream) {
   const std::vector<uint32_t> versions = read_versions(stream);
   return list_versions([&](uint32_t peer_idx) { return versions[peer_idx]; });
 }

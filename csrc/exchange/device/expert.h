@@ -32,7 +32,7 @@ struct DeviceBatch {
   bool is_answered = false;
 };
 
-class DeviceExpertComm final : public DeviceComm<ExpertSide> {
+class DeviceExpertComm final : public DeviceComm<ExpertRole> {
  public:
   // `local_experts`: the global ids hosted here, ascending.
   DeviceExpertComm(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport,

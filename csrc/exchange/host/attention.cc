@@ -9,7 +9,7 @@
 namespace m2n {
 
 AttentionComm::AttentionComm(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport)
-    : AttentionSide(shape, rank, max_peers, transport),
+    : AttentionRole(shape, rank, max_peers, transport),
       send_seqs_(static_cast<size_t>(max_peers) * layout_.num_slots, SendSeq{first_seq_, first_seq_, 0}),
       holds_(send_seqs_.size()),
       write_choices_(send_seqs_.size()),

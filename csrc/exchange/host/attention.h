@@ -51,7 +51,7 @@ class Route {
   bool packs_ = false;
 };
 
-class AttentionComm final : public AttentionSide {
+class AttentionComm final : public AttentionRole {
  public:
   AttentionComm(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport);
 

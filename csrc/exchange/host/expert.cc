@@ -11,7 +11,7 @@ namespace m2n {
 
 ExpertComm::ExpertComm(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport,
                        const std::vector<uint32_t>& local_experts)
-    : ExpertSide(shape, rank, max_peers, transport, local_experts),
+    : ExpertRole(shape, rank, max_peers, transport, local_experts),
       inboxes_(static_cast<size_t>(max_peers) * layout_.num_slots),
       write_choices_(inboxes_.size()),
       holds_(std::make_shared<uint32_t[]>(inboxes_.size())),
@@ -324,7 +324,7 @@ void ExpertComm::set_experts(const std::vector<uint32_t>& local_experts) {
   ++hosting_;
 }
 
-ExpertSide::PlacementVersions ExpertComm::placement_versions() {
+ExpertRole::PlacementVersions ExpertComm::placement_versions() {
   require_usable();
   look_at_network();
   std::lock_guard lock(inbox_mutex_);

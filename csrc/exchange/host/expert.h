@@ -18,7 +18,7 @@
 
 namespace m2n {
 
-class ExpertComm final : public ExpertSide {
+class ExpertComm final : public ExpertRole {
  public:
   // `local_experts`: the global ids hosted here, ascending.
   ExpertComm(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport,

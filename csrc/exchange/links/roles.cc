@@ -10,14 +10,14 @@ constexpr const char* kNeedsRank =
 
 }  // namespace
 
-void AttentionSide::require_x_dtype(DType x_dtype) const {
+void AttentionRole::require_x_dtype(DType x_dtype) const {
   // Rows become float8 only on their way.
   const bool is_float8 = shape_.dispatch_dtype == DType::kFloat8E4M3;
   if (is_float8 ? x_dtype != DType::kFloat8E4M3 : x_dtype == shape_.dispatch_dtype) return;
   throw Error(Failure::kArgument, "x: its dtype is not the Shape's dispatch_dtype");
 }
 
-uint32_t AttentionSide::require_live(uint32_t expert_rank) const {
+uint32_t AttentionRole::require_live(uint32_t expert_rank) const {
   const int32_t peer_idx = peers_.find(expert_rank);
   if (peer_idx < 0) {
     if (const auto peer = find_gone(expert_rank)) raise_gone(*peer, "dispatch_send", kNeedsRank);
@@ -32,18 +32,18 @@ uint32_t AttentionSide::require_live(uint32_t expert_rank) const {
   return static_cast<uint32_t>(peer_idx);
 }
 
-void AttentionSide::raise_nothing_sent(uint32_t microbatch) const {
+void AttentionRole::raise_nothing_sent(uint32_t microbatch) const {
   throw Error(Failure::kArgument,
               "microbatch " + std::to_string(microbatch) + ": nothing was dispatched, so there is nothing to combine");
 }
 
-void AttentionSide::raise_slot_busy(uint32_t microbatch, uint32_t layer) const {
+void AttentionRole::raise_slot_busy(uint32_t microbatch, uint32_t layer) const {
   throw Error(Failure::kSlotBusy, "dispatch_send: microbatch " + std::to_string(microbatch) +
                                       " is in flight since layer " + std::to_string(layer) +
                                       "; call combine_recv(microbatch=" + std::to_string(microbatch) + ") first");
 }
 
-void AttentionSide::raise_refused(uint32_t expert_rank, uint32_t expert, uint32_t layer, uint32_t microbatch) const {
+void AttentionRole::raise_refused(uint32_t expert_rank, uint32_t expert, uint32_t layer, uint32_t microbatch) const {
   throw Error(Failure::kProtocol,
               "expert rank " + std::to_string(expert_rank) + " does not host expert " + std::to_string(expert) +
                   " and refused layer " + std::to_string(layer) + " of microbatch " + std::to_string(microbatch) +
@@ -51,46 +51,46 @@ void AttentionSide::raise_refused(uint32_t expert_rank, uint32_t expert, uint32_
               static_cast<int>(expert_rank));
 }
 
-uint64_t AttentionSide::bytes_sent(uint64_t num_messages, uint64_t num_rows) const {
+uint64_t AttentionRole::bytes_sent(uint64_t num_messages, uint64_t num_rows) const {
   const uint64_t ids_bytes = 2 * sizeof(int32_t) * uint64_t{shape_.top_k};
   return num_messages * sizeof(Header) + num_rows * (layout_.dispatch_rows.row_bytes + ids_bytes);
 }
 
-uint64_t AttentionSide::bytes_received(uint64_t num_messages, uint64_t num_rows) const {
+uint64_t AttentionRole::bytes_received(uint64_t num_messages, uint64_t num_rows) const {
   return num_messages * sizeof(Header) + num_rows * layout_.combine_rows.row_bytes;
 }
 
-void AttentionSide::count_sent(uint64_t num_messages, uint64_t num_rows) {
+void AttentionRole::count_sent(uint64_t num_messages, uint64_t num_rows) {
   add_relaxed(&stats_.messages_sent, num_messages);
   add_relaxed(&stats_.rows_sent, num_rows);
   add_relaxed(&stats_.bytes_sent, bytes_sent(num_messages, num_rows));
 }
 
-void AttentionSide::count_received(uint64_t num_messages, uint64_t num_rows) {
+void AttentionRole::count_received(uint64_t num_messages, uint64_t num_rows) {
   add_relaxed(&stats_.messages_received, num_messages);
   add_relaxed(&stats_.rows_received, num_rows);
   add_relaxed(&stats_.bytes_received, bytes_received(num_messages, num_rows));
 }
 
-ExpertSide::ExpertSide(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport,
+ExpertRole::ExpertRole(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport,
                        const std::vector<uint32_t>& local_experts)
     : Comm(Role::kExpert, shape, rank, max_peers, transport) {
   host(local_experts);
 }
 
-void ExpertSide::host(const std::vector<uint32_t>& local_experts) {
+void ExpertRole::host(const std::vector<uint32_t>& local_experts) {
   num_local_experts_ = static_cast<uint32_t>(local_experts.size());
   expert_idx_.assign(shape_.num_experts, kNone);
   for (uint32_t i = 0; i < num_local_experts_; ++i) expert_idx_.at(local_experts[i]) = static_cast<int32_t>(i);
 }
 
-void ExpertSide::raise_if_lost(const char* doing) const {
+void ExpertRole::raise_if_lost(const char* doing) const {
   for (uint32_t peer_idx = 0; peer_idx < peers_.size(); ++peer_idx) {
     if (is_lost(peer_idx)) raise_lost(peer_idx, doing);
   }
 }
 
-void ExpertSide::raise_if_lost(const Wanted& wanted, int32_t missing_rank) const {
+void ExpertRole::raise_if_lost(const Wanted& wanted, int32_t missing_rank) const {
   raise_if_lost();
   for (uint32_t i = 0; i < wanted.num_attention_ranks; ++i) {
     const uint32_t rank = wanted.attention_ranks[i];
@@ -103,14 +103,14 @@ void ExpertSide::raise_if_lost(const Wanted& wanted, int32_t missing_rank) const
   }
 }
 
-void ExpertSide::raise_listed(const PeerInfo& peer) const {
+void ExpertRole::raise_listed(const PeerInfo& peer) const {
   throw Error(
       Failure::kPeerLost,
       "dispatch_recv: " + words_for(peer) + "; take it off attention_ranks, or wait for its next life (wait_peer)",
       static_cast<int>(peer.rank));
 }
 
-void ExpertSide::raise_timeout(int32_t missing_rank) const {
+void ExpertRole::raise_timeout(int32_t missing_rank) const {
   if (missing_rank < 0) {
     throw Error(Failure::kTimeout, "dispatch_recv: the listed attention ranks are at different layers or microbatches");
   }
@@ -122,7 +122,7 @@ void ExpertSide::raise_timeout(int32_t missing_rank) const {
       missing_rank);
 }
 
-void ExpertSide::raise_behind(uint32_t peer_idx, uint32_t version, uint32_t shown) const {
+void ExpertRole::raise_behind(uint32_t peer_idx, uint32_t version, uint32_t shown) const {
   throw Error(Failure::kTimeout,
               "wait_placement(" + std::to_string(version) + "): " + peer_name(rank_of(peer_idx)) +
                   " has shown placement version " + std::to_string(shown) +
@@ -131,28 +131,28 @@ void ExpertSide::raise_behind(uint32_t peer_idx, uint32_t version, uint32_t show
               static_cast<int>(rank_of(peer_idx)));
 }
 
-void ExpertSide::require_answerable(const void* owner, bool is_answered, DType y_dtype) const {
+void ExpertRole::require_answerable(const void* owner, bool is_answered, DType y_dtype) const {
   require_usable();
   if (owner != this) throw Error(Failure::kArgument, "batch: it was received by another comm");
   if (is_answered) throw Error(Failure::kArgument, "batch: combine_send was already called for it");
   if (y_dtype == DType::kFloat8E4M3) throw Error(Failure::kArgument, "y: only rows to experts may be float8");
 }
 
-uint64_t ExpertSide::bytes_received(uint64_t num_messages, uint64_t num_rows) const {
+uint64_t ExpertRole::bytes_received(uint64_t num_messages, uint64_t num_rows) const {
   const uint64_t row_bytes = layout_.dispatch_rows.row_bytes + 2 * sizeof(int32_t) * uint64_t{shape_.top_k};
   return num_messages * sizeof(Header) + num_rows * row_bytes;
 }
 
-uint64_t ExpertSide::bytes_sent(uint64_t num_messages, uint64_t num_rows) const {
+uint64_t ExpertRole::bytes_sent(uint64_t num_messages, uint64_t num_rows) const {
   return num_messages * sizeof(Header) + num_rows * layout_.combine_rows.row_bytes;
 }
 
-void ExpertSide::count_batch(uint64_t num_messages, uint64_t num_rows) {
+void ExpertRole::count_batch(uint64_t num_messages, uint64_t num_rows) {
   add_relaxed(&stats_.rows_received, num_rows);
   add_relaxed(&stats_.bytes_received, bytes_received(num_messages, num_rows));
 }
 
-void ExpertSide::count_sent(uint64_t num_messages, uint64_t num_rows) {
+void ExpertRole::count_sent(uint64_t num_messages, uint64_t num_rows) {
   add_relaxed(&stats_.messages_sent, num_messages);
   add_relaxed(&stats_.rows_sent, num_rows);
   add_relaxed(&stats_.bytes_sent, bytes_sent(num_messages, num_rows));

@@ -12,9 +12,9 @@
 
 namespace m2n {
 
-class AttentionSide : public Comm {
+class AttentionRole : public Comm {
  protected:
-  AttentionSide(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport)
+  AttentionRole(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport)
       : Comm(Role::kAttention, shape, rank, max_peers, transport) {}
 
   void require_x_dtype(DType x_dtype) const;
@@ -30,14 +30,14 @@ class AttentionSide : public Comm {
   void count_received(uint64_t num_messages, uint64_t num_rows);
 };
 
-class ExpertSide : public Comm {
+class ExpertRole : public Comm {
  public:
   // (live attention rank, the newest placement version that it has shown; 0 before its first message).
   using PlacementVersions = std::vector<std::pair<uint32_t, uint32_t>>;
 
  protected:
   // `local_experts`: the global ids hosted here, ascending.
-  ExpertSide(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport,
+  ExpertRole(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport,
              const std::vector<uint32_t>& local_experts);
 
   // A lost peer ends a wait that would otherwise go on: once no batch is ready, the caller must know.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The verbs on a team of CPU threads that stand for the blocks and threads of a kernel: every line of a device comm but
+// The verbs on CPU threads that stand for the blocks and threads of a kernel: every line of a device comm but
 // the launches themselves runs, and is tested, where there is no GPU. A launch is over when launch() returns.
 #include <cstring>
 #include <new>
