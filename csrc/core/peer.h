@@ -95,13 +95,13 @@ __device__ void put_pieces(const Exec& exec, void* peer_bytes, const void* own_b
 }
 #endif
 
-// Some Execs may have a draft, for peers whose memory cannot be written from here (those that have none ring a doorbell
-// for them), or a relay, which does what signal()
-// does, but later (and has none itself). In the words of C++17, which is what relacy compiles.
+// Some Execs may have an outgoing message, for peers whose memory cannot be written from here (those that have none
+// ring a doorbell for them), or a relay, which does what signal() does, but later (and has none itself). In the words
+// of C++17, which is what relacy compiles.
 template <class Exec, class = void>
-inline constexpr bool kHasDraft = false;
+inline constexpr bool kHasOutgoing = false;
 template <class Exec>
-inline constexpr bool kHasDraft<Exec, std::void_t<decltype(std::declval<Exec&>().draft())>> = true;
+inline constexpr bool kHasOutgoing<Exec, std::void_t<decltype(std::declval<Exec&>().outgoing())>> = true;
 template <class Exec, class = void>
 inline constexpr bool kHasRelay = false;
 template <class Exec>
@@ -119,9 +119,9 @@ M2N_HD void put([[maybe_unused]] const Exec& exec, void* peer_bytes, const void*
   if (bits % sizeof(uint32_t) == 0) return put_pieces<1, uint32_t>(exec, peer_bytes, own_bytes, num_bytes);
   put_pieces<1, unsigned char>(exec, peer_bytes, own_bytes, num_bytes);
 #else
-  if constexpr (kHasDraft<Exec>) {
-    if (exec.draft() != nullptr && exec.draft()->covers(peer_bytes)) [[unlikely]]
-      return exec.draft()->put(peer_bytes, own_bytes, num_bytes);
+  if constexpr (kHasOutgoing<Exec>) {
+    if (exec.outgoing() != nullptr && exec.outgoing()->covers(peer_bytes)) [[unlikely]]
+      return exec.outgoing()->put(peer_bytes, own_bytes, num_bytes);
   }
   if (is_streamed) {
     copy_streamed(static_cast<unsigned char*>(peer_bytes), static_cast<const unsigned char*>(own_bytes), num_bytes);
@@ -136,9 +136,9 @@ template <class Exec>
 M2N_HD void wrote([[maybe_unused]] const Exec& exec, [[maybe_unused]] void* peer_bytes,
                   [[maybe_unused]] uint64_t num_bytes) {
 #if !defined(__CUDA_ARCH__)
-  if constexpr (kHasDraft<Exec>) {
-    if (exec.draft() != nullptr && exec.draft()->covers(peer_bytes)) [[unlikely]]
-      exec.draft()->put(peer_bytes, peer_bytes, num_bytes);
+  if constexpr (kHasOutgoing<Exec>) {
+    if (exec.outgoing() != nullptr && exec.outgoing()->covers(peer_bytes)) [[unlikely]]
+      exec.outgoing()->put(peer_bytes, peer_bytes, num_bytes);
   }
 #endif
 }
@@ -148,9 +148,9 @@ M2N_HD void wrote([[maybe_unused]] const Exec& exec, [[maybe_unused]] void* peer
 template <class Exec>
 M2N_HD void flush([[maybe_unused]] const Exec& exec, [[maybe_unused]] const Signal* word) {
 #if !defined(__CUDA_ARCH__)
-  if constexpr (kHasDraft<Exec>) {
-    if (exec.draft() != nullptr && exec.draft()->covers(word)) [[unlikely]]
-      exec.draft()->finish(word);
+  if constexpr (kHasOutgoing<Exec>) {
+    if (exec.outgoing() != nullptr && exec.outgoing()->covers(word)) [[unlikely]]
+      exec.outgoing()->finish(word);
   }
 #endif
 }
@@ -168,15 +168,15 @@ M2N_HD bool drain(Exec& exec, uint32_t* arrivals, [[maybe_unused]] bool is_strea
 // Tells the peer that the slot is complete. Call where drain() was true.
 template <class Exec>
 M2N_HD void signal(Exec& exec, const PeerView& peer, Signal* word, Signal value) {
-  if constexpr (kHasDraft<Exec>) {
-    if (exec.draft() != nullptr && exec.draft()->covers(word)) [[unlikely]]
-      return exec.draft()->send(word, value);
+  if constexpr (kHasOutgoing<Exec>) {
+    if (exec.outgoing() != nullptr && exec.outgoing()->covers(word)) [[unlikely]]
+      return exec.outgoing()->send(word, value);
   }
   if constexpr (kHasRelay<Exec>) {
     if (exec.relay() != nullptr) [[unlikely]]
       return exec.relay()->send(word, value, peer.wake);
   }
-  if constexpr (!kHasDraft<Exec>) {
+  if constexpr (!kHasOutgoing<Exec>) {
     if (peer.doorbell != nullptr) return ring_doorbell(*peer.doorbell, word, value);
   }
   store_signal(word, value);  // SYNC: slot-signal

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Messages to a peer whose memory cannot be written from here. Its view points into a send area of the same layout;
-// what is put there is noted in a Draft, and signal() sends it. So the bodies of verbs are the same.
+// what is put there is noted in an OutgoingMessage, and signal() sends it. So the bodies of verbs are the same.
 #pragma once
 
 #include <cstdint>
@@ -32,9 +32,9 @@ class Wire {
 
 // One message as it is being written, by one thread. What it is put from must stay as it is until finish(), or
 // (`is_free_after`) until send() has returned.
-class Draft {
+class OutgoingMessage {
  public:
-  Draft(Wire& wire, bool is_free_after) : wire_(wire), is_free_after_(is_free_after) {}
+  OutgoingMessage(Wire& wire, bool is_free_after) : wire_(wire), is_free_after_(is_free_after) {}
 
   bool covers(const void* at) const { return wire_.covers(at); }
   void put(void* to, const void* from, uint64_t num_bytes) {

@@ -50,11 +50,11 @@ class HostExec {
   explicit HostExec(WakeWord* own_wake, SignalRelay* relay = nullptr, const NetworkSlot* network = nullptr)
       : own_wake_(own_wake), relay_(relay), network_(network) {}
   // The same, for sending one message over a network.
-  HostExec(const HostExec& exec, Draft* draft)
+  HostExec(const HostExec& exec, OutgoingMessage* outgoing)
       : own_wake_(exec.own_wake_),
         relay_(exec.relay_),
         network_(exec.network_),
-        draft_(draft),
+        outgoing_(outgoing),
         is_interruptible_(exec.is_interruptible_),
         is_woken_by_all_(load_relaxed(&exec.is_woken_by_all_)),  // relaxed, both: other threads wait meanwhile
         is_shared_(load_relaxed(&exec.is_shared_)) {}
@@ -66,8 +66,8 @@ class HostExec {
   uint32_t max_of_lanes(uint32_t value, uint32_t) const { return value; }
   void sync() {}
   int64_t now_ns() const { return m2n::now_ns(); }
-  SignalRelay* relay() const { return relay_; }  // nullptr: signals are stored here and now
-  Draft* draft() const { return draft_; }        // nullptr: bytes are written into the peer's memory
+  SignalRelay* relay() const { return relay_; }            // nullptr: signals are stored here and now
+  OutgoingMessage* outgoing() const { return outgoing_; }  // nullptr: bytes are written into the peer's memory
   void wake(WakeWord* wake) { wake_waiters(wake, futex_wake_all); }
   void wake_own() { wake_sleepers(own_wake_, network()); }
 
@@ -149,7 +149,7 @@ class HostExec {
   WakeWord* own_wake_;
   SignalRelay* relay_;
   const NetworkSlot* network_;
-  Draft* draft_ = nullptr;
+  OutgoingMessage* outgoing_ = nullptr;
   bool is_interruptible_ = true;
   uint32_t is_woken_by_all_ = 1;
   uint32_t is_shared_ = 0;  // did somebody else run on this core during the last wait? Any thread writes it

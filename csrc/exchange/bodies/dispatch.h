@@ -49,7 +49,7 @@ M2N_HD void put_dispatch(Exec& exec, const Layout& layout, const Shape& shape, c
     put(exec, meta + layout.dispatch_meta.weights(send.slot), send.weights + first, num_bytes);
   };
   if constexpr (std::is_void_v<In>) {
-    if constexpr (kHasDraft<Exec>) {
+    if constexpr (kHasOutgoing<Exec>) {
       if (send.is_packed) return pack_rows(exec, rows, send.header.num_rows, row_bytes, row_at, put_ids);
     }
     put_rows(exec, deal, rows, send.header.num_rows, row_bytes, send.is_streamed, row_at, put_ids);

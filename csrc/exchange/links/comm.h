@@ -147,7 +147,7 @@ class Comm : public PeerListener, public LinkListener, public std::enable_shared
 
   // Do this rank's verbs wake peers that sleep?
   virtual bool wakes_peers() const { return true; }
-  // By which verbs send over a network that have no draft.
+  // By which verbs send over a network that have no outgoing message.
   virtual const Doorbell* doorbell() const { return nullptr; }
   // A peer has joined, was dropped or given up; one at a time. Not called where the watcher found a loss.
   virtual void peers_changed() {}
@@ -215,8 +215,8 @@ class Comm : public PeerListener, public LinkListener, public std::enable_shared
   auto with_sender(Send&& send, bool is_free_after = false) {
     Network* network = network_.get();
     if (network == nullptr) return send(exec_);
-    Draft draft(*network, is_free_after);
-    HostExec exec(exec_, &draft);
+    OutgoingMessage outgoing(*network, is_free_after);
+    HostExec exec(exec_, &outgoing);
     return send(exec);
   }
 

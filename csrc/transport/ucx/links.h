@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One UCX worker and the links over it: sends what was drafted, and lets what arrives land in the windows.
+// One UCX worker and the links over it: sends what was put, and lets what arrives land in the windows.
 #pragma once
 
 #include <cstdint>

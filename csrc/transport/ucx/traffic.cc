@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Messages over the links: what was drafted goes out as one active message or as puts, and what arrives goes from UCX
+// Messages over the links: what was put goes out as one active message or as puts, and what arrives goes from UCX
 // straight into the windows.
 #include <sched.h>
 

@@ -110,8 +110,8 @@ class Rank final : public LinkListener {
       signal(exec, view, peers_word, value);
     };
     if (network == nullptr) return write(exec_);
-    Draft draft(*network, /*is_free_after=*/true);
-    write(HostExec(exec_, &draft));
+    OutgoingMessage outgoing(*network, /*is_free_after=*/true);
+    write(HostExec(exec_, &outgoing));
   }
   // Waits as a verb does.
   bool receive(Signal value) {
