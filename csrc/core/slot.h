@@ -62,6 +62,8 @@ struct SendSeq {
   uint32_t reply_rows = 0;  // rows that the reply to `sent` must announce
 
   M2N_HD bool awaits_reply() const { return sent != consumed; }
+  // The reply was read, or will not come.
+  M2N_HD void consume() { consumed = sent; }
 };
 
 // The answering side of one (link, slot).

@@ -13,6 +13,7 @@ AttentionComm::AttentionComm(const Shape& shape, uint32_t rank, uint32_t max_pee
       send_seqs_(static_cast<size_t>(max_peers) * layout_.num_slots, SendSeq{first_seq_, first_seq_, 0}),
       holds_(send_seqs_.size()),
       write_choices_(send_seqs_.size()),
+      outbox_{layout_, shape, meta_window()->data(), send_seqs_.data()},
       slots_(layout_.num_slots),
       hosts_nothing_(max_peers) {}
 
@@ -27,7 +28,7 @@ std::string AttentionComm::why_held() const { return "owe a reply: call combine_
 
 void AttentionComm::reset_peer(uint32_t peer_idx) {
   for (uint32_t slot = 0; slot < layout_.num_slots; ++slot) {
-    send_seq(peer_idx, slot) = {first_seq_, first_seq_, 0};
+    outbox_.seq(peer_idx, slot) = {first_seq_, first_seq_, 0};
     write_choices_[peer_idx * layout_.num_slots + slot] = {};
   }
 }
@@ -66,8 +67,7 @@ void AttentionComm::find_peers(Slot& slot, uint32_t slot_idx, const RouteView& r
       // Whoever is ours yet owes an answer, hosts nothing, and gets no rows.
       if (peer_idx != kNone && is_ours(static_cast<uint32_t>(peer_idx), slot_idx)) continue;
       while (peer_idx == kNone || !take_peer(static_cast<uint32_t>(peer_idx), slot_idx, rank)) {
-        const bool gets_rows = route.row_offsets[rank + 1] != route.row_offsets[rank];
-        peer_idx = gets_rows ? static_cast<int32_t>(require_live(rank)) : kNone;
+        peer_idx = rows_for(route, rank) != 0 ? static_cast<int32_t>(require_live(rank)) : kNone;
         if (peer_idx == kNone) break;
       }
       slot.peer_of_rank[rank] = peer_idx;
@@ -87,20 +87,20 @@ uint32_t AttentionComm::send_to_peer(uint32_t peer_idx, uint32_t slot_idx, const
   send.peer = peers_.entries[peer_idx].view;
   send.slot = slot_idx;
   send.header = header;
-  SendSeq& seq = send_seq(peer_idx, slot_idx);
+  SendSeq& seq = outbox_.seq(peer_idx, slot_idx);
   send.seq = seq.sent + 1;
   uint32_t reply_rows = 0;
   if (slot.route != nullptr) {
     const RouteView& view = slot.route->view();
     const uint32_t first = view.row_offsets[peer_rank];
-    send.header.num_rows = view.row_offsets[peer_rank + 1] - first;
+    send.header.num_rows = rows_for(view, peer_rank);
     send.x = x;
     send.x_stride_bytes = x_stride_bytes;
     send.x_dtype = x_dtype;
     send.token_of_row = view.token_of_row + first;
     send.ids = view.ids + static_cast<uint64_t>(first) * shape_.top_k;
     send.weights = view.weights + static_cast<uint64_t>(first) * shape_.top_k;
-    reply_rows = shape_.reduce_at == ReduceAt::kExpert ? send.header.num_rows : view.pair_counts[peer_rank];
+    reply_rows = reply_rows_for(shape_, view, peer_rank);
   }
   const auto put = [&](bool is_streamed) {
     send.is_streamed = is_streamed;
@@ -157,16 +157,26 @@ void AttentionComm::dispatch_send(const unsigned char* x, uint64_t x_stride_byte
   count_sent(num_messages, num_rows);
 }
 
-Look AttentionComm::look_for_reply(uint32_t peer_idx, uint32_t slot) {
-  const SendSeq& seq = send_seq(peer_idx, slot);
-  const auto is_live = [&] { return peers_.is_live(peer_idx); };
-  const Look look = look_for(own_signal(peer_idx, slot), seq.sent - 1, is_live);
-  // What is read next comes from the same core.
-  if (look == Look::kArrived) prefetch(own_meta(peer_idx) + meta().header(slot));
+Look AttentionComm::require_in_order(Look look, uint32_t peer_idx, uint32_t slot) {
   if (look != Look::kViolation) return look;
   const Signal seen = load_relaxed(own_signal(peer_idx, slot));  // relaxed: for the message only
-  raise_violation(peer_idx, "microbatch " + std::to_string(slot) + ": expected reply " + std::to_string(seq.sent) +
-                                ", saw " + std::to_string(signal_seq(seen)));
+  raise_violation(peer_idx, "microbatch " + std::to_string(slot) + ": expected reply " +
+                                std::to_string(outbox_.seq(peer_idx, slot).sent) + ", saw " +
+                                std::to_string(signal_seq(seen)));
+}
+
+Look AttentionComm::look_for_credit(uint32_t peer_idx, uint32_t slot) {
+  const auto is_live = [&] { return peers_.is_live(peer_idx); };
+  return require_in_order(m2n::look_for_credit(outbox_, peer_idx, slot, is_live), peer_idx, slot);
+}
+
+Look AttentionComm::look_for_rows(Slot& slot, uint32_t slot_idx, uint32_t rank) {
+  if (slot.is_gone[rank]) return Look::kGone;
+  const auto peer_idx = static_cast<uint32_t>(slot.peer_of_rank[rank]);
+  const auto is_live = [&] { return peers_.is_live(peer_idx); };
+  const Look look = require_in_order(look_for_reply(outbox_, peer_idx, slot_idx, is_live), peer_idx, slot_idx);
+  slot.is_gone[rank] = look == Look::kGone;
+  return look;
 }
 
 bool AttentionComm::is_ready(uint32_t microbatch) {
@@ -195,24 +205,21 @@ void AttentionComm::take_replies(Slot& slot, uint32_t slot_idx) {
   for (uint32_t rank = 0; rank < slot.peer_of_rank.size(); ++rank) {
     if (!owes_rows(slot, rank) || slot.is_gone[rank]) continue;
     const uint32_t peer_idx = static_cast<uint32_t>(slot.peer_of_rank[rank]);
-    SendSeq& seq = send_seq(peer_idx, slot_idx);
-    const uint32_t num_rows = signal_rows(poll_signal(own_signal(peer_idx, slot_idx)));
-    const Header header = own_header(peer_idx, slot_idx);
-    if (const std::string fault = find_fault(slot, slot_idx, peer_idx, num_rows, header); !fault.empty()) {
-      slot.is_gone[rank] = true;  // what it owed will not come
-      raise_violation(peer_idx, fault);
-    }
-    if (num_rows == kRefusedRows) {
+    const ArrivedReply reply = read_reply(outbox_, peer_idx, slot_idx, slot.layer);
+    if (reply.fault == ReplyFault::kRefused) {
       refused_by = static_cast<int32_t>(rank);
-      refused_expert = header.detail;
+      refused_expert = reply.header.detail;
+    } else if (reply.fault != ReplyFault::kNone) {
+      slot.is_gone[rank] = true;  // what it owed will not come
+      raise_fault(slot, slot_idx, peer_idx, reply);
     }
-    seq.consumed = seq.sent;
+    outbox_.seq(peer_idx, slot_idx).consume();
     // The rows of x are the caller's again: nothing reads them any more.
     if (is_over_network(peer_idx)) {
       network_.get()->finish(peer_signal(peers_.entries[peer_idx].view, layout_.dispatch_meta, slot_idx));
     }
     ++num_messages;
-    num_received += num_rows == kRefusedRows ? 0 : num_rows;
+    num_received += reply.fault == ReplyFault::kRefused ? 0 : reply.num_rows;
   }
   count_received(num_messages, num_received);
   if (refused_by == kNone) return;

@@ -12,6 +12,7 @@
 #include "core/hold.h"
 #include "exchange/bodies/combine.h"
 #include "exchange/bodies/dispatch.h"
+#include "exchange/bodies/outbox.h"
 #include "exchange/host/route.h"
 #include "exchange/host/write_choice.h"
 #include "exchange/links/roles.h"
@@ -69,7 +70,6 @@ class AttentionComm final : public AttentionRole {
   std::string why_held() const override;
   void reset_peer(uint32_t peer_idx) override;
 
-  SendSeq& send_seq(uint32_t peer_idx, uint32_t slot) { return send_seqs_[peer_idx * layout_.num_slots + slot]; }
   // From before a message is written until its reply is consumed, or given up.
   uint32_t& hold(uint32_t peer_idx, uint32_t slot) { return holds_[peer_idx * layout_.num_slots + slot]; }
   // Does this slot's own thread hold it?
@@ -77,11 +77,16 @@ class AttentionComm final : public AttentionRole {
   // Takes a hold of a live peer that is still the one of this rank.
   bool take_peer(uint32_t peer_idx, uint32_t slot, uint32_t rank);
   // Never kViolation: that raises.
-  Look look_for_reply(uint32_t peer_idx, uint32_t slot);
+  Look require_in_order(Look look, uint32_t peer_idx, uint32_t slot);
+  Look look_for_credit(uint32_t peer_idx, uint32_t slot);
   Look look_for_rows(Slot& slot, uint32_t slot_idx, uint32_t rank);
-  bool owes_rows(const Slot& slot, uint32_t rank) const;
+  bool owes_rows(const Slot& slot, uint32_t rank) const {
+    return m2n::owes_rows(slot.route->view(), slot.peer_of_rank.data(), rank);
+  }
   // Must a dispatch wait until this peer has answered the last, empty message?
-  bool is_awaited(uint32_t peer_idx, const RouteView* route) const;
+  bool is_awaited(uint32_t peer_idx, const RouteView* route) const {
+    return m2n::is_awaited(load_relaxed(&hosts_nothing_[peer_idx]) == 0, route, rank_of(peer_idx));
+  }
   // Waits for ready(); calls drop_late() once what it waits for is owed for give_up_ns_. False at the deadline.
   template <class Ready, class DropLate>
   bool wait_or_give_up(const Slot& slot, Ready&& ready, DropLate&& drop_late, int64_t deadline_ns);
@@ -95,9 +100,7 @@ class AttentionComm final : public AttentionRole {
   uint32_t send_to_peer(uint32_t peer_idx, uint32_t slot_idx, const Header& header, const Slot& slot,
                         const unsigned char* x, uint64_t x_stride_bytes, DType x_dtype);
   void wait_replies(Slot& slot, uint32_t slot_idx, int64_t deadline_ns, bool takes_nan);
-  // "": a reply that has come is as it must be, or a refusal.
-  std::string find_fault(const Slot& slot, uint32_t slot_idx, uint32_t peer_idx, uint32_t num_rows,
-                         const Header& header);
+  [[noreturn]] void raise_fault(const Slot& slot, uint32_t slot_idx, uint32_t peer_idx, const ArrivedReply& reply);
   void take_replies(Slot& slot, uint32_t slot_idx);
   void end_round(Slot& slot, uint32_t slot_idx);
   // Whose rows are missing: nothing is read of them, and nothing is awaited any more.
@@ -107,6 +110,7 @@ class AttentionComm final : public AttentionRole {
   std::vector<SendSeq> send_seqs_;          // [peer][slot]
   std::vector<uint32_t> holds_;             // likewise
   std::vector<WriteChoice> write_choices_;  // likewise
+  const OutboxView outbox_;
   std::vector<Slot> slots_;
   std::mutex hosts_mutex_;  // held for a moment; verbs look at hosts_nothing_ alone
   std::optional<std::vector<uint32_t>> hosts_;

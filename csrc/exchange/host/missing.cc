@@ -38,37 +38,18 @@ void AttentionComm::peers_changed() {
   }
 }
 
-bool AttentionComm::is_awaited(uint32_t peer_idx, const RouteView* route) const {
-  if (load_relaxed(&hosts_nothing_[peer_idx]) == 0) return true;
-  const uint32_t rank = rank_of(peer_idx);
-  return route != nullptr && rank < route->num_ranks && route->row_offsets[rank + 1] != route->row_offsets[rank];
-}
-
 bool AttentionComm::is_free(uint32_t microbatch, const RouteView* route) {
   if (is_busy(microbatch)) return false;
   for (uint32_t peer_idx = 0; peer_idx < peers_.size(); ++peer_idx) {
     if (!is_ours(peer_idx, microbatch)) continue;
-    SendSeq& seq = send_seq(peer_idx, microbatch);
-    if (seq.awaits_reply() && look_for_reply(peer_idx, microbatch) == Look::kPending) {
+    if (look_for_credit(peer_idx, microbatch) == Look::kPending) {
       if (is_awaited(peer_idx, route)) return false;
       continue;
     }
-    seq.consumed = seq.sent;
+    outbox_.seq(peer_idx, microbatch).consume();
     drop_hold(&hold(peer_idx, microbatch));
   }
   return true;
-}
-
-bool AttentionComm::owes_rows(const Slot& slot, uint32_t rank) const {
-  const RouteView& view = slot.route->view();
-  return view.row_offsets[rank + 1] != view.row_offsets[rank];
-}
-
-Look AttentionComm::look_for_rows(Slot& slot, uint32_t slot_idx, uint32_t rank) {
-  if (slot.is_gone[rank]) return Look::kGone;
-  const Look look = look_for_reply(static_cast<uint32_t>(slot.peer_of_rank[rank]), slot_idx);
-  slot.is_gone[rank] = look == Look::kGone;
-  return look;
 }
 
 bool AttentionComm::would_go(uint32_t microbatch, bool takes_nan) {
@@ -106,7 +87,7 @@ void AttentionComm::finish_empty_messages(uint32_t slot_idx, const RouteView* ro
   const auto is_late = [&](uint32_t peer_idx) { return is_ours(peer_idx, slot_idx) && is_awaited(peer_idx, route); };
   const auto drop_late = [&] {
     for (uint32_t peer_idx = 0; peer_idx < peers_.size(); ++peer_idx) {
-      if (is_late(peer_idx) && look_for_reply(peer_idx, slot_idx) == Look::kPending) give_up_late(peer_idx);
+      if (is_late(peer_idx) && look_for_credit(peer_idx, slot_idx) == Look::kPending) give_up_late(peer_idx);
     }
   };
   if (wait_or_give_up(slots_[slot_idx], [&] { return is_free(slot_idx, route); }, drop_late, deadline_ns)) {
@@ -149,15 +130,16 @@ void AttentionComm::wait_replies(Slot& slot, uint32_t slot_idx, int64_t deadline
   }
 }
 
-std::string AttentionComm::find_fault(const Slot& slot, uint32_t slot_idx, uint32_t peer_idx, uint32_t num_rows,
-                                      const Header& header) {
-  const SendSeq& seq = send_seq(peer_idx, slot_idx);
-  if (header.layer != slot.layer || header.microbatch != slot_idx) {
-    return "expected a reply to layer " + std::to_string(slot.layer) + " of microbatch " + std::to_string(slot_idx) +
-           ", got one to layer " + std::to_string(header.layer) + " of microbatch " + std::to_string(header.microbatch);
+void AttentionComm::raise_fault(const Slot& slot, uint32_t slot_idx, uint32_t peer_idx, const ArrivedReply& reply) {
+  const auto batch = [](uint32_t layer, uint32_t microbatch) {
+    return "layer " + std::to_string(layer) + " of microbatch " + std::to_string(microbatch);
+  };
+  if (reply.fault == ReplyFault::kBatch) {
+    raise_violation(peer_idx, "expected a reply to " + batch(slot.layer, slot_idx) + ", got one to " +
+                                  batch(reply.header.layer, reply.header.microbatch));
   }
-  if (num_rows == kRefusedRows || (num_rows == seq.reply_rows && header.num_rows == num_rows)) return "";
-  return "expected a reply of " + std::to_string(seq.reply_rows) + " rows, got " + std::to_string(num_rows);
+  raise_violation(peer_idx, "expected a reply of " + std::to_string(outbox_.seq(peer_idx, slot_idx).reply_rows) +
+                                " rows, got " + std::to_string(reply.num_rows));
 }
 
 Owed AttentionComm::missing(uint32_t microbatch) {
@@ -178,8 +160,7 @@ void AttentionComm::leave_missing(Slot& slot, uint32_t slot_idx) {
   for (uint32_t rank = 0; rank < slot.peer_of_rank.size(); ++rank) {
     if (!slot.is_gone[rank]) continue;
     const auto peer_idx = static_cast<uint32_t>(slot.peer_of_rank[rank]);
-    SendSeq& seq = send_seq(peer_idx, slot_idx);
-    seq.consumed = seq.sent;
+    outbox_.seq(peer_idx, slot_idx).consume();
     drop_hold(&hold(peer_idx, slot_idx));
     slot.peer_of_rank[rank] = kNone;
   }

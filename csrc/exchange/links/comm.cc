@@ -208,10 +208,4 @@ void Comm::list_pieces(const Signal* word, Signal value, std::vector<Piece>& pie
   add(view.rows + peer_rows().row_in_object(slot, 0) * peer_rows().row_bytes, num_rows * peer_rows().row_bytes);
 }
 
-Header Comm::own_header(uint32_t peer_idx, uint32_t slot) const {
-  Header header;
-  std::memcpy(&header, own_meta(peer_idx) + meta().header(slot), sizeof header);
-  return header;
-}
-
 }  // namespace m2n

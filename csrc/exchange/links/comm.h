@@ -203,7 +203,6 @@ class Comm : public PeerListener, public LinkListener, public std::enable_shared
   const unsigned char* own_meta(uint32_t peer_idx) const {
     return meta_window_->data() + peer_idx * meta().object_bytes;
   }
-  Header own_header(uint32_t peer_idx, uint32_t slot) const;
 
   // What arrives over a network arrives while somebody looks.
   void look_at_network() {

@@ -8,6 +8,7 @@
 #include "core/arrive.h"
 #include "exchange/bodies/combine.h"
 #include "exchange/bodies/dispatch.h"
+#include "exchange/bodies/outbox.h"
 #include "exchange/device/verbs/stream_wait.h"
 #include "exchange/device/verbs/wait.h"
 #include "exchange/rows/layout.h"
@@ -22,15 +23,11 @@ struct SlotState {
   uint32_t layer;      // of what its dispatch_send sent
 };
 
-struct AttentionView {
-  Layout layout;
-  Shape shape;
+struct AttentionView : OutboxView {
   uint32_t max_peers;
   uint32_t placement_version;  // which every message tells
   Peers peers;
   const unsigned char* rows;  // our own window of reply rows
-  const unsigned char* meta;  // and of their signals and headers, by peer index
-  SendSeq* seqs;              // [peer][slot]
   SlotState* slots;           // [slot]
   int32_t* peers_of_ranks;    // [slot][max_peers]: to whom dispatch_send sent; -1: nobody
   int32_t* sources_of_ranks;  // [slot][max_peers]: whose reply combine_recv may read; -1: there is none
@@ -40,25 +37,14 @@ struct AttentionView {
   uint64_t* status;  // [peer], host memory
   Counters* counters;
 
-  M2N_HD SendSeq& seq(uint32_t peer_idx, uint32_t slot) const { return seqs[peer_idx * layout.num_slots + slot]; }
   M2N_HD int32_t* peer_of_rank(uint32_t slot) const { return peers_of_ranks + uint64_t{slot} * max_peers; }
   M2N_HD int32_t* source_of_rank(uint32_t slot) const { return sources_of_ranks + uint64_t{slot} * max_peers; }
-  M2N_HD const unsigned char* meta_of(uint32_t peer_idx) const {
-    return meta + peer_idx * layout.combine_meta.object_bytes;
-  }
-  M2N_HD const Signal* signal_of(uint32_t peer_idx, uint32_t slot) const {
-    return reinterpret_cast<const Signal*>(meta_of(peer_idx) + layout.combine_meta.signal(slot));
-  }
+  // As far as a waiter knows: the state is far away, and read only where `is_long`.
+  M2N_HD bool is_live(uint32_t peer_idx, bool is_long) const { return !is_long || peers.on_host.is_live(peer_idx); }
 };
 
-// One look for the reply to the last message. The peer's state is read only where `is_long`.
 M2N_HD inline Look look_for_reply(const AttentionView& view, uint32_t peer_idx, uint32_t slot, bool is_long) {
-  const auto is_live = [&] { return !is_long || view.peers.on_host.is_live(peer_idx); };
-  return look_for(view.signal_of(peer_idx, slot), view.seq(peer_idx, slot).sent - 1, is_live);
-}
-
-M2N_HD inline uint32_t rows_for(const RouteView& route, uint32_t rank) {
-  return route.row_offsets[rank + 1] - route.row_offsets[rank];
+  return look_for_reply(view, peer_idx, slot, [&] { return view.is_live(peer_idx, is_long); });
 }
 
 struct DispatchVerb {
@@ -76,21 +62,9 @@ struct DispatchVerb {
 
 inline constexpr uint32_t kGo = 1, kGiveUp = 2;  // verdicts
 
-// Does a peer still owe the reply to the last message on this slot? That to an empty one is taken here.
-M2N_HD inline bool owes_reply(const AttentionView& view, uint32_t peer_idx, uint32_t slot, bool is_long) {
-  const SendSeq& seq = view.seq(peer_idx, slot);
-  if (!seq.awaits_reply()) return false;
-  const Look look = look_for_reply(view, peer_idx, slot, is_long);
-  if (look == Look::kGone) return false;
-  return look == Look::kPending || seq.reply_rows != 0;
-}
-
-// Must a dispatch wait for the answer to the last, empty message? Not where the peer hosts nothing and gets nothing: it
-// hears of the next dispatch that finds its slot free.
 M2N_HD inline bool is_awaited(const DispatchVerb& verb, uint32_t peer_idx) {
   const uint32_t rank = verb.view.peers.table.entries[peer_idx].rank;
-  if (rank < verb.view.num_ranks && verb.view.hosts[rank] != 0) return true;
-  return rank < verb.route.num_ranks && rows_for(verb.route, rank) != 0;
+  return is_awaited(rank < verb.view.num_ranks && verb.view.hosts[rank] != 0, &verb.route, rank);
 }
 
 // One thread waits until a peer has answered the last message on the slot. False: it has not.
@@ -99,8 +73,11 @@ M2N_HD bool free_slot_of_peer(Exec& exec, const DispatchVerb& verb, uint32_t pee
   const AttentionView& view = verb.view;
   SendSeq& seq = view.seq(peer_idx, verb.slot);
   if (!seq.awaits_reply()) return true;
-  if (owes_reply(view, peer_idx, verb.slot, false) && seq.reply_rows == 0 && !is_awaited(verb, peer_idx)) return true;
-  const auto is_free = [&](bool is_long) { return !owes_reply(view, peer_idx, verb.slot, is_long); };
+  const auto is_free = [&](bool is_long) {
+    const auto is_live = [&] { return view.is_live(peer_idx, is_long); };
+    return look_for_credit(view, peer_idx, verb.slot, is_live) != Look::kPending;
+  };
+  if (seq.reply_rows == 0 && !is_free(false) && !is_awaited(verb, peer_idx)) return true;
   const bool is_answered =
       wait_for(exec, &view.control->abort, [&] { return read_timeout(view.control, verb.timeout_ns); }, is_free);
   if (look_for_reply(view, peer_idx, verb.slot, false) == Look::kViolation) {
@@ -108,7 +85,7 @@ M2N_HD bool free_slot_of_peer(Exec& exec, const DispatchVerb& verb, uint32_t pee
     report(view.status + peer_idx, Status{Trouble::kViolation, Verb::kDispatchSend, verb.slot, seen});
   }
   if (is_answered) {
-    seq.consumed = seq.sent;
+    seq.consume();
   } else {
     report(view.status + peer_idx, Status{Trouble::kTimeout, Verb::kDispatchSend, verb.slot, 0});
   }
@@ -219,7 +196,7 @@ M2N_HD void finish_message(Exec& exec, const DispatchVerb& verb, uint32_t rank, 
   header.flags = verb.flags;
   header.num_rows = target.num_rows;
   ++seq.sent;
-  seq.reply_rows = view.shape.reduce_at == ReduceAt::kExpert ? header.num_rows : verb.route.pair_counts[rank];
+  seq.reply_rows = reply_rows_for(view.shape, verb.route, rank);
   ring(exec, target.peer, view.layout.dispatch_meta, verb.slot, seq.sent, header);
   add_relaxed(&view.counters->messages_sent, uint64_t{1});
   add_relaxed(&view.counters->rows_sent, uint64_t{header.num_rows});
@@ -268,11 +245,6 @@ struct CombineRecvVerb {
   uint32_t slot;
 };
 
-// Has a rank a reply with rows to give?
-M2N_HD inline bool owes_rows(const AttentionView& view, const RouteView& route, uint32_t slot, uint32_t rank) {
-  return view.peer_of_rank(slot)[rank] != kNone && rows_for(route, rank) != 0;
-}
-
 // What became of the reply that one peer owes; kNone: it may be read.
 M2N_HD inline Status judge_reply(const AttentionView& view, uint32_t peer_idx, uint32_t slot, Look look) {
   const auto trouble = [&](Trouble kind, uint32_t detail) { return Status{kind, Verb::kCombineRecv, slot, detail}; };
@@ -286,14 +258,19 @@ M2N_HD inline Status judge_reply(const AttentionView& view, uint32_t peer_idx, u
     case Look::kArrived:
       break;
   }
-  const uint32_t num_rows = signal_rows(poll_signal(view.signal_of(peer_idx, slot)));
-  const Header header = read_header(view.meta_of(peer_idx) + view.layout.combine_meta.header(slot));
-  if (header.layer != view.slots[slot].layer) return trouble(Trouble::kWrongBatch, header.layer);
-  if (header.microbatch != slot) return trouble(Trouble::kWrongBatch, header.microbatch);
-  if (num_rows == kRefusedRows) return trouble(Trouble::kRefused, header.detail);
-  const bool is_right = num_rows == view.seq(peer_idx, slot).reply_rows && header.num_rows == num_rows;
-  if (is_right) add_relaxed(&view.counters->rows_received, uint64_t{num_rows});
-  return trouble(is_right ? Trouble::kNone : Trouble::kViolation, num_rows);
+  const uint32_t layer = view.slots[slot].layer;
+  const ArrivedReply reply = read_reply(view, peer_idx, slot, layer);
+  switch (reply.fault) {
+    case ReplyFault::kRefused:
+      return trouble(Trouble::kRefused, reply.header.detail);
+    case ReplyFault::kBatch:
+      return trouble(Trouble::kWrongBatch, reply.header.layer != layer ? reply.header.layer : reply.header.microbatch);
+    case ReplyFault::kNumRows:
+      return trouble(Trouble::kViolation, reply.num_rows);
+    case ReplyFault::kNone:
+      add_relaxed(&view.counters->rows_received, uint64_t{reply.num_rows});
+  }
+  return trouble(Trouble::kNone, 0);
 }
 
 // One thread waits for the reply of one rank. True: it is late, and stays owed.
@@ -327,7 +304,8 @@ M2N_HD void run(Exec& exec, const AwaitVerb& verb) {
   bool is_late = slot.is_failed != 0;
   for (uint32_t rank = exec.thread(); rank < verb.route.num_ranks; rank += exec.num_threads()) {
     view.source_of_rank(verb.slot)[rank] = kNone;
-    if (slot.is_failed == 0 && owes_rows(view, verb.route, verb.slot, rank)) is_late |= await_reply(exec, verb, rank);
+    if (slot.is_failed == 0 && owes_rows(verb.route, view.peer_of_rank(verb.slot), rank))
+      is_late |= await_reply(exec, verb, rank);
   }
   const bool is_any_late = exec.any(is_late);
   if (is_leader(exec)) slot.is_late = is_any_late;
@@ -353,16 +331,16 @@ M2N_HD void run_as(Exec& exec, const CombineRecvVerb& verb) {
   combine_recv_as<T>(exec, view.layout, view.shape, recv);
   if (!exec.any(arrive(exec, &slot.gate.arrivals)) || slot.is_late != 0) return;
   for (uint32_t rank = exec.thread(); rank < verb.route.num_ranks; rank += exec.num_threads()) {
-    if (!owes_rows(view, verb.route, verb.slot, rank)) continue;
+    if (!owes_rows(verb.route, view.peer_of_rank(verb.slot), rank)) continue;
     SendSeq& seq = view.seq(static_cast<uint32_t>(view.peer_of_rank(verb.slot)[rank]), verb.slot);
-    seq.consumed = seq.sent;
+    seq.consume();
   }
 }
 
 // Is a reply with rows still to come?
 M2N_HD inline bool is_any_pending(const AttentionView& view, const RouteView& route, uint32_t slot, bool is_long) {
   for (uint32_t rank = 0; rank < route.num_ranks; ++rank) {
-    if (!owes_rows(view, route, slot, rank)) continue;
+    if (!owes_rows(route, view.peer_of_rank(slot), rank)) continue;
     const auto peer_idx = static_cast<uint32_t>(view.peer_of_rank(slot)[rank]);
     if (look_for_reply(view, peer_idx, slot, is_long) == Look::kPending) return true;
   }
