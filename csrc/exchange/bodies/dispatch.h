@@ -83,6 +83,15 @@ struct ArrivedMessage {
   const float* window_weights;  // likewise
 };
 
+// One message of a batch.
+struct BatchMessage {
+  ArrivedMessage arrived;
+  uint32_t seq;
+  uint32_t first_row;  // of the batch, in wire order
+
+  M2N_HD uint32_t end_row() const { return first_row + arrived.num_rows; }
+};
+
 enum class RecvError : uint32_t { kNone, kIdRange, kWeight, kNotHosted };
 
 struct RecvResult {
@@ -148,7 +157,7 @@ M2N_HD inline uint32_t count_pairs(const int32_t* idxs, uint32_t num_rows, uint3
 
 // dispatch_recv once all its messages have arrived and were taken: builds the index lists. Serial. `idxs` and
 // `weights` are the private copies, message after message; `next` is scratch [E].
-M2N_HD inline void dispatch_recv(const Layout& layout, const ArrivedMessage* messages, uint32_t num_messages,
+M2N_HD inline void dispatch_recv(const Layout& layout, const BatchMessage* messages, uint32_t num_messages,
                                  const int32_t* idxs, const float* weights, uint32_t num_local_experts, int32_t* next,
                                  const BatchView& batch) {
   for (uint32_t e = 0; e < num_local_experts; ++e) {
@@ -160,7 +169,7 @@ M2N_HD inline void dispatch_recv(const Layout& layout, const ArrivedMessage* mes
   uint32_t row_of_batch = 0;
   int32_t pair = 0;
   for (uint32_t i = 0; i < num_messages; ++i) {
-    const ArrivedMessage message = messages[i];
+    const ArrivedMessage message = messages[i].arrived;
     auto window_row = static_cast<int32_t>(layout.dispatch_rows.row_in_window(message.peer_idx, message.slot, 0));
     for (uint32_t row = 0; row < message.num_rows; ++row, ++row_of_batch, ++window_row) {
       const uint64_t from = static_cast<uint64_t>(row_of_batch) * top_k;

@@ -7,7 +7,7 @@
 
 #include "core/peer.h"
 #include "core/slot.h"
-#include "exchange/bodies/combine.h"
+#include "exchange/bodies/dispatch.h"
 #include "exchange/rows/layout.h"
 #include "exchange/rows/put_rows.h"
 
@@ -293,6 +293,41 @@ M2N_HD inline bool belongs(const InboxView& view, const Wanted& wanted, uint32_t
   const Inbox& box = view.at(peer_idx, microbatch);
   if (!box.is_pending || box.header.layer != layer || !view.is_served(peer_idx)) return false;
   return !wanted.is_strict() || wanted.is_listed(view.peers.entries[peer_idx].rank);
+}
+
+// The message that waits in a slot, as one of a batch.
+M2N_HD inline BatchMessage message_of(const InboxView& view, uint32_t peer_idx, uint32_t slot, uint32_t first_row) {
+  const Inbox& box = view.at(peer_idx, slot);
+  const unsigned char* meta = view.meta_of(peer_idx);
+  const auto* ids = reinterpret_cast<const int32_t*>(meta + view.layout.dispatch_meta.ids(slot));
+  const auto* weights = reinterpret_cast<const float*>(meta + view.layout.dispatch_meta.weights(slot));
+  return {{peer_idx, slot, box.header.num_rows, ids, weights}, box.seq.accepted, first_row};
+}
+
+// The experts that are hosted here.
+struct Hosted {
+  uint32_t num_experts;       // of all
+  const int32_t* expert_idx;  // [num_experts]: global id -> local index, -1: not hosted
+};
+
+enum class Taken : uint32_t { kForBatch, kRefused, kBroken };
+
+// Takes a message's ids and weights into private memory, by one thread. One that names an expert that is not hosted is
+// refused, which its sender learns; one that breaks the protocol is told in `violation`. Neither waits any longer.
+template <class Exec>
+M2N_HD Taken take_message(Exec& exec, const InboxView& view, const ArrivedMessage& message, const Hosted& hosted,
+                          int32_t* idxs, float* weights, Violation* violation) {
+  const RecvResult result = take_ids(message, view.layout.top_k, hosted.num_experts, hosted.expert_idx, idxs, weights);
+  if (result.error == RecvError::kNone) return Taken::kForBatch;
+  view.at(message.peer_idx, message.slot).is_pending = false;
+  if (result.error == RecvError::kNotHosted) {
+    const auto expert = static_cast<uint32_t>(result.value);
+    answer_empty(exec, view, message.peer_idx, message.slot, kRefusedRows, expert);
+    return Taken::kRefused;
+  }
+  const Breach breach = result.error == RecvError::kWeight ? Breach::kWeight : Breach::kIdRange;
+  *violation = {breach, message.peer_idx, message.slot, result.row, result.value};
+  return Taken::kBroken;
 }
 
 }  // namespace m2n

@@ -60,7 +60,7 @@ struct BlockAllocator {
 }  // namespace
 
 void Batch::drop_holds() {
-  for (const Message& message : messages) {
+  for (const BatchMessage& message : messages) {
     end_hold(&holds[message.arrived.peer_idx * num_slots + message.arrived.slot]);
   }
 }

@@ -12,20 +12,12 @@ namespace m2n {
 
 // One layer of one microbatch, from one or more attention ranks. Its rows lie in the window.
 struct Batch {
-  struct Message {
-    ArrivedMessage arrived;
-    uint32_t seq;
-    uint32_t first_row;  // of the batch, in wire order
-
-    uint32_t end_row() const { return first_row + arrived.num_rows; }
-  };
-
   const void* owner = nullptr;  // the comm that received it; only compared
   uint32_t layer = 0;
   uint32_t microbatch = 0;
-  uint32_t hosting = 0;           // which of the comm's sets of hosted experts its local indices mean: 0 the first one
-  std::vector<Message> messages;  // ascending peer index
-  std::vector<uint32_t> ranks;    // of the attention ranks, message by message
+  uint32_t hosting = 0;  // which of the comm's sets of hosted experts its local indices mean: 0 the first one
+  std::vector<BatchMessage> messages;  // ascending peer index
+  std::vector<uint32_t> ranks;         // of the attention ranks, message by message
   std::vector<int32_t> pair_begin, pair_position, row_index_by_expert, expert_offsets;
   std::vector<float> weights;
   bool is_answered = false;

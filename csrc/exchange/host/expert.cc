@@ -87,7 +87,7 @@ void ExpertComm::raise_breach(const Violation& violation) {
 uint32_t ExpertComm::num_just_arrived(const Batch* batch) const {
   uint32_t count = 0;
   if (batch == nullptr) return 0;
-  for (const Batch::Message& message : batch->messages) {
+  for (const BatchMessage& message : batch->messages) {
     count += inbox_view_.at(message.arrived.peer_idx, message.arrived.slot).seen_ns == kNever;
   }
   return count;
@@ -187,47 +187,37 @@ std::shared_ptr<Batch> ExpertComm::collect(uint32_t layer, uint32_t microbatch, 
     if (belongs(inbox_view_, wanted, layer, microbatch, peer_idx)) take_message(*batch, peer_idx, microbatch);
   }
   if (batch->messages.empty()) return nullptr;  // all of them were refused
-  for (const Batch::Message& message : batch->messages) {
+  for (const BatchMessage& message : batch->messages) {
     inbox(message.arrived.peer_idx, message.arrived.slot).is_pending = false;
   }
   build_lists(*batch);
   return batch;
 }
 
-// Takes one message into the batch; false when it was refused, which its sender learns.
-bool ExpertComm::take_message(Batch& batch, uint32_t peer_idx, uint32_t slot) {
-  Inbox& box = inbox(peer_idx, slot);
-  ArrivedMessage message{};
-  message.peer_idx = peer_idx;
-  message.slot = slot;
-  message.num_rows = box.header.num_rows;
-  message.window_ids = reinterpret_cast<const int32_t*>(inbox_view_.meta_of(peer_idx) + meta().ids(slot));
-  message.window_weights = reinterpret_cast<const float*>(inbox_view_.meta_of(peer_idx) + meta().weights(slot));
+void ExpertComm::take_message(Batch& batch, uint32_t peer_idx, uint32_t slot) {
   const uint32_t first_row = batch.messages.empty() ? 0 : batch.messages.back().end_row();
+  const BatchMessage message = message_of(inbox_view_, peer_idx, slot, first_row);
   const size_t from = size_t{first_row} * shape_.top_k;
-  const size_t end = from + size_t{message.num_rows} * shape_.top_k;
+  const size_t end = size_t{message.end_row()} * shape_.top_k;
   if (idxs_.size() < end) {
     idxs_.resize(end);
     row_weights_.resize(end);
   }
-  const RecvResult result = take_ids(message, shape_.top_k, shape_.num_experts, expert_idx_.data(), idxs_.data() + from,
-                                     row_weights_.data() + from);
-  if (result.error == RecvError::kNone) {
-    count_pairs(idxs_.data() + from, message.num_rows, shape_.top_k, batch.expert_offsets.data());
-    batch.messages.push_back({message, box.seq.accepted, first_row});
-    add_hold(&holds_[peer_idx * layout_.num_slots + slot]);  // under the lock that the returner takes too
-    batch.ranks.push_back(rank_of(peer_idx));
-    return true;
-  }
-  box.is_pending = false;
-  if (result.error == RecvError::kNotHosted) {
-    const auto detail = static_cast<uint32_t>(result.value);
-    with_sender([&](HostExec& exec) { answer_empty(exec, inbox_view_, peer_idx, slot, kRefusedRows, detail); });
+  int32_t* idxs = idxs_.data() + from;
+  const Hosted hosted{shape_.num_experts, expert_idx_.data()};
+  Violation violation;
+  const Taken taken = with_sender([&](HostExec& exec) {
+    return m2n::take_message(exec, inbox_view_, message.arrived, hosted, idxs, row_weights_.data() + from, &violation);
+  });
+  if (taken == Taken::kBroken) raise_breach(violation);
+  if (taken == Taken::kRefused) {
     add_relaxed(&stats_.messages_sent, uint64_t{1});
-    return false;
+    return;
   }
-  const Breach breach = result.error == RecvError::kWeight ? Breach::kWeight : Breach::kIdRange;
-  raise_breach({breach, peer_idx, slot, result.row, result.value});
+  count_pairs(idxs, message.arrived.num_rows, shape_.top_k, batch.expert_offsets.data());
+  batch.messages.push_back(message);
+  add_hold(&holds_[peer_idx * layout_.num_slots + slot]);  // under the lock that the returner takes too
+  batch.ranks.push_back(rank_of(peer_idx));
 }
 
 void ExpertComm::build_lists(Batch& batch) {
@@ -237,13 +227,11 @@ void ExpertComm::build_lists(Batch& batch) {
   batch.pair_position.resize(num_pairs);
   batch.row_index_by_expert.resize(num_pairs);
   batch.weights.resize(num_pairs);
-  arrived_.clear();
-  for (const Batch::Message& message : batch.messages) arrived_.push_back(message.arrived);
   const BatchView view{batch.pair_begin.data(), batch.pair_position.data(), batch.row_index_by_expert.data(),
                        batch.expert_offsets.data(), batch.weights.data()};
-  m2n::dispatch_recv(layout_, arrived_.data(), static_cast<uint32_t>(arrived_.size()), idxs_.data(),
+  m2n::dispatch_recv(layout_, batch.messages.data(), static_cast<uint32_t>(batch.messages.size()), idxs_.data(),
                      row_weights_.data(), num_local_experts_, next_.data(), view);
-  count_batch(arrived_.size(), batch.num_rows());
+  count_batch(batch.messages.size(), batch.num_rows());
 }
 
 void ExpertComm::combine_send(Batch& batch, const unsigned char* y, uint64_t y_stride_bytes, DType y_dtype,
@@ -263,7 +251,7 @@ void ExpertComm::answer(Batch& batch, const unsigned char* y, uint64_t y_stride_
   const Over over{batch};
   const PlainFloats floats;
   uint64_t num_rows = 0;
-  for (const Batch::Message& message : batch.messages) {
+  for (const BatchMessage& message : batch.messages) {
     const uint32_t peer_idx = message.arrived.peer_idx;
     const uint32_t first_row = message.first_row;
     CombineSend send{};

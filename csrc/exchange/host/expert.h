@@ -63,7 +63,8 @@ class ExpertComm final : public ExpertRole {
   std::shared_ptr<Batch> look(const Wanted& wanted, Found* found);
   std::shared_ptr<Batch> collect(uint32_t layer, uint32_t microbatch, const Wanted& wanted);
   void answer(Batch& batch, const unsigned char* y, uint64_t y_stride_bytes, DType y_dtype, bool is_reduced);
-  bool take_message(Batch& batch, uint32_t peer_idx, uint32_t slot);
+  // Into the batch, or refused.
+  void take_message(Batch& batch, uint32_t peer_idx, uint32_t slot);
   void build_lists(Batch& batch);
   [[noreturn]] void raise_breach(const Violation& violation);
 
@@ -78,7 +79,6 @@ class ExpertComm final : public ExpertRole {
   // Scratch of collect(), which only grows.
   std::vector<int32_t> idxs_, next_;
   std::vector<float> row_weights_;
-  std::vector<ArrivedMessage> arrived_;
 };
 
 }  // namespace m2n

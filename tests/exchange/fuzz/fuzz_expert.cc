@@ -63,7 +63,7 @@ class World {
 
   bool is_in_batch(const Peer& peer) const {
     for (const auto& batch : batches_) {
-      for (const Batch::Message& message : batch->messages) {
+      for (const BatchMessage& message : batch->messages) {
         if (message.arrived.peer_idx == peer.fake->idx()) return true;
       }
     }
@@ -214,7 +214,7 @@ class World {
     std::vector<std::pair<int32_t, float>> by_expert[kExperts];  // (window row, weight), by local expert
     std::vector<std::pair<int32_t, uint32_t>> wire;              // (window row, local expert)
     uint32_t num_rows = 0;
-    for (const Batch::Message& message : batch.messages) {
+    for (const BatchMessage& message : batch.messages) {
       Peer& peer = *peers_.at_index(message.arrived.peer_idx);
       Box& box = peer.boxes[message.arrived.slot];
       require(peers_.is_served(peer) && box.is_pending && message.arrived.slot == batch.microbatch,
@@ -273,12 +273,12 @@ class World {
     // Exactly as large as it must be, so that a read behind it is found.
     const std::vector<unsigned char> y(num_rows * row_bytes, bytes.take<uint8_t>());
     comm_->combine_send(*batch, y.data(), row_bytes, dtype, is_reduced);
-    const auto box_of = [&](const Batch::Message& message) -> Box& {
+    const auto box_of = [&](const BatchMessage& message) -> Box& {
       return peers_.at_index(message.arrived.peer_idx)->boxes[message.arrived.slot];
     };
-    for (const Batch::Message& message : batch->messages) box_of(message).replied = message.seq;
+    for (const BatchMessage& message : batch->messages) box_of(message).replied = message.seq;
     peers_.close_gone(layout_);
-    for (const Batch::Message& message : batch->messages) {
+    for (const BatchMessage& message : batch->messages) {
       const Peer& peer = *peers_.at_index(message.arrived.peer_idx);
       // What a peer that is gone sent too early, against the protocol, is answered already where it was empty.
       if (!peer.is_live && box_of(message).replied != message.seq) continue;

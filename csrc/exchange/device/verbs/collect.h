@@ -14,13 +14,6 @@
 
 namespace m2n {
 
-// One message of a batch.
-struct BatchMessage {
-  ArrivedMessage arrived;
-  uint32_t seq;
-  uint32_t first_row;  // of the batch, in wire order
-};
-
 // The batch of a slot, as the verbs know it.
 struct BatchState {
   uint32_t is_open;  // received and not answered: its lists are in use
@@ -60,21 +53,6 @@ struct Collected {
   Violation violation;
 };
 
-M2N_HD inline BatchMessage message_of(const ExpertView& view, uint32_t peer_idx, uint32_t slot, uint32_t first_row) {
-  const InboxView& inbox = view.inbox;
-  const Inbox& box = inbox.at(peer_idx, slot);
-  const unsigned char* meta = inbox.meta_of(peer_idx);
-  BatchMessage message{};
-  message.arrived.peer_idx = peer_idx;
-  message.arrived.slot = slot;
-  message.arrived.num_rows = box.header.num_rows;
-  message.arrived.window_ids = reinterpret_cast<const int32_t*>(meta + inbox.layout.dispatch_meta.ids(slot));
-  message.arrived.window_weights = reinterpret_cast<const float*>(meta + inbox.layout.dispatch_meta.weights(slot));
-  message.seq = box.seq.accepted;
-  message.first_row = first_row;
-  return message;
-}
-
 // Which messages go into the batch, in the order of joining; all threads learn the same. `row_counts` is shared.
 template <class Exec>
 M2N_HD Collected list_messages(Exec& exec, const ExpertView& view, const Wanted& wanted, uint32_t layer,
@@ -94,7 +72,7 @@ M2N_HD Collected list_messages(Exec& exec, const ExpertView& view, const Wanted&
   for (uint32_t i = 0; i < num_peers; ++i) {
     if (row_counts[i] == kAbsent) continue;
     if (found.num_messages % exec.num_threads() == exec.thread()) {
-      const BatchMessage message = message_of(view, i, microbatch, found.num_rows);
+      const BatchMessage message = message_of(view.inbox, i, microbatch, found.num_rows);
       view.slots[microbatch].messages[found.num_messages] = message;
       if (ranks != nullptr) ranks[found.num_messages] = view.inbox.peers.entries[i].rank;
     }
@@ -176,39 +154,19 @@ M2N_HD uint32_t build_lists(Exec& exec, const ExpertView& view, const SlotLists&
   return tally.total(num_experts);
 }
 
-// One thread takes a message of which something is wrong. False: refused, which its sender learns, or broken.
+// The leader takes them one by one, so that what is refused or broken is told; whatever else came stays pending, for
+// the next look.
 template <class Exec>
-M2N_HD bool take_message(Exec& exec, const ExpertView& view, uint32_t peer_idx, uint32_t slot, Collected& batch) {
-  Inbox& box = view.inbox.at(peer_idx, slot);
-  const BatchMessage message = message_of(view, peer_idx, slot, batch.num_rows);
-  const uint64_t from = uint64_t{batch.num_rows} * view.shape.top_k;
-  const RecvResult result = take_ids(message.arrived, view.shape.top_k, view.shape.num_experts, view.expert_idx,
-                                     view.idxs + from, view.row_weights + from);
-  if (result.error == RecvError::kNone) {
-    view.slots[slot].messages[batch.num_messages++] = message;
-    batch.num_rows += message.arrived.num_rows;
-    return true;
+M2N_HD Violation refuse(Exec& exec, const ExpertView& view, const Wanted& wanted, uint32_t layer, uint32_t microbatch) {
+  Violation violation;
+  for (uint32_t i = 0; i < view.inbox.peers.size() && violation.breach == Breach::kNone; ++i) {
+    if (!belongs(view.inbox, wanted, layer, microbatch, i)) continue;
+    const ArrivedMessage message = message_of(view.inbox, i, microbatch, 0).arrived;
+    const Hosted hosted{view.shape.num_experts, view.expert_idx};
+    const Taken taken = take_message(exec, view.inbox, message, hosted, view.idxs, view.row_weights, &violation);
+    if (taken == Taken::kRefused) add_relaxed(&view.counters->messages_sent, uint64_t{1});
   }
-  box.is_pending = false;
-  if (result.error == RecvError::kNotHosted) {
-    answer_empty(exec, view.inbox, peer_idx, slot, kRefusedRows, static_cast<uint32_t>(result.value));
-    add_relaxed(&view.counters->messages_sent, uint64_t{1});
-    return false;
-  }
-  const Breach breach = result.error == RecvError::kWeight ? Breach::kWeight : Breach::kIdRange;
-  batch.violation = {breach, peer_idx, slot, result.row, result.value};
-  return false;
-}
-
-// The leader sorts out what is refused or broken; whatever else came stays pending, for the next look.
-template <class Exec>
-M2N_HD void refuse(Exec& exec, const ExpertView& view, const Wanted& wanted, uint32_t layer, uint32_t microbatch,
-                   Collected& batch) {
-  batch = {};
-  for (uint32_t i = 0; i < view.inbox.peers.size() && batch.violation.breach == Breach::kNone; ++i) {
-    if (belongs(view.inbox, wanted, layer, microbatch, i)) take_message(exec, view, i, microbatch, batch);
-  }
-  batch.num_messages = batch.num_rows = 0;
+  return violation;
 }
 
 // Takes all messages of (layer, microbatch) and builds the lists. Without messages: some were refused, or one breaks
@@ -220,15 +178,15 @@ M2N_HD Collected collect(Exec& exec, const ExpertView& view, const Wanted& wante
   Collected batch = list_messages(exec, view, wanted, layer, microbatch, exec.shared(), ranks);
   if (!take_rows(exec, view, slot, batch.num_messages)) {
     uint32_t* shared = exec.shared();
+    Collected none;
     if (is_leader(exec)) {
-      refuse(exec, view, wanted, layer, microbatch, batch);
-      shared[0] = static_cast<uint32_t>(batch.violation.breach);
+      none.violation = refuse(exec, view, wanted, layer, microbatch);
+      shared[0] = static_cast<uint32_t>(none.violation.breach);
     }
     exec.sync();
-    Collected none;
     none.violation.breach = static_cast<Breach>(shared[0]);
     exec.sync();
-    return is_leader(exec) ? batch : none;
+    return none;
   }
   batch.num_pairs = build_lists(exec, view, slot, batch);
   for (uint32_t i = exec.thread(); i < batch.num_messages; i += exec.num_threads()) {
