@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "exchange/links/comm.h"
+#include "exchange/links/membership.h"
 
 namespace m2n {
 namespace {

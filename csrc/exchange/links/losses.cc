@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The words for a peer that is gone, and the giving up of one that does not answer.
-#include "exchange/links/comm.h"
+#include "exchange/links/membership.h"
 
 #include <cstdio>
 

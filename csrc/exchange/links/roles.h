@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "exchange/bodies/inbox.h"
-#include "exchange/links/comm.h"
+#include "exchange/links/membership.h"
 
 namespace m2n {
 

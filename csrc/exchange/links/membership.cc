@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Set-up and end of a comm, and what it tells; the same for both roles.
-#include "exchange/links/comm.h"
+#include "exchange/links/membership.h"
 
 #include <algorithm>
 #include <cstring>
