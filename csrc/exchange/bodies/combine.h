@@ -33,6 +33,15 @@ struct CombineSend {
   bool is_streamed;              // on the host: rows that travel as they are go past the caches
 };
 
+// Which message, by its rows in the batch.
+M2N_HD inline void choose_rows(CombineSend& send, ReduceAt reduce_at, uint32_t first_row, uint32_t num_rows) {
+  const int32_t* pair_begin = send.pair_begin + first_row;
+  send.first_row = first_row;
+  send.num_rows = num_rows;
+  send.header.num_rows =
+      reduce_at == ReduceAt::kExpert ? num_rows : static_cast<uint32_t>(pair_begin[num_rows] - pair_begin[0]);
+}
+
 template <class In>
 M2N_HD const In* row_of(const unsigned char* base, uint64_t stride_bytes, uint64_t row) {
   return reinterpret_cast<const In*>(base + row * stride_bytes);

@@ -31,6 +31,15 @@ struct DispatchSend {
   bool is_packed;               // to a send area: its rows are first copied there
 };
 
+// Which rows of a route, in the messages' order; else it is an empty message.
+M2N_HD inline void choose_rows(DispatchSend& send, const RouteView& route, uint32_t top_k, uint32_t first_row,
+                               uint32_t num_rows) {
+  send.header.num_rows = num_rows;
+  send.token_of_row = route.token_of_row + first_row;
+  send.ids = route.ids + uint64_t{first_row} * top_k;
+  send.weights = route.weights + uint64_t{first_row} * top_k;
+}
+
 // Writes the rows straight from x into the peer's window. The slot must be free. In: the type of x where they become
 // float8 on their way; void: they travel as they are.
 template <class In, class Exec>

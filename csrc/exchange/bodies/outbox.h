@@ -15,6 +15,7 @@ namespace m2n {
 struct OutboxView {
   Layout layout;
   Shape shape;
+  PeerTable watched;          // the peers' states as they are told: where that is far away, long looks alone read it
   const unsigned char* meta;  // our own window of meta objects, by peer index
   SendSeq* seqs;              // [peer][slot]
 
@@ -42,8 +43,8 @@ M2N_HD inline bool owes_rows(const RouteView& route, const int32_t* peer_of_rank
 }
 
 // One look for the reply to the last message of a slot.
-template <class IsLive>
-M2N_HD Look look_for_reply(const OutboxView& view, uint32_t peer_idx, uint32_t slot, IsLive&& is_live) {
+M2N_HD inline Look look_for_reply(const OutboxView& view, uint32_t peer_idx, uint32_t slot, bool is_long = true) {
+  const auto is_live = [&] { return !is_long || view.watched.is_live(peer_idx); };
   const Look look = look_for(view.signal_of(peer_idx, slot), view.seq(peer_idx, slot).sent - 1, is_live);
   // What is read next comes from the same core.
   if (look == Look::kArrived) prefetch(view.meta_of(peer_idx) + view.layout.combine_meta.header(slot));
@@ -52,11 +53,10 @@ M2N_HD Look look_for_reply(const OutboxView& view, uint32_t peer_idx, uint32_t s
 
 // Does a peer still owe what the next message of a slot waits for: the reply to the last one? kPending: it does; only
 // combine_recv takes a reply with rows. Else it is to be consumed.
-template <class IsLive>
-M2N_HD Look look_for_credit(const OutboxView& view, uint32_t peer_idx, uint32_t slot, IsLive&& is_live) {
+M2N_HD inline Look look_for_credit(const OutboxView& view, uint32_t peer_idx, uint32_t slot, bool is_long = true) {
   const SendSeq& seq = view.seq(peer_idx, slot);
   if (!seq.awaits_reply()) return Look::kArrived;
-  const Look look = look_for_reply(view, peer_idx, slot, is_live);
+  const Look look = look_for_reply(view, peer_idx, slot, is_long);
   return look == Look::kGone || seq.reply_rows == 0 ? look : Look::kPending;
 }
 

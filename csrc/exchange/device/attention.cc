@@ -39,6 +39,7 @@ DeviceAttentionComm::DeviceAttentionComm(const Shape& shape, uint32_t rank, uint
   view_.max_peers = max_peers;
   view_.placement_version = placement_version;
   view_.peers = memory_.mirror(peers_, max_peers);
+  view_.watched = view_.peers.on_host;
   view_.rows = rows_window()->data();
   view_.meta = meta_window()->data();
   view_.seqs = memory_.uploaded(std::vector<SendSeq>(per_slot, SendSeq{first_seq_, first_seq_, 0}));

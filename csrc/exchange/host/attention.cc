@@ -13,7 +13,7 @@ AttentionComm::AttentionComm(const Shape& shape, uint32_t rank, uint32_t max_pee
       send_seqs_(static_cast<size_t>(max_peers) * layout_.num_slots, SendSeq{first_seq_, first_seq_, 0}),
       holds_(send_seqs_.size()),
       write_choices_(send_seqs_.size()),
-      outbox_{layout_, shape, meta_window()->data(), send_seqs_.data()},
+      outbox_{layout_, shape, peers_, meta_window()->data(), send_seqs_.data()},
       slots_(layout_.num_slots),
       hosts_nothing_(max_peers) {}
 
@@ -80,26 +80,15 @@ void AttentionComm::find_peers(Slot& slot, uint32_t slot_idx, const RouteView& r
   }
 }
 
-uint32_t AttentionComm::send_to_peer(uint32_t peer_idx, uint32_t slot_idx, const Header& header, const Slot& slot,
-                                     const unsigned char* x, uint64_t x_stride_bytes, DType x_dtype) {
+uint32_t AttentionComm::send_to_peer(uint32_t peer_idx, const Slot& slot, DispatchSend send) {
   const uint32_t peer_rank = rank_of(peer_idx);
-  DispatchSend send{};
   send.peer = peers_.entries[peer_idx].view;
-  send.slot = slot_idx;
-  send.header = header;
-  SendSeq& seq = outbox_.seq(peer_idx, slot_idx);
+  SendSeq& seq = outbox_.seq(peer_idx, send.slot);
   send.seq = seq.sent + 1;
   uint32_t reply_rows = 0;
   if (slot.route != nullptr) {
     const RouteView& view = slot.route->view();
-    const uint32_t first = view.row_offsets[peer_rank];
-    send.header.num_rows = rows_for(view, peer_rank);
-    send.x = x;
-    send.x_stride_bytes = x_stride_bytes;
-    send.x_dtype = x_dtype;
-    send.token_of_row = view.token_of_row + first;
-    send.ids = view.ids + static_cast<uint64_t>(first) * shape_.top_k;
-    send.weights = view.weights + static_cast<uint64_t>(first) * shape_.top_k;
+    choose_rows(send, view, shape_.top_k, view.row_offsets[peer_rank], rows_for(view, peer_rank));
     reply_rows = reply_rows_for(shape_, view, peer_rank);
   }
   const auto put = [&](bool is_streamed) {
@@ -114,7 +103,7 @@ uint32_t AttentionComm::send_to_peer(uint32_t peer_idx, uint32_t slot_idx, const
     if (send.is_packed) add_relaxed(&stats_.bytes_packed, send.header.num_rows * layout_.dispatch_rows.row_bytes);
     put(false);
   } else {
-    WriteChoice& choice = write_choices_[peer_idx * layout_.num_slots + slot_idx];
+    WriteChoice& choice = write_choices_[peer_idx * layout_.num_slots + send.slot];
     choice.send(send.header.num_rows * layout_.dispatch_rows.row_bytes, put);
   }
   seq.sent = send.seq;
@@ -141,17 +130,21 @@ void AttentionComm::dispatch_send(const unsigned char* x, uint64_t x_stride_byte
   slot.is_gone.assign(slot.peer_of_rank.size(), false);
   slot.is_busy = true;
   slot.sent_ns = give_up_ns_ == kForeverNs ? kForeverNs : now_ns();
-  Header header{};
-  header.layer = layer;
-  header.microbatch = microbatch;
-  header.placement_version = placement_version;
+  DispatchSend send{};
+  send.slot = microbatch;
+  send.header.layer = layer;
+  send.header.microbatch = microbatch;
+  send.header.placement_version = placement_version;
+  send.x = x;
+  send.x_stride_bytes = x_stride_bytes;
+  send.x_dtype = x_dtype;
   // Each attention rank starts with another peer, so that they do not all write to one at a time.
   const uint32_t num_ranks = slot.route->view().num_ranks;
   uint64_t num_messages = 0, num_rows = 0;
   for (uint32_t i = 0; i < num_ranks; ++i) {
     const int32_t peer_idx = slot.peer_of_rank[(rank_ + i) % num_ranks];
     if (peer_idx == kNone) continue;
-    num_rows += send_to_peer(static_cast<uint32_t>(peer_idx), microbatch, header, slot, x, x_stride_bytes, x_dtype);
+    num_rows += send_to_peer(static_cast<uint32_t>(peer_idx), slot, send);
     ++num_messages;
   }
   count_sent(num_messages, num_rows);
@@ -165,16 +158,10 @@ Look AttentionComm::require_in_order(Look look, uint32_t peer_idx, uint32_t slot
                                 std::to_string(signal_seq(seen)));
 }
 
-Look AttentionComm::look_for_credit(uint32_t peer_idx, uint32_t slot) {
-  const auto is_live = [&] { return peers_.is_live(peer_idx); };
-  return require_in_order(m2n::look_for_credit(outbox_, peer_idx, slot, is_live), peer_idx, slot);
-}
-
 Look AttentionComm::look_for_rows(Slot& slot, uint32_t slot_idx, uint32_t rank) {
   if (slot.is_gone[rank]) return Look::kGone;
   const auto peer_idx = static_cast<uint32_t>(slot.peer_of_rank[rank]);
-  const auto is_live = [&] { return peers_.is_live(peer_idx); };
-  const Look look = require_in_order(look_for_reply(outbox_, peer_idx, slot_idx, is_live), peer_idx, slot_idx);
+  const Look look = require_in_order(look_for_reply(outbox_, peer_idx, slot_idx), peer_idx, slot_idx);
   slot.is_gone[rank] = look == Look::kGone;
   return look;
 }
@@ -264,17 +251,18 @@ void AttentionComm::idle(int64_t deadline_ns, uint32_t placement_version) {
     Slot& slot = slots_[slot_idx];
     if (slot.is_busy) continue;
     finish_empty_messages(slot_idx, nullptr, deadline_ns);
-    Header header{};
-    header.microbatch = slot_idx;
-    header.placement_version = placement_version;
-    header.flags = kFlagIdleNext;
+    DispatchSend send{};
+    send.slot = slot_idx;
+    send.header.microbatch = slot_idx;
+    send.header.placement_version = placement_version;
+    send.header.flags = kFlagIdleNext;
     slot.route.reset();
     slot.sent_ns = give_up_ns_ == kForeverNs ? kForeverNs : now_ns();
     uint64_t num_messages = 0;
     for (uint32_t peer_idx = 0; peer_idx < peers_.size(); ++peer_idx) {
       // Whoever is ours yet owes an answer, hosts nothing, and is not waited for.
       if (is_ours(peer_idx, slot_idx) || !take_peer(peer_idx, slot_idx, rank_of(peer_idx))) continue;
-      send_to_peer(peer_idx, slot_idx, header, slot, nullptr, 0, DType::kFloat32);
+      send_to_peer(peer_idx, slot, send);
       ++num_messages;
     }
     count_sent(num_messages, 0);

@@ -76,12 +76,15 @@ class AttentionComm final : public AttentionRole {
   bool is_ours(uint32_t peer_idx, uint32_t slot) { return load_relaxed(&hold(peer_idx, slot)) != 0; }
   // Takes a hold of a live peer that is still the one of this rank.
   bool take_peer(uint32_t peer_idx, uint32_t slot, uint32_t rank);
-  // Never kViolation: that raises.
+  // Of the two looks of outbox.h; raises where it is kViolation.
   Look require_in_order(Look look, uint32_t peer_idx, uint32_t slot);
-  Look look_for_credit(uint32_t peer_idx, uint32_t slot);
   Look look_for_rows(Slot& slot, uint32_t slot_idx, uint32_t rank);
   bool owes_rows(const Slot& slot, uint32_t rank) const {
     return m2n::owes_rows(slot.route->view(), slot.peer_of_rank.data(), rank);
+  }
+  // Does a peer still owe what the next message of a slot waits for?
+  bool is_owing(uint32_t peer_idx, uint32_t slot) {
+    return require_in_order(look_for_credit(outbox_, peer_idx, slot), peer_idx, slot) == Look::kPending;
   }
   // Must a dispatch wait until this peer has answered the last, empty message?
   bool is_awaited(uint32_t peer_idx, const RouteView* route) const {
@@ -96,9 +99,8 @@ class AttentionComm final : public AttentionRole {
   void find_peers(Slot& slot, uint32_t slot_idx, const RouteView& route);
   // The replies to empty messages are awaited here, not by combine_recv.
   void finish_empty_messages(uint32_t slot_idx, const RouteView* route, int64_t deadline_ns);
-  // Returns the number of rows.
-  uint32_t send_to_peer(uint32_t peer_idx, uint32_t slot_idx, const Header& header, const Slot& slot,
-                        const unsigned char* x, uint64_t x_stride_bytes, DType x_dtype);
+  // `send` but for what differs from peer to peer. Returns the number of rows.
+  uint32_t send_to_peer(uint32_t peer_idx, const Slot& slot, DispatchSend send);
   void wait_replies(Slot& slot, uint32_t slot_idx, int64_t deadline_ns, bool takes_nan);
   [[noreturn]] void raise_fault(const Slot& slot, uint32_t slot_idx, uint32_t peer_idx, const ArrivedReply& reply);
   void take_replies(Slot& slot, uint32_t slot_idx);

@@ -251,28 +251,22 @@ void ExpertComm::answer(Batch& batch, const unsigned char* y, uint64_t y_stride_
   const Over over{batch};
   const PlainFloats floats;
   uint64_t num_rows = 0;
+  CombineSend send{};
+  send.header.layer = batch.layer;
+  send.header.microbatch = batch.microbatch;
+  send.y = y;
+  send.y_stride_bytes = y_stride_bytes;
+  send.y_dtype = y_dtype;
+  send.is_reduced = is_reduced;
+  send.pair_begin = batch.pair_begin.data();
+  send.pair_position = batch.pair_position.data();
+  send.weights = batch.weights.data();
   for (const BatchMessage& message : batch.messages) {
     const uint32_t peer_idx = message.arrived.peer_idx;
-    const uint32_t first_row = message.first_row;
-    CombineSend send{};
     send.peer = peers_.entries[peer_idx].view;
     send.slot = message.arrived.slot;
     send.seq = message.seq;
-    send.header.layer = batch.layer;
-    send.header.microbatch = batch.microbatch;
-    send.first_row = first_row;
-    send.num_rows = message.arrived.num_rows;
-    send.header.num_rows =
-        shape_.reduce_at == ReduceAt::kExpert
-            ? send.num_rows
-            : static_cast<uint32_t>(batch.pair_begin[first_row + send.num_rows] - batch.pair_begin[first_row]);
-    send.y = y;
-    send.y_stride_bytes = y_stride_bytes;
-    send.y_dtype = y_dtype;
-    send.is_reduced = is_reduced;
-    send.pair_begin = batch.pair_begin.data();
-    send.pair_position = batch.pair_position.data();
-    send.weights = batch.weights.data();
+    choose_rows(send, shape_.reduce_at, message.first_row, message.arrived.num_rows);
     {
       // Before the signal: the answer may bring the next message at once.
       std::lock_guard lock(inbox_mutex_);

@@ -42,7 +42,7 @@ bool AttentionComm::is_free(uint32_t microbatch, const RouteView* route) {
   if (is_busy(microbatch)) return false;
   for (uint32_t peer_idx = 0; peer_idx < peers_.size(); ++peer_idx) {
     if (!is_ours(peer_idx, microbatch)) continue;
-    if (look_for_credit(peer_idx, microbatch) == Look::kPending) {
+    if (is_owing(peer_idx, microbatch)) {
       if (is_awaited(peer_idx, route)) return false;
       continue;
     }
@@ -87,7 +87,7 @@ void AttentionComm::finish_empty_messages(uint32_t slot_idx, const RouteView* ro
   const auto is_late = [&](uint32_t peer_idx) { return is_ours(peer_idx, slot_idx) && is_awaited(peer_idx, route); };
   const auto drop_late = [&] {
     for (uint32_t peer_idx = 0; peer_idx < peers_.size(); ++peer_idx) {
-      if (is_late(peer_idx) && look_for_credit(peer_idx, slot_idx) == Look::kPending) give_up_late(peer_idx);
+      if (is_late(peer_idx) && is_owing(peer_idx, slot_idx)) give_up_late(peer_idx);
     }
   };
   if (wait_or_give_up(slots_[slot_idx], [&] { return is_free(slot_idx, route); }, drop_late, deadline_ns)) {

@@ -39,13 +39,7 @@ struct AttentionView : OutboxView {
 
   M2N_HD int32_t* peer_of_rank(uint32_t slot) const { return peers_of_ranks + uint64_t{slot} * max_peers; }
   M2N_HD int32_t* source_of_rank(uint32_t slot) const { return sources_of_ranks + uint64_t{slot} * max_peers; }
-  // As far as a waiter knows: the state is far away, and read only where `is_long`.
-  M2N_HD bool is_live(uint32_t peer_idx, bool is_long) const { return !is_long || peers.on_host.is_live(peer_idx); }
 };
-
-M2N_HD inline Look look_for_reply(const AttentionView& view, uint32_t peer_idx, uint32_t slot, bool is_long) {
-  return look_for_reply(view, peer_idx, slot, [&] { return view.is_live(peer_idx, is_long); });
-}
 
 struct DispatchVerb {
   AttentionView view;
@@ -74,8 +68,7 @@ M2N_HD bool free_slot_of_peer(Exec& exec, const DispatchVerb& verb, uint32_t pee
   SendSeq& seq = view.seq(peer_idx, verb.slot);
   if (!seq.awaits_reply()) return true;
   const auto is_free = [&](bool is_long) {
-    const auto is_live = [&] { return view.is_live(peer_idx, is_long); };
-    return look_for_credit(view, peer_idx, verb.slot, is_live) != Look::kPending;
+    return look_for_credit(view, peer_idx, verb.slot, is_long) != Look::kPending;
   };
   if (seq.reply_rows == 0 && !is_free(false) && !is_awaited(verb, peer_idx)) return true;
   const bool is_answered =
@@ -137,21 +130,6 @@ struct Target {
 };
 static_assert(sizeof(Target) <= shared_words(1) * sizeof(uint32_t) - shared_words(0) * sizeof(uint32_t));
 
-// Rows of `target`, in the messages' order.
-M2N_HD inline DispatchSend rows_of(const DispatchVerb& verb, const Target& target) {
-  const uint64_t first = target.first_row;
-  DispatchSend send{};
-  send.peer = target.peer;
-  send.slot = verb.slot;
-  send.header.num_rows = target.num_rows;
-  send.x = verb.x;
-  send.x_stride_bytes = verb.x_stride_bytes;
-  send.token_of_row = verb.route.token_of_row + first;
-  send.ids = verb.route.ids + first * verb.view.shape.top_k;
-  send.weights = verb.route.weights + first * verb.view.shape.top_k;
-  return send;
-}
-
 // By the threads of a block, a rank each. What does not depend on the verdict is read while block 0 waits.
 template <class Exec>
 M2N_HD void find_rows(const Exec& exec, const RouteView& route, Target* targets) {
@@ -177,10 +155,16 @@ M2N_HD void put_to_ranks(Exec& exec, const DispatchVerb& verb, const Target* tar
   const Target& last = targets[num_ranks - 1];
   const uint64_t num_rows = last.first_row + last.num_rows;
   PutDeal deal = deal_put(exec, num_rows * verb.view.layout.dispatch_rows.row_bytes);
+  DispatchSend send{};
+  send.slot = verb.slot;
+  send.x = verb.x;
+  send.x_stride_bytes = verb.x_stride_bytes;
   for (uint32_t i = 0; i < num_ranks; ++i) {
     const Target& target = targets[(verb.first_rank + i) % num_ranks];
     if (target.num_rows == 0 || target.peer_idx == kNone) continue;
-    put_dispatch<In>(exec, verb.view.layout, verb.view.shape, rows_of(verb, target), deal);
+    send.peer = target.peer;
+    choose_rows(send, verb.route, verb.view.shape.top_k, target.first_row, target.num_rows);
+    put_dispatch<In>(exec, verb.view.layout, verb.view.shape, send, deal);
   }
 }
 

@@ -204,15 +204,9 @@ static_assert(sizeof(Reply) <= shared_words(1) * sizeof(uint32_t) - shared_words
 
 M2N_HD inline CombineSend rows_of(const CombineSendVerb& verb, const Reply& reply) {
   const BatchView& lists = verb.lists.lists;
-  const int32_t* pair_begin = lists.pair_begin + reply.first_row;
   CombineSend send{};
   send.peer = reply.peer;
   send.slot = verb.slot;
-  send.first_row = reply.first_row;
-  send.num_rows = reply.num_rows;
-  send.header.num_rows = verb.view.shape.reduce_at == ReduceAt::kExpert
-                             ? send.num_rows
-                             : static_cast<uint32_t>(pair_begin[send.num_rows] - pair_begin[0]);
   send.y = verb.y;
   send.y_stride_bytes = verb.y_stride_bytes;
   send.y_dtype = verb.y_dtype;
@@ -220,6 +214,7 @@ M2N_HD inline CombineSend rows_of(const CombineSendVerb& verb, const Reply& repl
   send.pair_begin = lists.pair_begin;
   send.pair_position = lists.pair_position;
   send.weights = lists.weights;
+  choose_rows(send, verb.view.shape.reduce_at, reply.first_row, reply.num_rows);
   return send;
 }
 
