@@ -10,7 +10,7 @@
 
 #include "core/error.h"
 #include "exchange/bodies/inbox.h"
-#include "exchange/links/membership.h"
+#include "exchange/links/comm.h"
 #include "exchange/rows/layout.h"
 #include "lock.h"
 #include "tensor.h"

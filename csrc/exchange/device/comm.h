@@ -58,10 +58,10 @@ class DeviceComm : public Role {
     Stats stats = Comm::stats();
     stats.messages_sent = moved.messages_sent;
     stats.rows_sent = moved.rows_sent;
-    stats.bytes_sent = this->bytes_sent(moved.messages_sent, moved.rows_sent);
+    stats.bytes_sent = this->counters_.bytes_sent(moved.messages_sent, moved.rows_sent);
     stats.messages_received = moved.messages_received;
     stats.rows_received = moved.rows_received;
-    stats.bytes_received = this->bytes_received(moved.messages_received, moved.rows_received);
+    stats.bytes_received = this->counters_.bytes_received(moved.messages_received, moved.rows_received);
     if (waits_ != nullptr) {
       const StreamWaits::Counts counts = waits_->counts();
       stats.stream_waits = counts.launched;

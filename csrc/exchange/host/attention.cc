@@ -100,7 +100,7 @@ uint32_t AttentionComm::send_to_peer(uint32_t peer_idx, const Slot& slot, Dispat
     // Sent from where it lies, or (packed) from the send area; what is computed is made there.
     const PlainFloats floats;
     send.is_packed = slot.route != nullptr && slot.route->packs() && !is_computed;
-    if (send.is_packed) add_relaxed(&stats_.bytes_packed, send.header.num_rows * layout_.dispatch_rows.row_bytes);
+    if (send.is_packed) counters_.packed(send.header.num_rows * layout_.dispatch_rows.row_bytes);
     put(false);
   } else {
     WriteChoice& choice = write_choices_[peer_idx * layout_.num_slots + send.slot];
@@ -147,7 +147,7 @@ void AttentionComm::dispatch_send(const unsigned char* x, uint64_t x_stride_byte
     num_rows += send_to_peer(static_cast<uint32_t>(peer_idx), slot, send);
     ++num_messages;
   }
-  count_sent(num_messages, num_rows);
+  counters_.sent(num_messages, num_rows);
 }
 
 Look AttentionComm::require_in_order(Look look, uint32_t peer_idx, uint32_t slot) {
@@ -208,7 +208,7 @@ void AttentionComm::take_replies(Slot& slot, uint32_t slot_idx) {
     ++num_messages;
     num_received += reply.fault == ReplyFault::kRefused ? 0 : reply.num_rows;
   }
-  count_received(num_messages, num_received);
+  counters_.received(num_messages, num_received);
   if (refused_by == kNone) return;
   end_round(slot, slot_idx);  // every reply is here: the slot is free for a dispatch with the right placement
   raise_refused(static_cast<uint32_t>(refused_by), refused_expert, slot.layer, slot_idx);
@@ -265,7 +265,7 @@ void AttentionComm::idle(int64_t deadline_ns, uint32_t placement_version) {
       send_to_peer(peer_idx, slot, send);
       ++num_messages;
     }
-    count_sent(num_messages, 0);
+    counters_.sent(num_messages, 0);
   }
 }
 

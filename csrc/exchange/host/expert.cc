@@ -43,8 +43,8 @@ void ExpertComm::note_unserved() {
   }
   if (scanned.num_arrived == 0) return;
   stamp(inbox_view_, now_ns());
-  add_relaxed(&stats_.messages_received, uint64_t{scanned.num_arrived});
-  add_relaxed(&stats_.messages_sent, uint64_t{scanned.num_answered});
+  counters_.arrived(scanned.num_arrived);
+  counters_.answered(scanned.num_answered);
 }
 
 bool ExpertComm::is_held(uint32_t peer_idx) {
@@ -69,8 +69,8 @@ void ExpertComm::reset_peer(uint32_t peer_idx) {
 
 uint32_t ExpertComm::look_around() {
   const Scanned scanned = with_sender([this](HostExec& exec) { return scan(exec, inbox_view_); });
-  if (scanned.num_arrived != 0) add_relaxed(&stats_.messages_received, uint64_t{scanned.num_arrived});
-  if (scanned.num_answered != 0) add_relaxed(&stats_.messages_sent, uint64_t{scanned.num_answered});
+  if (scanned.num_arrived != 0) counters_.arrived(scanned.num_arrived);
+  if (scanned.num_answered != 0) counters_.answered(scanned.num_answered);
   if (scanned.violation.breach != Breach::kNone) raise_breach(scanned.violation);
   return scanned.num_arrived;
 }
@@ -211,7 +211,7 @@ void ExpertComm::take_message(Batch& batch, uint32_t peer_idx, uint32_t slot) {
   });
   if (taken == Taken::kBroken) raise_breach(violation);
   if (taken == Taken::kRefused) {
-    add_relaxed(&stats_.messages_sent, uint64_t{1});
+    counters_.answered(1);
     return;
   }
   count_pairs(idxs, message.arrived.num_rows, shape_.top_k, batch.expert_offsets.data());
@@ -231,7 +231,7 @@ void ExpertComm::build_lists(Batch& batch) {
                        batch.expert_offsets.data(), batch.weights.data()};
   m2n::dispatch_recv(layout_, batch.messages.data(), static_cast<uint32_t>(batch.messages.size()), idxs_.data(),
                      row_weights_.data(), num_local_experts_, next_.data(), view);
-  count_batch(batch.messages.size(), batch.num_rows());
+  counters_.taken(batch.messages.size(), batch.num_rows());
 }
 
 void ExpertComm::combine_send(Batch& batch, const unsigned char* y, uint64_t y_stride_bytes, DType y_dtype,
@@ -284,7 +284,7 @@ void ExpertComm::answer(Batch& batch, const unsigned char* y, uint64_t y_stride_
     }
     num_rows += send.header.num_rows;
   }
-  count_sent(batch.messages.size(), num_rows);
+  counters_.sent(batch.messages.size(), num_rows);
 }
 
 void ExpertComm::recover(uint32_t attention_rank) {

@@ -15,7 +15,7 @@ constexpr int64_t kReturnNs = 200'000'000;
 
 }  // namespace
 
-uint32_t Comm::last_link_of(uint64_t life) const {
+uint32_t Membership::last_link_of(uint64_t life) const {
   uint32_t last = 0;
   for (const PeerInfo& peer : history_) {
     if (peer.life == life) last = std::max(last, peer.link);
@@ -26,12 +26,12 @@ uint32_t Comm::last_link_of(uint64_t life) const {
   return last;
 }
 
-bool Comm::is_full() const {
-  std::lock_guard lock(membership_mutex_);
+bool Membership::is_full() const {
+  std::lock_guard lock(mutex_);
   return std::all_of(links_.begin(), links_.end(), [](const Link& link) { return link.is_taken; });
 }
 
-uint32_t Comm::take_index(uint32_t peer_rank) {
+uint32_t Membership::take_index(uint32_t peer_rank) {
   const auto free = std::find_if(links_.begin(), links_.end(), [](const Link& link) { return !link.is_taken; });
   const auto peer_idx = static_cast<uint32_t>(free - links_.begin());
   if (peer_idx == max_peers_) {
@@ -49,7 +49,7 @@ uint32_t Comm::take_index(uint32_t peer_rank) {
   return peer_idx;
 }
 
-std::string Comm::why_not_returned() {
+std::string Membership::why_not_returned() {
   uint32_t num_lost = 0, num_held = 0, num_mapped = 0;
   for (uint32_t i = 0; i < peers_.size(); ++i) {
     if (!is_gone(i)) continue;
@@ -62,7 +62,7 @@ std::string Comm::why_not_returned() {
          part(num_mapped, "are gone, but whose comms in this process still have their memory: close and drop them");
 }
 
-Comm::Offer Comm::offer(uint32_t peer_rank, uint64_t life, bool is_over_network, uint32_t link_number) {
+Offer Membership::offer(uint32_t peer_rank, uint64_t life, bool is_over_network, uint32_t link_number) {
   require_usable();
   return_gone();
   // What is gone may be held for a moment.
@@ -70,7 +70,7 @@ Comm::Offer Comm::offer(uint32_t peer_rank, uint64_t life, bool is_over_network,
     usleep(1000);
     return_gone();
   }
-  std::lock_guard lock(membership_mutex_);
+  std::lock_guard lock(mutex_);
   const uint32_t last_number = last_link_of(life);
   if (link_number == 0) link_number = last_number + 1;
   if (link_number <= last_number) {
@@ -94,7 +94,7 @@ Comm::Offer Comm::offer(uint32_t peer_rank, uint64_t life, bool is_over_network,
   }
 }
 
-std::vector<Handle> Comm::make_objects(uint32_t peer_idx) {
+std::vector<Handle> Membership::make_objects(uint32_t peer_idx) {
   std::vector<Handle> handles;
   handles.push_back(rows_window_->add_object(peer_idx));
   handles.push_back(meta_window_->add_object(peer_idx));
@@ -109,30 +109,25 @@ std::vector<Handle> Comm::make_objects(uint32_t peer_idx) {
   return handles;
 }
 
-std::string Comm::make_door(uint32_t peer_idx) {
+std::string Membership::make_door(uint32_t peer_idx) {
   if (!links_[peer_idx].is_over_network) return "";
   return network_owner_->make_door(peer_idx,
                                    {rows_window_->data() + peer_idx * rows().stride_bytes, rows().object_bytes,
                                     meta_window_->data() + peer_idx * meta().object_bytes, meta().object_bytes});
 }
 
-void Comm::withdraw(uint32_t peer_idx) {
-  std::lock_guard lock(membership_mutex_);
+void Membership::withdraw(uint32_t peer_idx) {
+  std::lock_guard lock(mutex_);
   if (peer_idx < peers_.size() && links_[peer_idx].is_taken && !is_closed()) withdraw_locked(peer_idx);
 }
 
-void Comm::withdraw_locked(uint32_t peer_idx) {
+void Membership::withdraw_locked(uint32_t peer_idx) {
   if (peers_.state(peer_idx) != PeerState::kUnused || give_back(peer_idx)) return;
   links_[peer_idx].is_withdrawn = true;
   add_relaxed(&num_gone_, 1u);
 }
 
-bool Comm::is_gone(uint32_t peer_idx) const {
-  const PeerState state = peers_.state(peer_idx);
-  return state == PeerState::kLeft || state == PeerState::kLost;
-}
-
-bool Comm::has_older(uint32_t peer_idx) const {
+bool Membership::has_older(uint32_t peer_idx) const {
   for (uint32_t i = 0; i < peers_.size(); ++i) {
     const bool is_older = rank_of(i) == rank_of(peer_idx) && peers_.joined(i) < peers_.joined(peer_idx);
     if (is_older && peers_.state(i) != PeerState::kUnused) return true;
@@ -140,15 +135,15 @@ bool Comm::has_older(uint32_t peer_idx) const {
   return false;
 }
 
-void Comm::return_gone() {
+void Membership::return_gone() {
   if (!has_gone() || !is_own_process()) return;
   keep_verbs_out([this] {
-    std::lock_guard lock(membership_mutex_);
+    std::lock_guard lock(mutex_);
     if (is_closed()) return;
     for (uint32_t i = 0; i < peers_.size(); ++i) {
       const bool is_withdrawn = links_[i].is_withdrawn;
       if (!is_withdrawn && (!is_gone(i) || is_lost(i) || is_held(i) || has_older(i))) continue;
-      PeerInfo info = info_of(i);
+      PeerInfo info = info_locked(i);
       info.is_returned = true;
       if (!give_back(i)) continue;
       add_relaxed(&num_gone_, static_cast<uint32_t>(-1));
@@ -159,7 +154,7 @@ void Comm::return_gone() {
   });
 }
 
-PeerInfo Comm::info_of(uint32_t peer_idx) const {
+PeerInfo Membership::info_locked(uint32_t peer_idx) const {
   const Link& link = links_[peer_idx];
   const PeerState state = peers_.state(peer_idx);
   // The cause is written before the state that needs one, and may be under way as long as the peer is LIVE.
@@ -173,7 +168,7 @@ PeerInfo Comm::info_of(uint32_t peer_idx) const {
 }
 
 // False: something of the link is still in use.
-bool Comm::give_back(uint32_t peer_idx) {
+bool Membership::give_back(uint32_t peer_idx) {
   Link& link = links_[peer_idx];
   link.exposed.reset();  // before the network's memory
   if (link.is_over_network && !network_owner_->release(peer_idx)) return false;
@@ -192,8 +187,8 @@ bool Comm::give_back(uint32_t peer_idx) {
   return true;
 }
 
-void Comm::attach(uint32_t peer_idx, std::vector<Handle> handles, const Origin& origin, bool wakes,
-                  const std::string& door, Fd data) {
+void Membership::attach(uint32_t peer_idx, std::vector<Handle> handles, const Origin& origin, bool wakes,
+                        const std::string& door, Fd data) {
   require_usable();
   if (handles.size() != 3) throw Error(Failure::kSetup, "handshake: expected 3 memory objects");
   const uint64_t expected[] = {peer_rows().object_bytes, peer_meta().object_bytes, kPageBytes};
@@ -215,11 +210,11 @@ void Comm::attach(uint32_t peer_idx, std::vector<Handle> handles, const Origin& 
                                    reinterpret_cast<WakeWord*>(link.mappings[2]->data()), nullptr};
 }
 
-void Comm::watch(uint32_t peer_idx, int connection_fd, int pidfd, const Heartbeats& heartbeats,
-                 const std::string& displaces) {
+void Membership::watch(uint32_t peer_idx, int connection_fd, int pidfd, const Heartbeats& heartbeats,
+                       const std::string& displaces) {
   Fd connection(connection_fd), process(pidfd);
   {
-    std::lock_guard lock(membership_mutex_);
+    std::lock_guard lock(mutex_);
     Link& link = links_.at(peer_idx);
     const uint32_t peer_rank = rank_of(peer_idx), joined = peers_.joined(peer_idx);
     const PeerInfo* remembered = find_remembered(peer_rank);
@@ -252,17 +247,17 @@ void Comm::watch(uint32_t peer_idx, int connection_fd, int pidfd, const Heartbea
   exec_.wake_own();
 }
 
-void Comm::drop_peer(uint32_t peer_idx, LossCause cause, const std::string& reason) {
+void Membership::drop_peer(uint32_t peer_idx, LossCause cause, const std::string& reason) {
   require_usable();
-  std::lock_guard lock(membership_mutex_);
+  std::lock_guard lock(mutex_);
   drop_locked(peer_idx, cause, reason);
   peers_changed();
 }
 
-void Comm::drop(uint32_t peer_rank, const std::string& reason) {
+void Membership::drop(uint32_t peer_rank, const std::string& reason) {
   require_usable();
   {
-    std::lock_guard lock(membership_mutex_);
+    std::lock_guard lock(mutex_);
     const int32_t peer_idx = peers_.find(peer_rank);
     if (peer_idx >= 0 && peers_.is_live(static_cast<uint32_t>(peer_idx))) {
       const auto live = static_cast<uint32_t>(peer_idx);
@@ -273,11 +268,11 @@ void Comm::drop(uint32_t peer_rank, const std::string& reason) {
   recover(peer_rank);
 }
 
-void Comm::set_state(uint32_t peer_idx, PeerState state) {
+void Membership::set_state(uint32_t peer_idx, PeerState state) {
   store_seq_cst(&peers_.entries[peer_idx].state, static_cast<uint32_t>(state));  // SYNC: peer-state
 }
 
-void Comm::drop_locked(uint32_t peer_idx, LossCause cause, const std::string& reason) {
+void Membership::drop_locked(uint32_t peer_idx, LossCause cause, const std::string& reason) {
   Link& link = links_.at(peer_idx);
   // A goodbye that nobody has read yet still counts: it left before it was dropped.
   const bool has_left = link.ticket != 0 && unwatch_peer(link.ticket, /*say_goodbye=*/false, reason);
@@ -288,14 +283,14 @@ void Comm::drop_locked(uint32_t peer_idx, LossCause cause, const std::string& re
   set_gone(peer_idx, has_left ? PeerState::kLeft : PeerState::kLost, has_left ? LossCause::kNone : cause);
 }
 
-void Comm::set_gone(uint32_t peer_idx, PeerState state, LossCause cause) {
+void Membership::set_gone(uint32_t peer_idx, PeerState state, LossCause cause) {
   links_.at(peer_idx).cause = cause;
   add_relaxed(&num_gone_, 1u);
   set_state(peer_idx, state);
   exec_.wake_own();
 }
 
-void Comm::peer_gone(uint32_t peer_idx, PeerState state, LossCause cause, const std::string& reason) {
+void Membership::peer_gone(uint32_t peer_idx, PeerState state, LossCause cause, const std::string& reason) {
   Link& link = links_.at(peer_idx);
   if (cause == LossCause::kDropped) link.why = "it dropped this link" + (reason.empty() ? "" : ": " + reason);
   if (!link.is_over_network) return set_gone(peer_idx, state, cause);
@@ -305,14 +300,14 @@ void Comm::peer_gone(uint32_t peer_idx, PeerState state, LossCause cause, const 
   network_owner_->end(peer_idx);
 }
 
-void Comm::link_ended(uint32_t peer_idx) {
-  std::lock_guard lock(membership_mutex_);
+void Membership::link_ended(uint32_t peer_idx) {
+  std::lock_guard lock(mutex_);
   const Link& link = links_.at(peer_idx);
   if (peers_.is_live(peer_idx)) set_gone(peer_idx, link.end_state, link.cause);
 }
 
-void Comm::link_broke(uint32_t peer_idx, const std::string& violation) {
-  std::lock_guard lock(membership_mutex_);
+void Membership::link_broke(uint32_t peer_idx, const std::string& violation) {
+  std::lock_guard lock(mutex_);
   if (is_closed()) return;
   if (peers_.is_live(peer_idx)) links_[peer_idx].violation = violation;
   const bool is_broken = violation.empty();
@@ -322,9 +317,9 @@ void Comm::link_broke(uint32_t peer_idx, const std::string& violation) {
 }
 
 // A peer of this process can have its index back only when nobody here has its memory any more.
-void Comm::let_go_of_peers() {
+void Membership::let_go_of_peers() {
   keep_verbs_out([this] {
-    std::lock_guard lock(membership_mutex_);
+    std::lock_guard lock(mutex_);
     for (uint32_t i = 0; i < peers_.size(); ++i) {
       if (peers_.is_live(i)) set_gone(i, PeerState::kLeft, LossCause::kNone);  // before the look at the holds
       if (!is_held(i)) links_[i].mappings.clear();
@@ -332,9 +327,9 @@ void Comm::let_go_of_peers() {
   });
 }
 
-std::vector<uint32_t> Comm::give_up(uint32_t peer_rank) {
+std::vector<uint32_t> Membership::give_up(uint32_t peer_rank) {
   require_usable();
-  std::lock_guard lock(membership_mutex_);
+  std::lock_guard lock(mutex_);
   bool is_known = find_remembered(peer_rank) != nullptr;
   std::vector<uint32_t> given_up;
   for (uint32_t i = 0; i < peers_.size(); ++i) {
@@ -351,7 +346,7 @@ std::vector<uint32_t> Comm::give_up(uint32_t peer_rank) {
   return given_up;
 }
 
-const PeerInfo* Comm::find_remembered(uint32_t peer_rank) const {
+const PeerInfo* Membership::find_remembered(uint32_t peer_rank) const {
   const PeerInfo* newest = nullptr;
   for (const PeerInfo& peer : history_) {
     if (peer.rank == peer_rank && (newest == nullptr || peer.joined > newest->joined)) newest = &peer;
@@ -359,8 +354,8 @@ const PeerInfo* Comm::find_remembered(uint32_t peer_rank) const {
   return newest;
 }
 
-std::optional<PeerInfo> Comm::find_gone(uint32_t peer_rank) const {
-  std::lock_guard lock(membership_mutex_);
+std::optional<PeerInfo> Membership::find_gone(uint32_t peer_rank) const {
+  std::lock_guard lock(mutex_);
   const PeerInfo* peer = find_remembered(peer_rank);
   return peer == nullptr ? std::nullopt : std::optional(*peer);
 }

@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// Set-up and end of a comm, and what it tells; the same for both roles.
+// Set-up and end of all links of a rank, and what is told of them.
 #include "exchange/links/membership.h"
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
-
-#include "transport/choice.h"
 
 namespace m2n {
 namespace {
+
+std::string name_of(Role role, uint32_t rank) {
+  return (role == Role::kExpert ? "expert rank " : "attention rank ") + std::to_string(rank);
+}
 
 uint32_t checked_max_peers(const Shape& shape, uint32_t max_peers, const Rows& rows) {
   const auto refuse = [](const std::string& text) { throw Error(Failure::kArgument, text); };
@@ -41,31 +42,26 @@ PeerTable make_peer_table(void* words, uint32_t max_peers) {
 
 }  // namespace
 
-Comm::Comm(Role role, const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport)
-    : role_(role),
-      shape_(shape),
-      transport_(make_transport(transport)),
-      layout_(make_layout(shape, transport_->page_bytes())),
+Membership::Membership(Role role, uint32_t rank, uint32_t max_peers, std::unique_ptr<Transport> transport,
+                       const Shape& shape)
+    : Waiting(name_of(role, rank)),
+      role_(role),
       rank_(rank),
+      transport_(std::move(transport)),
+      layout_(make_layout(shape, transport_->page_bytes())),
       max_peers_(checked_max_peers(shape, max_peers, rows())),
-      fork_count_(m2n::fork_count()),
       words_(transport_->make_words(kLineBytes + max_peers * sizeof(PeerEntry))),
       peers_(make_peer_table(words_.get(), max_peers)),
-      host_transport_(make_host_transport()),
-      relay_(transport_->make_relay(uint64_t{role == Role::kExpert} << 32 | rank)),
-      exec_(nullptr) {
-  links_.resize(max_peers);
+      rows_window_(transport_->make_rows_window(rows().object_bytes, rows().stride_bytes, max_peers)),
+      meta_window_(transport_->make_window(meta().object_bytes, meta().object_bytes, max_peers)),
+      links_(max_peers),
+      relay_(transport_->make_relay(uint64_t{role == Role::kExpert} << 32 | rank)) {
   start_watcher();  // where there can be no thread, it is said now and not when the first peer joins
-  rows_window_ = transport_->make_rows_window(rows().object_bytes, rows().stride_bytes, max_peers);
-  meta_window_ = transport_->make_window(meta().object_bytes, meta().object_bytes, max_peers);
-  wake_window_ = host_transport_->make_window(kPageBytes, kPageBytes, 1);
-  wake_handle_ = wake_window_->add_object(0);
-  own_wake_ = reinterpret_cast<WakeWord*>(wake_window_->data());
   exec_ = HostExec(own_wake_, relay_.get(), &network_);
   if (!transport_->shares_memory()) make_network();
 }
 
-void Comm::make_network() {
+void Membership::make_network() {
   if (network_owner_ != nullptr) return;
   auto network = transport_->make_network();
   if (network == nullptr) throw Error(Failure::kSetup, own_name() + ": its transport reaches no other host");
@@ -74,27 +70,25 @@ void Comm::make_network() {
   network_.set(network_owner_.get());
 }
 
-Comm::~Comm() {
+Membership::~Membership() {
   if (network_owner_ != nullptr && is_own_process()) network_owner_->close();  // its thread calls this object
   for (Link& link : links_) link.exposed.reset();                              // before the network's memory goes
 }
 
-void Comm::close() {
-  if (!is_own_process()) {           // a child owns neither the links nor the windows, and the lock may be held
-    store_seq_cst(&is_closed_, 1u);  // SYNC: comm-closed
-    return;
-  }
+void Membership::close() {
+  // A child owns neither the links nor the windows, and the lock may be held.
+  if (!is_own_process()) return set_closed();
   {
-    std::lock_guard lock(membership_mutex_);
+    std::lock_guard lock(mutex_);
     if (is_closed()) return;
-    store_seq_cst(&is_closed_, 1u);  // SYNC: comm-closed
+    set_closed();
     exec_.wake_own();
   }
   if (relay_ != nullptr) relay_->drain();
   Network* network = network_.get();
   if (network != nullptr) network->drain();
   {
-    std::lock_guard lock(membership_mutex_);
+    std::lock_guard lock(mutex_);
     for (uint32_t i = 0; i < peers_.size(); ++i) {
       if (links_[i].ticket != 0) unwatch_peer(links_[i].ticket, /*say_goodbye=*/true);
     }
@@ -103,19 +97,12 @@ void Comm::close() {
   let_go_of_peers();
 }
 
-void Comm::check() {
-  require_usable();
-  for (uint32_t i = 0; i < peers_.size(); ++i) {
-    if (is_lost(i)) raise_lost(i, "check()");
-  }
-}
-
-bool Comm::is_lost(uint32_t peer_idx) const {
+bool Membership::is_lost(uint32_t peer_idx) const {
   return peers_.state(peer_idx) == PeerState::kLost && load_relaxed(&peers_.entries[peer_idx].is_given_up) == 0 &&
          peers_.find(rank_of(peer_idx)) == static_cast<int32_t>(peer_idx);
 }
 
-bool Comm::wait_peer(uint32_t peer_rank, int64_t deadline_ns) {
+bool Membership::wait_peer(uint32_t peer_rank, int64_t deadline_ns) {
   const auto is_here = [&] {
     const int32_t peer_idx = peers_.find(peer_rank);
     return peer_idx >= 0 && peers_.is_live(static_cast<uint32_t>(peer_idx));
@@ -123,19 +110,24 @@ bool Comm::wait_peer(uint32_t peer_rank, int64_t deadline_ns) {
   return wait(is_here, deadline_ns) == WaitResult::kReady;
 }
 
-std::vector<PeerInfo> Comm::peer_infos() const {
-  std::lock_guard lock(membership_mutex_);
+std::vector<PeerInfo> Membership::peer_infos() const {
+  std::lock_guard lock(mutex_);
   std::vector<PeerInfo> infos(history_.begin(), history_.end());
   for (uint32_t i = 0; i < peers_.size(); ++i) {
-    if (peers_.state(i) != PeerState::kUnused) infos.push_back(info_of(i));
+    if (peers_.state(i) != PeerState::kUnused) infos.push_back(info_locked(i));
   }
   const auto by_joining = [](const PeerInfo& a, const PeerInfo& b) { return a.joined < b.joined; };
   std::sort(infos.begin(), infos.end(), by_joining);
   return infos;
 }
 
-std::vector<std::pair<uint32_t, ClockOffset>> Comm::clock_offsets() const {
-  std::lock_guard lock(membership_mutex_);
+PeerInfo Membership::info_of(uint32_t peer_idx) const {
+  std::lock_guard lock(mutex_);
+  return info_locked(peer_idx);
+}
+
+std::vector<std::pair<uint32_t, ClockOffset>> Membership::clock_offsets() const {
+  std::lock_guard lock(mutex_);
   std::vector<std::pair<uint32_t, ClockOffset>> offsets;
   for (uint32_t i = 0; i < peers_.size(); ++i) {
     if (!peers_.is_live(i)) continue;
@@ -145,67 +137,17 @@ std::vector<std::pair<uint32_t, ClockOffset>> Comm::clock_offsets() const {
   return offsets;
 }
 
-Stats Comm::stats() const {
-  Stats copy;
-  // Relaxed: counters that nothing is decided by.
-  copy.messages_sent = load_relaxed(&stats_.messages_sent);
-  copy.messages_received = load_relaxed(&stats_.messages_received);
-  copy.rows_sent = load_relaxed(&stats_.rows_sent);
-  copy.rows_received = load_relaxed(&stats_.rows_received);
-  copy.bytes_sent = load_relaxed(&stats_.bytes_sent);
-  copy.bytes_received = load_relaxed(&stats_.bytes_received);
-  copy.bytes_packed = load_relaxed(&stats_.bytes_packed);
-  copy.wait_ns = load_relaxed(&stats_.wait_ns);
-  const HeldSignals held = relay_ == nullptr ? HeldSignals{} : relay_->held();
-  copy.signals_held = held.count;
-  copy.held_ns = held.total_ns;
-  return copy;
+std::string Membership::peer_name(uint32_t peer_rank) const {
+  return name_of(role_ == Role::kExpert ? Role::kAttention : Role::kExpert, peer_rank);
 }
 
-void Comm::require_usable() const {
-  if (!is_own_process()) {
-    throw Error(Failure::kSetup, own_name() +
-                                     ": this comm was made before fork() and cannot be used in the child; make a "
-                                     "comm in the child, or start processes with 'spawn'");
-  }
-  if (is_closed()) throw Error(Failure::kSetup, own_name() + ": the comm is closed");
+void Membership::recover(uint32_t peer_rank) {
+  give_up(peer_rank);
+  return_gone();
 }
 
-void Comm::require_microbatch(uint32_t microbatch) const {
-  require_usable();
-  if (microbatch < shape_.microbatches) return;
-  throw Error(Failure::kArgument, "microbatch: expected 0 to " + std::to_string(shape_.microbatches - 1) + ", got " +
-                                      std::to_string(microbatch));
-}
-
-std::string Comm::peer_name(uint32_t peer_rank) const {
-  return (role_ == Role::kExpert ? "attention rank " : "expert rank ") + std::to_string(peer_rank);
-}
-
-std::string Comm::own_name() const {
-  return (role_ == Role::kExpert ? "expert rank " : "attention rank ") + std::to_string(rank_);
-}
-
-void Comm::list_pieces(const Signal* word, Signal value, std::vector<Piece>& pieces) const {
-  const auto* at = reinterpret_cast<const unsigned char*>(word);
-  const auto is_in = [&](uint32_t peer_idx) {
-    if (peers_.state(peer_idx) == PeerState::kUnused) return false;  // its view may be written just now
-    const unsigned char* meta = peers_.entries[peer_idx].view.meta;
-    return at >= meta && at < meta + peer_meta().object_bytes;
-  };
-  uint32_t peer_idx = 0;
-  while (!is_in(peer_idx)) ++peer_idx;
-  const PeerView& view = peers_.entries[peer_idx].view;
-  const auto slot = static_cast<uint32_t>(static_cast<uint64_t>(at - view.meta) / kLineBytes);
-  const auto add = [&](unsigned char* bytes, uint64_t num_bytes) {
-    if (num_bytes != 0) pieces.push_back({bytes, bytes, num_bytes});
-  };
-  const uint64_t num_rows = signal_rows(value) == kRefusedRows ? 0 : signal_rows(value);
-  const uint64_t num_ids = role_ == Role::kAttention ? num_rows * layout_.top_k : 0;
-  add(view.meta + peer_meta().header(slot), sizeof(Header));
-  add(view.meta + peer_meta().ids(slot), num_ids * sizeof(int32_t));
-  add(view.meta + peer_meta().weights(slot), num_ids * sizeof(float));
-  add(view.rows + peer_rows().row_in_object(slot, 0) * peer_rows().row_bytes, num_rows * peer_rows().row_bytes);
+std::string Membership::words_for_violator(uint32_t peer_idx, const std::string& what) const {
+  return peer_name(rank_of(peer_idx)) + " broke the protocol, as " + own_name() + " saw it: " + what;
 }
 
 }  // namespace m2n

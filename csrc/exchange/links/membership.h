@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What both roles share: the windows that peers write, the links to peers, and their end.
+// The links of a rank to its peers: how they are made, how they end, and what goes back for the next ones.
 #pragma once
 
 #include <cstdint>
@@ -11,29 +11,39 @@
 #include <string>
 #include <vector>
 
-#include "core/error.h"
 #include "core/peer.h"
+#include "exchange/links/waiting.h"
 #include "exchange/rows/layout.h"
-#include "transport/host_exec.h"
-#include "transport/transport.h"
 #include "transport/watcher.h"
 
 namespace m2n {
 
-// Counters of one comm since it was made; only ever added to.
-struct Stats {
-  uint64_t messages_sent = 0;
-  uint64_t messages_received = 0;
-  uint64_t rows_sent = 0;
-  uint64_t rows_received = 0;
-  uint64_t bytes_sent = 0;          // rows, ids, weights and headers written into peers' windows
-  uint64_t bytes_received = 0;      // likewise, that peers wrote here
-  uint64_t bytes_packed = 0;        // rows copied side by side before they were sent, where the route asked for it
-  uint64_t stream_waits = 0;        // by streams themselves, ahead of a verb
-  uint64_t stream_waits_ended = 0;  // words of those that this host ended: a peer was late, gone or in trouble
-  uint64_t wait_ns = 0;             // spent inside waits of the verbs, after some microseconds of spinning
-  uint64_t signals_held = 0;        // that a relay has delivered
-  uint64_t held_ns = 0;             // from when they were sent until then
+enum class Role { kAttention, kExpert };
+
+// What a peer needs to write here.
+struct Offer {
+  uint32_t peer_idx;
+  Origin origin;
+  bool wakes;                   // does it wake a peer that sleeps? A device cannot
+  std::vector<Handle> handles;  // rows, meta, wake; over a network nobody can attach to them
+  std::string door;             // what stands for them there, else ""
+  uint32_t link;                // its number among the links of these two lives, from 1
+};
+
+// What only this process needs of a peer, beside its PeerEntry.
+struct Link {
+  bool is_taken = false;  // else the index is free
+  bool is_withdrawn = false;
+  uint64_t life = 0;
+  uint32_t link = 0;
+  LossCause cause = LossCause::kNone;
+  std::string why;  // kDropped: in words
+  uint64_t ticket = 0;
+  std::vector<std::shared_ptr<Mapping>> mappings;
+  std::shared_ptr<void> exposed;  // its send area, to the verbs
+  bool is_over_network = false;
+  std::string violation;                   // of the protocol, as the network saw it
+  PeerState end_state = PeerState::kLive;  // what the watcher found, until the network has ended the link
 };
 
 struct PeerInfo {
@@ -52,28 +62,39 @@ struct PeerInfo {
 
 const char* describe(LossCause cause);
 
-inline constexpr int64_t kForeverNs = int64_t{1} << 62;
+// What links ask of the verbs that use them.
+class LinkUser {
+ protected:
+  ~LinkUser() = default;
+  // Do this rank's verbs wake peers that sleep?
+  virtual bool wakes_peers() const { return true; }
+  // By which verbs send over a network that have no outgoing message.
+  virtual const Doorbell* doorbell() const { return nullptr; }
+  // A peer has joined, was dropped or given up; one at a time. Not called where the watcher found a loss.
+  virtual void peers_changed() {}
+  // Calls body() while no verb looks at peers that are gone and not held; or not at all, where now is no time for that.
+  // What it locks comes before the lock of membership.
+  virtual void keep_verbs_out(const std::function<void()>& body) { body(); }
+  // Does a verb still use what belongs to a peer that is gone? `why_held` in words.
+  virtual bool is_held(uint32_t peer_idx) = 0;
+  virtual std::string why_held() const = 0;
+  // The next life at this index begins with fresh numbers.
+  virtual void reset_peer(uint32_t peer_idx) = 0;
+};
 
 // The seq that counts as the last one when a link is new. Not 0 only in tests, of the wrap at 2^32: both sides of a
 // link need the same. Read when a comm is made; Python's lock guards it.
 inline uint32_t g_first_seq = 0;
 
-class Comm : public PeerListener, public LinkListener, public std::enable_shared_from_this<Comm> {
+class Membership : public Waiting,
+                   public PeerListener,
+                   public LinkListener,
+                   public LinkUser,
+                   public std::enable_shared_from_this<Membership> {
  public:
-  enum class Role { kAttention, kExpert };
+  using Offer = m2n::Offer;
 
-  // What a peer needs to write here.
-  struct Offer {
-    uint32_t peer_idx;
-    Origin origin;
-    bool wakes;                   // does it wake a peer that sleeps? A device cannot
-    std::vector<Handle> handles;  // rows, meta, wake; over a network nobody can attach to them
-    std::string door;             // what stands for them there, else ""
-    uint32_t link;                // its number among the links of these two lives, from 1
-  };
-
-  Comm(Role role, const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport);
-  ~Comm() override;
+  ~Membership() override;
   // Handshake, in this order. A peer index serves another link once its own is gone, the caller knows it, and what the
   // peer sent is answered: then its memory goes back too.
   // `is_over_network`: the peer cannot share memory. `link`: its number among the links of these two lives; 0: the
@@ -98,8 +119,6 @@ class Comm : public PeerListener, public LinkListener, public std::enable_shared
   // Goes on without the lives of a rank that are lost or have left. A live one is left alone: a new life may have come
   // meanwhile. Throws for a rank that was never linked.
   virtual void recover(uint32_t peer_rank);
-  // A peer that lives and owes an answer for so long is dropped by the verb that waits for it. To be set before any.
-  void set_give_up(int64_t give_up_ns) { give_up_ns_ = give_up_ns; }
 
   void peer_gone(uint32_t peer_idx, PeerState state, LossCause cause, const std::string& reason) override;
   void link_broke(uint32_t peer_idx, const std::string& violation) override;
@@ -110,210 +129,88 @@ class Comm : public PeerListener, public LinkListener, public std::enable_shared
   virtual void close();
   // Ends every wait at once, of launched verbs too, and closes.
   virtual void abort() { close(); }
-  bool is_closed() const { return load_seq_cst(&is_closed_) != 0; }  // SYNC: comm-closed
 
-  // Raises for the first peer that is LOST and was not given up by recover().
-  virtual void check();
   // Waits until `peer_rank` is there (LIVE); false at the deadline.
   bool wait_peer(uint32_t peer_rank, int64_t deadline_ns);
-
   std::vector<PeerInfo> peer_infos() const;
   // Of live peers that send heartbeats, and have answered one.
   std::vector<std::pair<uint32_t, ClockOffset>> clock_offsets() const;
-  virtual Stats stats() const;
-  const Shape& shape() const { return shape_; }
-  const Layout& layout() const { return layout_; }
   uint32_t rank() const { return rank_; }
+  const Layout& layout() const { return layout_; }
   const std::shared_ptr<Window>& rows_window() const { return rows_window_; }
   const std::shared_ptr<Window>& meta_window() const { return meta_window_; }
   uint64_t window_rows() const { return rows().stride_rows * max_peers_; }
 
  protected:
-  // What only this process needs of a peer, beside its PeerEntry.
-  struct Link {
-    bool is_taken = false;  // else the index is free
-    bool is_withdrawn = false;
-    uint64_t life = 0;
-    uint32_t link = 0;
-    LossCause cause = LossCause::kNone;
-    std::string why;  // kDropped: in words
-    uint64_t ticket = 0;
-    std::vector<std::shared_ptr<Mapping>> mappings;
-    std::shared_ptr<void> exposed;  // its send area, to the verbs
-    bool is_over_network = false;
-    std::string violation;                   // of the protocol, as the network saw it
-    PeerState end_state = PeerState::kLive;  // what the watcher found, until the network has ended the link
-  };
+  Membership(Role role, uint32_t rank, uint32_t max_peers, std::unique_ptr<Transport> transport, const Shape& shape);
 
-  // Do this rank's verbs wake peers that sleep?
-  virtual bool wakes_peers() const { return true; }
-  // By which verbs send over a network that have no outgoing message.
-  virtual const Doorbell* doorbell() const { return nullptr; }
-  // A peer has joined, was dropped or given up; one at a time. Not called where the watcher found a loss.
-  virtual void peers_changed() {}
-  // Calls body() while no verb looks at peers that are gone and not held; or not at all, where now is no time for that.
-  // What it locks comes before the lock of membership.
-  virtual void keep_verbs_out(const std::function<void()>& body) { body(); }
-  // Does a verb still use what belongs to a peer that is gone? `why_held` in words.
-  virtual bool is_held(uint32_t peer_idx) = 0;
-  virtual std::string why_held() const = 0;
-  // The next life at this index begins with fresh numbers.
-  virtual void reset_peer(uint32_t peer_idx) = 0;
   // For verbs, which need not look on their short path: is there something that may be given back?
   bool has_gone() const { return load_relaxed(&num_gone_) != 0; }  // relaxed: return_gone() looks again
   // Changes when a link has been made or an index returned.
   uint32_t epoch() const { return load_acquire(&epoch_); }  // SYNC: link-added
 
   uint32_t rank_of(uint32_t peer_idx) const { return peers_.rank(peer_idx); }
+  PeerInfo info_of(uint32_t peer_idx) const;
   // The last link to a rank that has none any more.
   std::optional<PeerInfo> find_gone(uint32_t peer_rank) const;
-  PeerInfo info_of(uint32_t peer_idx) const;
   // LOST, not given up, and no newer life of the rank has joined: the caller must know.
   bool is_lost(uint32_t peer_idx) const;
-  bool is_gone(uint32_t peer_idx) const;
-  // Has its rank an older link here, which somebody still holds? It would be the newest again, and its end a loss.
-  bool has_older(uint32_t peer_idx) const;
+  bool is_gone(uint32_t peer_idx) const { return m2n::is_gone(peers_.state(peer_idx)); }
   // Marks all links with a rank that have ended as known to the caller; their peer indices. Throws where there never
   // was one.
   std::vector<uint32_t> give_up(uint32_t peer_rank);
-  // A peer that is gone, by its name and why.
-  std::string words_for(const PeerInfo& peer) const;
-  // What a peer is told that broke the protocol.
-  std::string words_for_violator(uint32_t peer_idx, const std::string& what) const;
-  // Drops a peer that is alive but has owed an answer for give_up_ns_.
-  void give_up_late(uint32_t peer_idx);
-  void require_usable() const;
-  // And usable.
-  void require_microbatch(uint32_t microbatch) const;
-  // False in a child after fork().
-  bool is_own_process() const { return fork_count_ == m2n::fork_count(); }
+  bool is_over_network(uint32_t peer_idx) const { return links_[peer_idx].is_over_network; }
   // The peer's name in messages, as in "expert rank 3".
   std::string peer_name(uint32_t peer_rank) const;
-  std::string own_name() const;
-  // `more`: what else is to be said, before the advice.
-  [[noreturn]] void raise_lost(uint32_t peer_idx, const std::string& doing, const std::string& more = "",
-                               Owed owed = {}) const;
-  [[noreturn]] void raise_gone(const PeerInfo& peer, const std::string& doing, const std::string& more = "",
-                               Owed owed = {}) const;
-  [[noreturn]] void raise_violation(uint32_t peer_idx, const std::string& what);
-
-  const Signal* own_signal(uint32_t peer_idx, uint32_t slot) const {
-    return reinterpret_cast<const Signal*>(own_meta(peer_idx) + meta().signal(slot));
-  }
-  const unsigned char* own_meta(uint32_t peer_idx) const {
-    return meta_window_->data() + peer_idx * meta().object_bytes;
-  }
-
-  // What arrives over a network arrives while somebody looks.
-  void look_at_network() {
-    if (Network* network = network_.get(); network != nullptr) network->look();
-  }
-  // Calls send(exec) with an Exec that can send to any peer, one message after another. `is_free_after`: what rows are
-  // put from is the caller's again when this returns.
-  template <class Send>
-  auto with_sender(Send&& send, bool is_free_after = false) {
-    Network* network = network_.get();
-    if (network == nullptr) return send(exec_);
-    OutgoingMessage outgoing(*network, is_free_after);
-    HostExec exec(exec_, &outgoing);
-    return send(exec);
-  }
-
-  // Waits for ready() with the comm's own ending conditions; throws when the comm is closed meanwhile. A short wait
-  // reads no clock.
-  template <class Ready>
-  WaitResult wait(Ready&& ready, int64_t deadline_ns) {
-    require_usable();
-    if (Network* network = network_.get(); network != nullptr) return wait_on_network(*network, ready, deadline_ns);
-    if (deadline_ns == kNoWait) return ready() ? WaitResult::kReady : WaitResult::kTimeout;
-    return wait_until([&] { return ready() || is_closed(); }, deadline_ns);
-  }
+  // What a peer is told that broke the protocol.
+  std::string words_for_violator(uint32_t peer_idx, const std::string& what) const;
+  HeldSignals held_signals() const { return relay_ == nullptr ? HeldSignals{} : relay_->held(); }
 
   const Rows& rows() const { return role_ == Role::kExpert ? layout_.dispatch_rows : layout_.combine_rows; }
   const Meta& meta() const { return role_ == Role::kExpert ? layout_.dispatch_meta : layout_.combine_meta; }
   const Rows& peer_rows() const { return role_ == Role::kExpert ? layout_.combine_rows : layout_.dispatch_rows; }
   const Meta& peer_meta() const { return role_ == Role::kExpert ? layout_.combine_meta : layout_.dispatch_meta; }
+  const Signal* own_signal(uint32_t peer_idx, uint32_t slot) const {
+    return reinterpret_cast<const Signal*>(meta_window_->data() + peer_idx * meta().object_bytes + meta().signal(slot));
+  }
 
   const Role role_;
-  const Shape shape_;
+  const uint32_t rank_;
   const std::unique_ptr<Transport> transport_;
   const Layout layout_;
-  const uint32_t rank_;
   const uint32_t max_peers_;
-  const uint32_t fork_count_;
   const uint32_t first_seq_ = g_first_seq;
   const std::shared_ptr<void> words_;
-  const PeerTable peers_;    // in words_; fixed size, so that waiters may read while a peer joins
-  std::vector<Link> links_;  // by peer index
-  Stats stats_;
-  int64_t give_up_ns_ = kForeverNs;
+  const PeerTable peers_;  // in words_; fixed size, so that waiters may read while a peer joins
 
  private:
-  template <class IsOver>
-  WaitResult wait_until(IsOver&& is_over, int64_t deadline_ns) {
-    WaitResult result = WaitResult::kReady;
-    if (!exec_.spin(is_over)) {
-      const int64_t began_ns = now_ns();
-      result = exec_.wait(is_over, deadline_ns);
-      add_relaxed(&stats_.wait_ns, static_cast<uint64_t>(now_ns() - began_ns));
-    }
-    require_usable();
-    return result;
-  }
-  // Whoever waits makes the network's progress.
-  template <class Ready>
-  WaitResult wait_on_network(Network& network, Ready&& ready, int64_t deadline_ns) {
-    const auto is_over = [&] {
-      network.look();
-      return ready() || is_closed();
-    };
-    if (deadline_ns == kNoWait) return is_over() ? WaitResult::kReady : WaitResult::kTimeout;
-    struct Driver {
-      Network& network;
-      explicit Driver(Network& of) : network(of) { network.enter(); }
-      ~Driver() { network.leave(); }
-    };
-    const Driver driver(network);
-    return wait_until(is_over, deadline_ns);
-  }
-
   void make_network();
   uint32_t last_link_of(uint64_t life) const;
   bool is_full() const;
   uint32_t take_index(uint32_t peer_rank);
   std::string why_not_returned();
-  std::vector<Handle> make_objects(uint32_t peer_idx);
-  std::string make_door(uint32_t peer_idx);
   void let_go_of_peers();
   void withdraw_locked(uint32_t peer_idx);
   bool give_back(uint32_t peer_idx);
+  PeerInfo info_locked(uint32_t peer_idx) const;
   const PeerInfo* find_remembered(uint32_t peer_rank) const;
   void set_state(uint32_t peer_idx, PeerState state);
   void set_gone(uint32_t peer_idx, PeerState state, LossCause cause);
+  // Has its rank an older link here, which somebody still holds? It would be the newest again, and its end a loss.
+  bool has_older(uint32_t peer_idx) const;
   void drop_locked(uint32_t peer_idx, LossCause cause, const std::string& reason);
+  std::vector<Handle> make_objects(uint32_t peer_idx);
+  std::string make_door(uint32_t peer_idx);
 
-  const std::unique_ptr<Transport> host_transport_;
-  std::shared_ptr<Window> rows_window_;
-  std::shared_ptr<Window> meta_window_;
-  std::shared_ptr<Window> wake_window_;
-  Handle wake_handle_;
-  WakeWord* own_wake_;
-  mutable std::mutex membership_mutex_;  // joining, returning, dropping and closing; never taken by the watcher's call
-  uint32_t is_closed_ = 0;
-  uint32_t num_joined_ = 0;  // links that were ever begun
-  uint32_t num_gone_ = 0;    // indices whose link has ended and that were not returned
+  const std::shared_ptr<Window> rows_window_, meta_window_;
+  std::vector<Link> links_;   // by peer index
+  mutable std::mutex mutex_;  // joining, returning, dropping and closing; never taken by the watcher's call
+  uint32_t num_joined_ = 0;   // links that were ever begun
+  uint32_t num_gone_ = 0;     // indices whose link has ended and that were not returned
   uint32_t epoch_ = 0;
   std::deque<PeerInfo> history_;              // of links whose index was returned, the last kMostRemembered
   const std::unique_ptr<SignalRelay> relay_;  // ends before links_, into whose mappings it writes
-
- protected:
-  bool is_over_network(uint32_t peer_idx) const { return links_[peer_idx].is_over_network; }
-  // What a message in a send area is, by the word that its signal has there.
-  void list_pieces(const Signal* word, Signal value, std::vector<Piece>& pieces) const;
-
-  std::unique_ptr<Network> network_owner_;
-  NetworkSlot network_;  // empty: peers share memory, all that have come so far
-  HostExec exec_;
+  std::unique_ptr<Network> network_owner_;    // of network_
 };
 
 }  // namespace m2n

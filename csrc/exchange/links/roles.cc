@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The words for what a caller or a peer did wrong, and the counters.
+// The words for what a caller or a peer did wrong.
 #include "exchange/links/roles.h"
 
 namespace m2n {
@@ -49,27 +49,6 @@ void AttentionRole::raise_refused(uint32_t expert_rank, uint32_t expert, uint32_
                   " and refused layer " + std::to_string(layer) + " of microbatch " + std::to_string(microbatch) +
                   "; give both sides the same placement",
               static_cast<int>(expert_rank));
-}
-
-uint64_t AttentionRole::bytes_sent(uint64_t num_messages, uint64_t num_rows) const {
-  const uint64_t ids_bytes = 2 * sizeof(int32_t) * uint64_t{shape_.top_k};
-  return num_messages * sizeof(Header) + num_rows * (layout_.dispatch_rows.row_bytes + ids_bytes);
-}
-
-uint64_t AttentionRole::bytes_received(uint64_t num_messages, uint64_t num_rows) const {
-  return num_messages * sizeof(Header) + num_rows * layout_.combine_rows.row_bytes;
-}
-
-void AttentionRole::count_sent(uint64_t num_messages, uint64_t num_rows) {
-  add_relaxed(&stats_.messages_sent, num_messages);
-  add_relaxed(&stats_.rows_sent, num_rows);
-  add_relaxed(&stats_.bytes_sent, bytes_sent(num_messages, num_rows));
-}
-
-void AttentionRole::count_received(uint64_t num_messages, uint64_t num_rows) {
-  add_relaxed(&stats_.messages_received, num_messages);
-  add_relaxed(&stats_.rows_received, num_rows);
-  add_relaxed(&stats_.bytes_received, bytes_received(num_messages, num_rows));
 }
 
 ExpertRole::ExpertRole(const Shape& shape, uint32_t rank, uint32_t max_peers, const std::string& transport,
@@ -136,26 +115,6 @@ void ExpertRole::require_answerable(const void* owner, bool is_answered, DType y
   if (owner != this) throw Error(Failure::kArgument, "batch: it was received by another comm");
   if (is_answered) throw Error(Failure::kArgument, "batch: combine_send was already called for it");
   if (y_dtype == DType::kFloat8E4M3) throw Error(Failure::kArgument, "y: only rows to experts may be float8");
-}
-
-uint64_t ExpertRole::bytes_received(uint64_t num_messages, uint64_t num_rows) const {
-  const uint64_t row_bytes = layout_.dispatch_rows.row_bytes + 2 * sizeof(int32_t) * uint64_t{shape_.top_k};
-  return num_messages * sizeof(Header) + num_rows * row_bytes;
-}
-
-uint64_t ExpertRole::bytes_sent(uint64_t num_messages, uint64_t num_rows) const {
-  return num_messages * sizeof(Header) + num_rows * layout_.combine_rows.row_bytes;
-}
-
-void ExpertRole::count_batch(uint64_t num_messages, uint64_t num_rows) {
-  add_relaxed(&stats_.rows_received, num_rows);
-  add_relaxed(&stats_.bytes_received, bytes_received(num_messages, num_rows));
-}
-
-void ExpertRole::count_sent(uint64_t num_messages, uint64_t num_rows) {
-  add_relaxed(&stats_.messages_sent, num_messages);
-  add_relaxed(&stats_.rows_sent, num_rows);
-  add_relaxed(&stats_.bytes_sent, bytes_sent(num_messages, num_rows));
 }
 
 }  // namespace m2n

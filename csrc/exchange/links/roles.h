@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "exchange/bodies/inbox.h"
-#include "exchange/links/membership.h"
+#include "exchange/links/comm.h"
 
 namespace m2n {
 
@@ -24,10 +24,6 @@ class AttentionRole : public Comm {
   [[noreturn]] void raise_slot_busy(uint32_t microbatch, uint32_t layer) const;
   // An expert rank does not host an expert that it was asked for.
   [[noreturn]] void raise_refused(uint32_t expert_rank, uint32_t expert, uint32_t layer, uint32_t microbatch) const;
-  uint64_t bytes_sent(uint64_t num_messages, uint64_t num_rows) const;
-  uint64_t bytes_received(uint64_t num_messages, uint64_t num_rows) const;
-  void count_sent(uint64_t num_messages, uint64_t num_rows);
-  void count_received(uint64_t num_messages, uint64_t num_rows);
 };
 
 class ExpertRole : public Comm {
@@ -68,10 +64,6 @@ class ExpertRole : public Comm {
   // The global ids hosted here from now on, ascending.
   void host(const std::vector<uint32_t>& local_experts);
   void require_answerable(const void* owner, bool is_answered, DType y_dtype) const;
-  uint64_t bytes_sent(uint64_t num_messages, uint64_t num_rows) const;
-  uint64_t bytes_received(uint64_t num_messages, uint64_t num_rows) const;
-  void count_batch(uint64_t num_messages, uint64_t num_rows);
-  void count_sent(uint64_t num_messages, uint64_t num_rows);
 
   uint32_t num_local_experts_ = 0;
   std::vector<int32_t> expert_idx_;  // global id -> local index, -1: not hosted

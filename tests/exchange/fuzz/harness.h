@@ -14,7 +14,7 @@
 
 #include "core/atomic.h"
 #include "core/peer.h"
-#include "exchange/links/membership.h"
+#include "exchange/links/comm.h"
 #include "transport/choice.h"
 #include "transport/control.h"
 
