@@ -127,7 +127,7 @@ py::dict offer_to_dict(Comm::Offer offer) {
   dict["device"] = offer.origin.device;
   dict["wakes"] = offer.wakes;
   dict["objects"] = objects;
-  dict["door"] = py::bytes(offer.door);
+  dict["address"] = py::bytes(offer.address);
   dict["link"] = offer.link;
   return dict;
 }
@@ -147,13 +147,13 @@ const char* state_name(PeerState state) {
 }
 
 void attach_peer(Comm& comm, uint32_t peer_idx, const std::vector<std::pair<int, uint64_t>>& objects, uint64_t process,
-                 const std::string& device, bool wakes, const py::bytes& door, int data_fd) {
+                 const std::string& device, bool wakes, const py::bytes& address, int data_fd) {
   Fd data(data_fd);
   std::vector<Handle> handles;
   for (const auto& [fd, id] : objects) handles.push_back({Fd(fd), 0, id});
-  const std::string door_bytes = door;
+  const std::string address_bytes = address;
   const WithoutLock release;
-  comm.attach(peer_idx, std::move(handles), {process, device}, wakes, door_bytes, std::move(data));
+  comm.attach(peer_idx, std::move(handles), {process, device}, wakes, address_bytes, std::move(data));
 }
 
 void watch_peer_of(Comm& comm, uint32_t peer_idx, int connection_fd, int pidfd, double send_every_s,
@@ -221,7 +221,7 @@ void bind_comm(py::module_& module) {
       },
       py::arg("rank"), py::arg("life"), py::arg("is_over_network") = false, py::arg("link") = 0);
   type.def("attach", &attach_peer, py::arg("peer_idx"), py::arg("objects"), py::arg("process"), py::arg("device"),
-           py::arg("wakes"), py::arg("door"), py::arg("data_fd") = -1);
+           py::arg("wakes"), py::arg("address"), py::arg("data_fd") = -1);
   type.def("withdraw", &Comm::withdraw, py::arg("peer_idx"));
   type.def("watch", &watch_peer_of, py::arg("peer_idx"), py::arg("connection_fd"), py::arg("pidfd"),
            py::arg("send_every_s"), py::arg("lost_after_s"), py::arg("displaces") = "", py::call_guard<WithoutLock>());

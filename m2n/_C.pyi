@@ -96,7 +96,7 @@ class Comm:
         process: int,
         device: str,
         wakes: bool,
-        door: bytes,
+        address: bytes,
         data_fd: int = -1,
     ) -> None: ...
     def withdraw(self, peer_idx: int) -> None: ...

@@ -32,7 +32,7 @@ _MAX_DEVICE_CHARS = 64
 _MAX_HOST_CHARS = 64
 _MAX_STORE_CHARS = 1024
 _NUM_OBJECTS = 3  # rows, small, wake
-_MAX_DOOR_BYTES = 32 * 1024
+_MAX_ADDRESS_BYTES = 32 * 1024
 _HEARTBEATS_TO_LOSS = 3
 _LEAST_HEARTBEAT_S, _MOST_HEARTBEAT_S = 0.01, 3600.0
 _MAX_DISPLACES_BYTES = 512
@@ -50,7 +50,7 @@ class NativeComm(Protocol):
         process: int,
         device: str,
         wakes: bool,
-        door: bytes,
+        address: bytes,
         data_fd: int,
     ) -> None: ...
     def withdraw(self, peer_idx: int) -> None: ...
@@ -143,15 +143,15 @@ def introduction(
         "wakes": offer["wakes"],
         "objects": [object_id for _, object_id in offer["objects"]],
         "has_fd": [fd >= 0 for fd, _ in offer["objects"]],
-        "door": base64.b64encode(offer["door"]).decode(),
+        "door": base64.b64encode(offer["address"]).decode(),
     }
 
 
-def _door(message: dict[str, Any], theirs: str) -> bytes:
+def _address(message: dict[str, Any], theirs: str) -> bytes:
     """How the peer is reached over a network; empty where its memory is shared."""
     text = message.get("door")
     try:
-        if not isinstance(text, str) or len(text) > _MAX_DOOR_BYTES // 3 * 4:
+        if not isinstance(text, str) or len(text) > _MAX_ADDRESS_BYTES // 3 * 4:
             raise ValueError
         return base64.b64decode(text, validate=True)
     except (ValueError, binascii.Error):
@@ -195,7 +195,7 @@ def check_introduction(identity: Identity, message: dict[str, Any], num_fds: int
     device, wakes = message.get("device"), message.get("wakes")
     if not isinstance(device, str) or len(device) > _MAX_DEVICE_CHARS or not isinstance(wakes, bool):
         raise SetupError(f"handshake: {theirs} does not say where its memory lies")
-    _door(message, theirs)
+    _address(message, theirs)
     _check_about(message, theirs)
     heartbeat_s: Any = message.get("heartbeat_s")
     if type(heartbeat_s) not in (int, float) or not _LEAST_HEARTBEAT_S <= heartbeat_s <= _MOST_HEARTBEAT_S:
@@ -243,7 +243,7 @@ def attach(
     remaining = iter(fds)
     objects = [(next(remaining) if has else -1, number) for has, number in zip(message["has_fd"], message["objects"])]
     fds.clear()
-    about = (message["process"], message["device"], message["wakes"], _door(message, "the peer"))
+    about = (message["process"], message["device"], message["wakes"], _address(message, "the peer"))
     native.attach(peer_idx, objects, *about, -1 if data is None else data.detach())
 
 

@@ -43,10 +43,10 @@ class Network : public Wire {
   // Before anything else. Signals that arrive wake the sleepers of `own_wake`. Both stay until close().
   virtual void open(LinkListener* listener, WakeWord* own_wake, const Peers& peers) = 0;
   // How one peer reaches these objects: bytes for the handshake.
-  virtual std::string make_door(uint32_t peer_idx, const Areas& own) = 0;
-  // The other end of that, by the peer's door: the send areas for it. `data`: a connected stream socket, where this
+  virtual std::string make_address(uint32_t peer_idx, const Areas& own) = 0;
+  // The other end of that, by the peer's address: the send areas for it. `data`: a connected stream socket, where this
   // network takes one for each link. `wakes`: will it wake a sleeper here? Throws Error(kSetup).
-  virtual Areas connect(uint32_t peer_idx, const std::string& door, Fd data, bool* wakes) = 0;
+  virtual Areas connect(uint32_t peer_idx, const std::string& address, Fd data, bool* wakes) = 0;
   // The peer is gone. Takes what is still under way, and says link_ended(); at once, where nothing may arrive any more.
   virtual void end(uint32_t peer_idx) = 0;
   virtual void end_now(uint32_t peer_idx) = 0;

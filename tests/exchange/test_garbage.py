@@ -122,7 +122,7 @@ def test_a_message_before_the_reply_is_a_protocol_error(device: str, tmp_path: P
 
 def introduced(**changes: Any) -> bytes:
     identity = bootstrap.Identity("default", "default", "attention", 0, SHAPE)
-    offer = {"process": 1, "device": "", "wakes": True, "objects": [(0, 1), (0, 2), (0, 3)], "door": b"", "link": 1}
+    offer = {"process": 1, "device": "", "wakes": True, "objects": [(0, 1), (0, 2), (0, 3)], "address": b"", "link": 1}
     return json.dumps({**bootstrap.introduction(identity, offer, "shm"), **changes}).encode()
 
 

@@ -128,7 +128,14 @@ def test_transports_that_do_not_fit_are_refused_in_words(tmp_path: Path) -> None
         config = dataclasses.replace(ON_HOST, transport="cuda")
         m2n.ExpertComm(0, SHAPE, m2n.Placement.block(8, 1), tmp_path, config=config)
     gpu = bootstrap.Identity("default", "default", "expert", 0, SHAPE, "cuda")
-    offer = {"process": 1, "device": "", "wakes": False, "objects": [(-1, 1), (-1, 2), (-1, 3)], "door": b"", "link": 1}
+    offer = {
+        "process": 1,
+        "device": "",
+        "wakes": False,
+        "objects": [(-1, 1), (-1, 2), (-1, 3)],
+        "address": b"",
+        "link": 1,
+    }
     cpu = bootstrap.Identity("default", "default", "attention", 0, SHAPE, "shm")
     with pytest.raises(
         m2n.SetupError, match=r"'cuda' for this link, attention rank 0 'shm'.*Config\(transport='shm'\)"

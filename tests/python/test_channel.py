@@ -58,7 +58,7 @@ class FakeNative:
             "device": "",
             "wakes": True,
             "objects": [(-1, 1), (-1, 2), (-1, 3)],
-            "door": b"",
+            "address": b"",
         }
 
     def attach(self, *about: Any) -> None:

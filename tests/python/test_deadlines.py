@@ -154,7 +154,7 @@ def _is_the_attention_sides(channel: Any) -> bool:
 
 def _offer_of_one_host(native: FakeNative, rank: int, life: int, is_over_network: bool, link: int) -> dict[str, Any]:
     objects = [(-1, 1), (-1, 2), (-1, 3)]
-    return {"link": link, "peer_idx": 0, "process": 5, "device": "", "wakes": True, "objects": objects, "door": b""}
+    return {"link": link, "peer_idx": 0, "process": 5, "device": "", "wakes": True, "objects": objects, "address": b""}
 
 
 # ---- lives and links

@@ -64,7 +64,7 @@ json_values = st.recursive(
 def introduction(role: str) -> dict[str, Any]:
     """What a proper peer of that role says; another process, so that its descriptors are looked at."""
     identity = bootstrap.Identity("default", "default", role, 0, SHAPE, life=LIFE)
-    offer = {"process": 1, "device": "", "wakes": True, "objects": [(0, 1), (0, 2), (0, 3)], "door": b"", "link": 1}
+    offer = {"process": 1, "device": "", "wakes": True, "objects": [(0, 1), (0, 2), (0, 3)], "address": b"", "link": 1}
     return {**bootstrap.introduction(identity, offer, "shm"), "to_life": LIFE}
 
 

@@ -145,7 +145,7 @@ def test_a_whole_handshake_has_one_deadline(monkeypatch: pytest.MonkeyPatch, cap
 
 def bogus(address: str, to_life: int, **changes: Any) -> dict[str, Any]:
     """A right introduction with descriptors that are none of a window; what the expert rank says to it."""
-    offer = {"process": 1, "device": "", "wakes": True, "objects": [(0, 1), (0, 2), (0, 3)], "door": b"", "link": 1}
+    offer = {"process": 1, "device": "", "wakes": True, "objects": [(0, 1), (0, 2), (0, 3)], "address": b"", "link": 1}
     who = bootstrap.Identity("default", "default", "attention", 0, SMALL)
     message = {**bootstrap.introduction(who, offer, "shm"), "to_life": to_life, **changes}
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:

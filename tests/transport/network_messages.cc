@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Headers of messages and doors as no honest peer writes them: whatever is accepted lies within the objects.
+// Headers of messages and addresses as no honest peer writes them: whatever is accepted lies within the objects.
 // Usage: network_messages SEED ROUNDS. Under AddressSanitizer and UndefinedBehaviorSanitizer.
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 #include <random>
 
 #include "transport/network/message.h"
-#include "transport/ucx/door.h"
+#include "transport/ucx/link_address.h"
 
 namespace {
 
@@ -82,22 +82,22 @@ void read_one_header() {
 }
 
 void read_one_door() {
-  Door door;
-  door.link = 7;
-  door.key = g_random();
-  door.address = std::string(g_random() % 100, 'a');
-  for (Door::Object& object : door.objects) object = {g_random(), std::string(g_random() % 50, 'k')};
-  std::string bytes = write_door(door);
-  Door again;
-  require(read_door(bytes, &again) && again.key == door.key && again.address == door.address &&
-              again.objects[1].key == door.objects[1].key,
-          "a door that reads otherwise");
+  LinkAddress address;
+  address.link = 7;
+  address.key = g_random();
+  address.worker = std::string(g_random() % 100, 'a');
+  for (LinkAddress::Object& object : address.objects) object = {g_random(), std::string(g_random() % 50, 'k')};
+  std::string bytes = write_address(address);
+  LinkAddress again;
+  require(read_address(bytes, &again) && again.key == address.key && again.worker == address.worker &&
+              again.objects[1].key == address.objects[1].key,
+          "an address that reads otherwise");
   for (int i = 0; i < 3; ++i) bytes[g_random() % bytes.size()] = static_cast<char>(g_random());
   bytes.resize(g_random() % (bytes.size() + 10));
-  if (!read_door(bytes, &again)) return;
-  size_t total = again.address.size();
-  for (const Door::Object& object : again.objects) total += object.key.size();
-  require(total <= bytes.size(), "a door longer than its bytes");
+  if (!read_address(bytes, &again)) return;
+  size_t total = again.worker.size();
+  for (const LinkAddress::Object& object : again.objects) total += object.key.size();
+  require(total <= bytes.size(), "an address longer than its bytes");
 }
 
 }  // namespace
@@ -110,5 +110,5 @@ int main(int, char** arguments) {
     read_one_door();
   }
   require(g_accepted > rounds / 100, "hardly any header is good: the rest says little");
-  std::printf("%ld headers and doors, %ld headers good\n", rounds, g_accepted);
+  std::printf("%ld headers and addresses, %ld headers good\n", rounds, g_accepted);
 }

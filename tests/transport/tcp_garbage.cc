@@ -22,7 +22,7 @@ namespace {
 
 using namespace m2n;
 
-constexpr uint64_t kRowsBytes = 256 << 10, kSmallBytes = 4096, kGuardBytes = 4096;
+constexpr uint64_t kRowsBytes = 256 << 10, kMetaBytes = 4096, kGuardBytes = 4096;
 constexpr unsigned char kGuard = 0xA5;
 std::mt19937_64 g_random;
 
@@ -37,7 +37,7 @@ uint64_t pick(std::initializer_list<uint64_t> values) { return values.begin()[g_
 // A rank with two links; at the other ends of their sockets is this program.
 struct Rank : LinkListener {
   struct Peer {
-    std::vector<unsigned char> memory = std::vector<unsigned char>(kRowsBytes + kSmallBytes + 3 * kGuardBytes, kGuard);
+    std::vector<unsigned char> memory = std::vector<unsigned char>(kRowsBytes + kMetaBytes + 3 * kGuardBytes, kGuard);
     std::vector<unsigned char> expected;
     uint64_t key = 0;
     int socket = -1;
@@ -49,17 +49,17 @@ struct Rank : LinkListener {
     uint64_t word() { return load_signal(reinterpret_cast<const Signal*>(meta())); }
   };
   Rank() {
-    links.open({2, kRowsBytes, kSmallBytes}, nullptr, [] {}, [] {});
+    links.open({2, kRowsBytes, kMetaBytes}, nullptr, [] {}, [] {});
     for (uint32_t i = 0; i < 2; ++i) {
       Peer& peer = peers[i];
       std::memset(peer.rows(), 0, kRowsBytes);
-      std::memset(peer.meta(), 0, kSmallBytes);
-      const std::string door = links.make_door(i, {peer.rows(), kRowsBytes, peer.meta(), kSmallBytes});
-      std::memcpy(&peer.key, door.data() + sizeof(uint64_t), sizeof peer.key);
+      std::memset(peer.meta(), 0, kMetaBytes);
+      const std::string address = links.make_address(i, {peer.rows(), kRowsBytes, peer.meta(), kMetaBytes});
+      std::memcpy(&peer.key, address.data() + sizeof(uint64_t), sizeof peer.key);
       int ends[2];
       require(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0, ends) == 0, "socketpair");
       bool wakes = false;
-      links.connect(i, door, Fd(ends[0]), &wakes);
+      links.connect(i, address, Fd(ends[0]), &wakes);
       peer.socket = ends[1];
       peer.expected = peer.memory;
     }
@@ -114,7 +114,7 @@ Sent good_message(Rank::Peer& peer, uint64_t value) {
   Sent sent;
   sent.head = {peer.key, 0, static_cast<uint16_t>(g_random() % (kMaxParts + 1)), 0, 0, value};
   for (uint32_t i = 0; i < sent.head.num_parts; ++i) {
-    const uint64_t area_bytes = i % 2 == 0 ? kRowsBytes : kSmallBytes - 64;
+    const uint64_t area_bytes = i % 2 == 0 ? kRowsBytes : kMetaBytes - 64;
     const uint64_t num_bytes = g_random() % (pick({1, 100, 5000, area_bytes}) % area_bytes + 1);
     const uint64_t offset = g_random() % (area_bytes - num_bytes + 1);
     sent.parts.push_back({i % 2, 0, offset + (i % 2) * 64, num_bytes});  // not over the signal
@@ -162,7 +162,7 @@ Sent bad_message(Rank::Peer& peer) {
       head.num_parts = static_cast<uint16_t>(kMaxParts + 1 + g_random() % 60000);
       break;
     case 2:
-      head.word_offset = pick({kSmallBytes, kSmallBytes - 7, 4, ~uint64_t{7}, ~uint64_t{0}, uint64_t{1} << 63});
+      head.word_offset = pick({kMetaBytes, kMetaBytes - 7, 4, ~uint64_t{7}, ~uint64_t{0}, uint64_t{1} << 63});
       break;
     case 3:
       part.area = static_cast<uint32_t>(pick({2, 3, 0x80000000u, 0xFFFFFFFFu}));

@@ -46,7 +46,7 @@ def run_sanitized(folder: Path, program: str, rounds: int, *sources: str) -> Non
 
 @needs_compiler
 def test_whatever_header_or_address_is_accepted_stays_within_its_objects(tmp_path: Path) -> None:
-    run_sanitized(tmp_path, "network_messages", 100000, "network/message", "ucx/door")
+    run_sanitized(tmp_path, "network_messages", 100000, "network/message", "ucx/link_address")
 
 
 @pytest.mark.slow

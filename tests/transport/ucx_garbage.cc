@@ -33,7 +33,7 @@ struct Rank : LinkListener {
     std::memset(rows(), 0, kBytes);
     std::memset(meta(), 0, kBytes);
     links.open({1, kBytes, kBytes}, std::move(rows_areas), [] {}, [] {});
-    door = links.make_door(0, {rows(), kBytes, meta(), kBytes});
+    address = links.make_address(0, {rows(), kBytes, meta(), kBytes});
   }
   void link_broke(uint32_t, const std::string& violation) override {
     is_broken = true;
@@ -53,7 +53,7 @@ struct Rank : LinkListener {
 
   Links links;
   std::vector<unsigned char> memory;
-  std::string door, text;
+  std::string address, text;
   bool is_broken = false;
 };
 
@@ -63,9 +63,9 @@ struct Pair {
   explicit Pair(const Choice& choice, std::shared_ptr<Window> rows_areas = nullptr)
       : api(load(choice.ucx.library, "")), sender(choice, nullptr), receiver(choice, rows_areas) {
     bool wakes = false;
-    sender.links.connect(0, receiver.door, Fd(), &wakes);
-    if (rows_areas == nullptr) receiver.links.connect(0, sender.door, Fd(), &wakes);
-    require(read_door(receiver.door, &door), "the door reads");
+    sender.links.connect(0, receiver.address, Fd(), &wakes);
+    if (rows_areas == nullptr) receiver.links.connect(0, sender.address, Fd(), &wakes);
+    require(read_address(receiver.address, &address), "the address reads");
     Config* config = nullptr;
     require(api.config_read(nullptr, nullptr, &config) == Status::kOk, "config");
     Params params;
@@ -75,7 +75,7 @@ struct Pair {
     WorkerParams worker_params;
     require(api.worker_create(context, &worker_params, &worker) == Status::kOk, "worker");
     EndpointParams endpoint_params;
-    endpoint_params.address = reinterpret_cast<const Address*>(door.address.data());
+    endpoint_params.address = reinterpret_cast<const Address*>(address.worker.data());
     require(api.ep_create(worker, &endpoint_params, &endpoint) == Status::kOk, "endpoint");
   }
   ~Pair() {
@@ -115,7 +115,7 @@ struct Pair {
 
   const Api& api;
   Rank sender, receiver;
-  Door door;
+  LinkAddress address;
   std::list<std::vector<unsigned char>> headers;
   Context* context = nullptr;
   Worker* worker = nullptr;
@@ -143,7 +143,7 @@ void check_violations(const Choice& choice) {
   };
   for (const Case& one : cases) {
     Pair pair(choice);
-    const MessageHead head{pair.door.key, pair.door.link, one.num_parts, 0, one.word_offset, make_signal(1, 1)};
+    const MessageHead head{pair.address.key, pair.address.link, one.num_parts, 0, one.word_offset, make_signal(1, 1)};
     std::vector<MessagePart> parts;
     if (one.num_parts == 1) parts.push_back(one.part);
     pair.send(pair.header(head, parts), one.data_bytes);
@@ -156,12 +156,12 @@ void check_violations(const Choice& choice) {
 void check_strangers(const Choice& choice) {
   Pair pair(choice);
   const MessagePart part{0, 0, 0, 16};
-  pair.send(pair.header({pair.door.key + 1, pair.door.link, 1, 0, 0, make_signal(1, 1)}, {part}), 16);
-  pair.send(pair.header({pair.door.key, pair.door.link + 1, 1, 0, 0, make_signal(1, 1)}, {part}), 16);
+  pair.send(pair.header({pair.address.key + 1, pair.address.link, 1, 0, 0, make_signal(1, 1)}, {part}), 16);
+  pair.send(pair.header({pair.address.key, pair.address.link + 1, 1, 0, 0, make_signal(1, 1)}, {part}), 16);
   pair.send({1, 2, 3}, 16);
   pair.send({}, 0);
   require(!pair.receiver.is_broken && pair.receiver.word() == 0 && pair.receiver.rows()[0] == 0, "a stranger");
-  pair.send(pair.header({pair.door.key, pair.door.link, 1, 0, 8, make_signal(1, 1)}, {part}), 16);
+  pair.send(pair.header({pair.address.key, pair.address.link, 1, 0, 8, make_signal(1, 1)}, {part}), 16);
   const auto* second = reinterpret_cast<const Signal*>(pair.receiver.meta() + 8);
   pair.await([&] { return load_signal(second) != 0; });
   require(load_signal(second) == make_signal(1, 1) && pair.receiver.rows()[15] == 0x5A, "a good message arrives");
@@ -171,7 +171,7 @@ void check_strangers(const Choice& choice) {
 void check_rows_elsewhere(const Choice& choice) {
   Pair pair(choice, make_host_transport()->make_window(kBytes, kBytes, 1));
   const MessagePart part{0, 0, 0, 16};
-  pair.send(pair.header({pair.door.key, pair.door.link, 1, 0, 0, make_signal(1, 1)}, {part}), 16);
+  pair.send(pair.header({pair.address.key, pair.address.link, 1, 0, 0, make_signal(1, 1)}, {part}), 16);
   pair.await([&] { return pair.receiver.is_broken; });
   require(pair.receiver.text == "it sent a message where all must be put", "a message where all must be put");
   require(pair.receiver.rows()[0] == 0 && pair.receiver.word() == 0, "it changes nothing");

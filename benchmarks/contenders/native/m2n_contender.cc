@@ -27,16 +27,16 @@ struct Hello {
 
 // The way to a rank over a network follows it, with one descriptor or none, of the connection that carries rows; else
 // those of its memory go along.
-constexpr size_t kMaxDoorBytes = 32 * 1024;
+constexpr size_t kMaxAddressBytes = 32 * 1024;
 
 void send_offer(int connection, uint32_t rank, Comm::Offer offer, Fd data_end = Fd()) {
   alignas(cmsghdr) char control[CMSG_SPACE(3 * sizeof(int))] = {};
   Hello hello{offer.origin.process, rank};
-  const bool is_over_network = !offer.door.empty();
+  const bool is_over_network = !offer.address.empty();
   std::vector<int> fds;
   if (data_end.get() >= 0) fds.push_back(data_end.get());
   for (size_t i = 0; i < 3 && !is_over_network; ++i) fds.push_back(offer.handles[i].fd.get());
-  iovec data[] = {{&hello, sizeof hello}, {offer.door.data(), offer.door.size()}};
+  iovec data[] = {{&hello, sizeof hello}, {offer.address.data(), offer.address.size()}};
   msghdr message{};
   message.msg_iov = data;
   message.msg_iovlen = 2;
@@ -54,15 +54,15 @@ void send_offer(int connection, uint32_t rank, Comm::Offer offer, Fd data_end = 
 
 struct Received {
   std::vector<Handle> handles = std::vector<Handle>(3);
-  std::string door;
+  std::string address;
   Fd data;
 };
 
 Received receive_offer(int connection, Hello* hello) {
   alignas(cmsghdr) char control[CMSG_SPACE(3 * sizeof(int))] = {};
   Received received;
-  received.door.resize(kMaxDoorBytes);
-  iovec data[] = {{hello, sizeof *hello}, {received.door.data(), received.door.size()}};
+  received.address.resize(kMaxAddressBytes);
+  iovec data[] = {{hello, sizeof *hello}, {received.address.data(), received.address.size()}};
   msghdr message{};
   message.msg_iov = data;
   message.msg_iovlen = 2;
@@ -70,13 +70,13 @@ Received receive_offer(int connection, Hello* hello) {
   message.msg_controllen = sizeof control;
   const ssize_t num_bytes = recvmsg(connection, &message, 0);
   if (num_bytes < static_cast<ssize_t>(sizeof *hello)) raise_socket("recvmsg");
-  received.door.resize(static_cast<size_t>(num_bytes) - sizeof *hello);
+  received.address.resize(static_cast<size_t>(num_bytes) - sizeof *hello);
   const cmsghdr* header = CMSG_FIRSTHDR(&message);
   const size_t num_fds = header == nullptr ? 0 : (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
   for (size_t i = 0; i < num_fds; ++i) {
     int fd = -1;
     std::memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof fd);
-    (received.door.empty() ? received.handles.at(i).fd : received.data) = Fd(fd);
+    (received.address.empty() ? received.handles.at(i).fd : received.data) = Fd(fd);
   }
   return received;
 }
@@ -210,7 +210,7 @@ class M2n final : public Contender {
   }
 
   void link(Comm& comm, uint32_t peer_idx, const Hello& hello, Received offer, int connection) {
-    comm.attach(peer_idx, std::move(offer.handles), {hello.process_nonce}, true, offer.door, std::move(offer.data));
+    comm.attach(peer_idx, std::move(offer.handles), {hello.process_nonce}, true, offer.address, std::move(offer.data));
     comm.watch(peer_idx, connection, -1);
     peer_idx_of_rank_.at(hello.rank) = peer_idx;
   }

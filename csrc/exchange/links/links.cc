@@ -87,7 +87,7 @@ Offer Membership::offer(uint32_t peer_rank, uint64_t life, bool is_over_network,
   link.link = link_number;
   link.is_over_network = is_over_network;
   try {
-    return {peer_idx, transport_->origin(), wakes_peers(), make_objects(peer_idx), make_door(peer_idx), link_number};
+    return {peer_idx, transport_->origin(), wakes_peers(), make_objects(peer_idx), make_address(peer_idx), link_number};
   } catch (...) {
     withdraw_locked(peer_idx);
     throw;
@@ -109,11 +109,11 @@ std::vector<Handle> Membership::make_objects(uint32_t peer_idx) {
   return handles;
 }
 
-std::string Membership::make_door(uint32_t peer_idx) {
+std::string Membership::make_address(uint32_t peer_idx) {
   if (!links_[peer_idx].is_over_network) return "";
-  return network_owner_->make_door(peer_idx,
-                                   {rows_window_->data() + peer_idx * rows().stride_bytes, rows().object_bytes,
-                                    meta_window_->data() + peer_idx * meta().object_bytes, meta().object_bytes});
+  return network_owner_->make_address(peer_idx,
+                                      {rows_window_->data() + peer_idx * rows().stride_bytes, rows().object_bytes,
+                                       meta_window_->data() + peer_idx * meta().object_bytes, meta().object_bytes});
 }
 
 void Membership::withdraw(uint32_t peer_idx) {
@@ -188,13 +188,13 @@ bool Membership::give_back(uint32_t peer_idx) {
 }
 
 void Membership::attach(uint32_t peer_idx, std::vector<Handle> handles, const Origin& origin, bool wakes,
-                        const std::string& door, Fd data) {
+                        const std::string& address, Fd data) {
   require_usable();
   if (handles.size() != 3) throw Error(Failure::kSetup, "handshake: expected 3 memory objects");
   const uint64_t expected[] = {peer_rows().object_bytes, peer_meta().object_bytes, kPageBytes};
   Link& link = links_.at(peer_idx);
   if (link.is_over_network) {
-    const Areas send = network_owner_->connect(peer_idx, door, std::move(data), &wakes);
+    const Areas send = network_owner_->connect(peer_idx, address, std::move(data), &wakes);
     if (!wakes) exec_.look_often();
     link.exposed = transport_->expose(send);
     peers_.entries[peer_idx].view = {send.rows, send.meta, nullptr, doorbell()};

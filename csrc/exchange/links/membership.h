@@ -26,7 +26,7 @@ struct Offer {
   Origin origin;
   bool wakes;                   // does it wake a peer that sleeps? A device cannot
   std::vector<Handle> handles;  // rows, meta, wake; over a network nobody can attach to them
-  std::string door;             // what stands for them there, else ""
+  std::string address;          // what stands for them there, else ""
   uint32_t link;                // its number among the links of these two lives, from 1
 };
 
@@ -102,7 +102,7 @@ class Membership : public Waiting,
   Offer offer(uint32_t peer_rank, uint64_t life, bool is_over_network = false, uint32_t link = 0);
   // `data`: the connection that carries the rows of this link, where the network takes one.
   void attach(uint32_t peer_idx, std::vector<Handle> handles, const Origin& origin, bool wakes = true,
-              const std::string& door = "", Fd data = Fd());
+              const std::string& address = "", Fd data = Fd());
   // The link is LIVE from here on. Takes both descriptors; pidfd -1: the peer is in this process or on no pid
   // of ours. `displaces`: what an older life of the rank is told, which ends with this.
   void watch(uint32_t peer_idx, int connection_fd, int pidfd, const Heartbeats& heartbeats = {},
@@ -200,7 +200,7 @@ class Membership : public Waiting,
   bool has_older(uint32_t peer_idx) const;
   void drop_locked(uint32_t peer_idx, LossCause cause, const std::string& reason);
   std::vector<Handle> make_objects(uint32_t peer_idx);
-  std::string make_door(uint32_t peer_idx);
+  std::string make_address(uint32_t peer_idx);
 
   const std::shared_ptr<Window> rows_window_, meta_window_;
   std::vector<Link> links_;   // by peer index

@@ -30,7 +30,7 @@ void NetworkLinks::open(const Network::Peers& peers, std::shared_ptr<Window> row
   on_report_ = std::move(on_report);
 }
 
-std::string NetworkLinks::make_door(uint32_t peer_idx, const Areas& own) {
+std::string NetworkLinks::make_address(uint32_t peer_idx, const Areas& own) {
   std::lock_guard lock(mutex_);
   require_open();
   if (links_.size() <= peer_idx) links_.resize(peer_idx + 1);

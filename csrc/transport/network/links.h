@@ -45,8 +45,8 @@ class NetworkLinks {
   // The calls are made where a signal was stored, and where somebody must come and report(); with a lock held.
   void open(const Network::Peers& peers, std::shared_ptr<Window> rows_areas, std::function<void()> on_signal,
             std::function<void()> on_report);
-  std::string make_door(uint32_t peer_idx, const Areas& own);
-  virtual Areas connect(uint32_t peer_idx, const std::string& door, Fd data, bool* wakes) = 0;
+  std::string make_address(uint32_t peer_idx, const Areas& own);
+  virtual Areas connect(uint32_t peer_idx, const std::string& address, Fd data, bool* wakes) = 0;
   void end(uint32_t peer_idx);
   void end_now(uint32_t peer_idx);
   bool release(uint32_t peer_idx);
@@ -68,7 +68,7 @@ class NetworkLinks {
   int64_t report(LinkListener& listener);
 
  protected:
-  // What a kind adds, with the lock held: a link, its door, its end, and whether nothing of an ended one is in use.
+  // What a kind adds, with the lock held: a link, its address, its end, and whether nothing of an ended one is in use.
   virtual std::unique_ptr<NetworkLink> make_link() = 0;
   virtual std::string write_door_of(NetworkLink& link) = 0;
   virtual void end_link(NetworkLink& link) = 0;

@@ -29,9 +29,9 @@ class NetworkOfLinks final : public Network {
     is_running_ = true;
   }
 
-  std::string make_door(uint32_t peer_idx, const Areas& own) override { return links().make_door(peer_idx, own); }
-  Areas connect(uint32_t peer_idx, const std::string& door, Fd data, bool* wakes) override {
-    return links().connect(peer_idx, door, std::move(data), wakes);
+  std::string make_address(uint32_t peer_idx, const Areas& own) override { return links().make_address(peer_idx, own); }
+  Areas connect(uint32_t peer_idx, const std::string& address, Fd data, bool* wakes) override {
+    return links().connect(peer_idx, address, std::move(data), wakes);
   }
   void send(const std::vector<Piece>& pieces, const Signal* word, Signal value, bool is_free_after) override {
     links().send(pieces, word, value, is_free_after);

@@ -26,7 +26,7 @@ namespace {
 // takes back what is still under way.
 constexpr int64_t kAcknowledgedNs = 1'000'000'000;
 
-struct Door {
+struct LinkAddress {
   static constexpr uint64_t kMagic = 0x3170637432326D32;  // of this version and byte order
   uint64_t magic = kMagic;
   uint64_t key = 0;
@@ -45,15 +45,16 @@ Links::Links() : NetworkLinks("tcp"), epoll_(epoll_create1(EPOLL_CLOEXEC)) {
 }
 
 std::string Links::write_door_of(NetworkLink& link) {
-  const Door door{Door::kMagic, link.key};
-  return {reinterpret_cast<const char*>(&door), sizeof door};
+  const LinkAddress address{LinkAddress::kMagic, link.key};
+  return {reinterpret_cast<const char*>(&address), sizeof address};
 }
 
 Areas Links::connect(uint32_t peer_idx, const std::string& bytes, Fd data, bool* wakes) {
-  Door door;
-  if (bytes.size() != sizeof door) fail("the peer's address is none of this version");
-  std::memcpy(&door, bytes.data(), sizeof door);
-  if (door.magic != Door::kMagic) fail("the peer's address is none of this version, on a machine of this byte order");
+  LinkAddress address;
+  if (bytes.size() != sizeof address) fail("the peer's address is none of this version");
+  std::memcpy(&address, bytes.data(), sizeof address);
+  if (address.magic != LinkAddress::kMagic)
+    fail("the peer's address is none of this version, on a machine of this byte order");
   int type = 0;
   socklen_t type_bytes = sizeof type;
   if (getsockopt(data.get(), SOL_SOCKET, SO_TYPE, &type, &type_bytes) != 0 || type != SOCK_STREAM) {
@@ -66,7 +67,7 @@ Areas Links::connect(uint32_t peer_idx, const std::string& bytes, Fd data, bool*
   require_open();
   Link& link = static_cast<Link&>(*links_.at(peer_idx));
   const Areas send = areas_.add(peer_idx);  // first: it may fail
-  link.peer_key = door.key;
+  link.peer_key = address.key;
   link.socket = std::move(data);
   link.staged = std::make_unique<unsigned char[]>(kStagedBytes);
   watch_socket(link, EPOLL_CTL_ADD);

@@ -21,7 +21,7 @@ class Links final : public NetworkLinks {
  public:
   Links();
   ~Links() override { close(); }
-  Areas connect(uint32_t peer_idx, const std::string& door, Fd data, bool* wakes) override;
+  Areas connect(uint32_t peer_idx, const std::string& address, Fd data, bool* wakes) override;
   void drain() override;
   void close() override;
 

@@ -107,11 +107,11 @@ void Links::require_cuda() {
 std::string Links::write_door_of(NetworkLink& made) {
   auto& link = static_cast<Link&>(made);
   link.links = this;
-  Door door;
-  door.link = link.peer_idx;
-  door.key = link.key;
-  door.way = static_cast<uint32_t>(way_);
-  door.address = address_;
+  LinkAddress address;
+  address.link = link.peer_idx;
+  address.key = link.key;
+  address.way = static_cast<uint32_t>(way_);
+  address.worker = address_;
   const std::pair<unsigned char*, uint64_t> areas[] = {{link.own.rows, link.own.rows_bytes},
                                                        {link.own.meta, link.own.meta_bytes}};
   for (uint32_t i = 0; i < kNumAreas; ++i) {
@@ -122,15 +122,15 @@ std::string Links::write_door_of(NetworkLink& made) {
     void* packed = nullptr;
     size_t num_bytes = 0;
     require(api_, api_.rkey_pack(context_, link.own_memory[i], &packed, &num_bytes), "ucp_rkey_pack");
-    door.objects[i] = {reinterpret_cast<uint64_t>(areas[i].first), {static_cast<const char*>(packed), num_bytes}};
+    address.objects[i] = {reinterpret_cast<uint64_t>(areas[i].first), {static_cast<const char*>(packed), num_bytes}};
     api_.rkey_buffer_release(packed);
   }
-  return write_door(door);
+  return write_address(address);
 }
 
 Areas Links::connect(uint32_t peer_idx, const std::string& bytes, Fd /*data*/, bool* wakes) {
-  Door door;
-  if (!read_door(bytes, &door) || door.way > static_cast<uint32_t>(Way::kPut)) {
+  LinkAddress address;
+  if (!read_address(bytes, &address) || address.way > static_cast<uint32_t>(Way::kPut)) {
     fail("the peer's address is none of this version, on a machine of this byte order");
   }
   std::unique_lock lock(mutex_);
@@ -139,7 +139,7 @@ Areas Links::connect(uint32_t peer_idx, const std::string& bytes, Fd /*data*/, b
   while (true) {
     require_open();
     try {
-      make_endpoint(link, door.address);
+      make_endpoint(link, address.worker);
       break;
     } catch (const Error&) {
       if (now_ns() > until_ns) throw;
@@ -148,19 +148,19 @@ Areas Links::connect(uint32_t peer_idx, const std::string& bytes, Fd /*data*/, b
     usleep(kAgainUs);
     lock.lock();
   }
-  link.peer_key = door.key;
-  link.peer_link = door.link;
+  link.peer_key = address.key;
+  link.peer_link = address.link;
   link.is_put = puts(link, way_);
-  *wakes = !puts(link, static_cast<Way>(door.way));
+  *wakes = !puts(link, static_cast<Way>(address.way));
   if (areas_.has_rows_apart() && (!link.is_put || *wakes)) {
     refuse(
         "gpu_direct needs puts in both directions, and this link would carry messages (ucx_way, or a network without "
         "remote memory access); leave it out, or use ucx_way='put' on both sides");
   }
   for (uint32_t i = 0; i < kNumAreas; ++i) {
-    link.remote[i] = door.objects[i].address;
+    link.remote[i] = address.objects[i].address;
     if (!link.is_put) continue;
-    require(api_, api_.ep_rkey_unpack(link.endpoint, door.objects[i].key.data(), &link.remote_keys[i]),
+    require(api_, api_.ep_rkey_unpack(link.endpoint, address.objects[i].key.data(), &link.remote_keys[i]),
             "ucp_ep_rkey_unpack: the peer's memory cannot be reached by puts");
   }
   return areas_.add(peer_idx);

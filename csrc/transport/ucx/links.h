@@ -11,7 +11,7 @@
 
 #include "transport/network/links.h"
 #include "transport/ucx/api.h"
-#include "transport/ucx/door.h"
+#include "transport/ucx/link_address.h"
 
 namespace m2n::ucx {
 

@@ -81,9 +81,9 @@ class Rank final : public LinkListener {
     return handles;
   }
   // Over a network: what the peer needs of this rank.
-  std::string door(uint32_t peer_idx = kPeer) {
+  std::string address(uint32_t peer_idx = kPeer) {
     (void)add_objects(peer_idx);
-    return network->make_door(peer_idx, {rows_of(peer_idx), object_bytes, meta_of(peer_idx), object_bytes});
+    return network->make_address(peer_idx, {rows_of(peer_idx), object_bytes, meta_of(peer_idx), object_bytes});
   }
   void connect(const std::string& peers_door, Fd data, uint32_t peer_idx = kPeer) {
     const Areas send = network->connect(peer_idx, peers_door, std::move(data), &is_woken);
@@ -164,7 +164,7 @@ inline void link(Rank& one, Rank& other) {
   int ends[2];
   require(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, ends) == 0, "a pair of sockets");
   Fd first(ends[0]), second(ends[1]);
-  const std::string ones = one.door(), others = other.door();
+  const std::string ones = one.address(), others = other.address();
   one.connect(others, std::move(first));
   other.connect(ones, std::move(second));
 }

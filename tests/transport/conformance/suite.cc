@@ -241,9 +241,9 @@ void an_index_serves_one_link_after_another(const Make& make) {
 void an_address_that_is_none_is_refused(const Make& make) {
   Rank one(make), other(make);
   if (one.network == nullptr) throw NotHere("its peers need no address");
-  (void)one.door();
-  std::string door = other.door();
-  for (const std::string& bad : {std::string(), std::string(door.size(), 'x'), door.substr(1)}) {
+  (void)one.address();
+  std::string address = other.address();
+  for (const std::string& bad : {std::string(), std::string(address.size(), 'x'), address.substr(1)}) {
     require(!refusal([&] { one.connect(bad, Fd()); }).empty(), "bytes that are no address are refused");
   }
   await([&] { return one.network->release(kPeer); }, "the index comes back");

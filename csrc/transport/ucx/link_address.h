@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A door: how a rank is reached through UCX, as its peer reads it in the handshake.
+// An address: how a rank is reached through UCX, as its peer reads it in the handshake.
 #pragma once
 
 #include <cstdint>
@@ -10,18 +10,18 @@
 namespace m2n::ucx {
 
 // In this machine's byte order.
-struct Door {
+struct LinkAddress {
   uint32_t link = 0;  // the number and the key that messages to it carry
   uint64_t key = 0;
   uint32_t way = 0;
-  std::string address;  // of UCX's worker
+  std::string worker;  // address of UCX's worker
   struct Object {
     uint64_t address = 0;
     std::string key;  // of UCX, packed
   } objects[kNumAreas];
 };
-std::string write_door(const Door& door);
+std::string write_address(const LinkAddress& address);
 // False: it is none of this version, or of a machine of another byte order.
-bool read_door(const std::string& bytes, Door* door);
+bool read_address(const std::string& bytes, LinkAddress* address);
 
 }  // namespace m2n::ucx
