@@ -74,7 +74,7 @@ def fixed_addresses() -> tuple[str, ...]:
 def compile_control(sanitizer: Sanitizer, mutate: bool = False) -> Path:
     """sanitizer_control.cc; with `mutate`, against a copy of the memory orders in which all are relaxed."""
     sanitizer.directory.mkdir(parents=True, exist_ok=True)
-    includes = [f"-I{ROOT / 'csrc'}"]
+    includes = [f"-I{ROOT / 'csrc'}", f"-I{TESTS / 'core'}"]
     if mutate:
         relaxed = sanitizer.directory / "relaxed"
         (relaxed / "core").mkdir(parents=True, exist_ok=True)
