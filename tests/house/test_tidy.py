@@ -58,7 +58,7 @@ RULES: dict[str, tuple[Callable[[str, str], Iterable[str]], dict[str, str]]] = {
     "waited_for": (rules.waited_for, PRODUCT_CXX),
     "first_lines": (rules.first_lines, SOURCES),
     "leftovers": (rules.leftovers, {path: text for path, text in SOURCES.items() if "tidy" not in path}),
-    "places": (rules.places, {**SOURCES, **TOOLS}),
+    "places": (rules.places, {**SOURCES, **TOOLS, **PROSE}),
     "file_size": (rules.file_size, SOURCES),
     "function_sizes": (rules.function_sizes, {**CXX, **PYTHON}),
     "public_names_only": (public_names_only, PYTHON),

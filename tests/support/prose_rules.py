@@ -92,8 +92,8 @@ def prose(path: str, text: str, glossary: str) -> Iterator[str]:
     for piece in pieces(text):
         for words in sentences(piece):
             if len(words) > MAX_SENTENCE_WORDS:
-                start = " ".join(words[:6])
-                yield f"{path}:{piece.line}: a sentence of {len(words)} words, at most {MAX_SENTENCE_WORDS}: {start} ..."
+                start = " ".join(words[:4])
+                yield f"{path}:{piece.line}: a sentence of {len(words)} words; at most {MAX_SENTENCE_WORDS}: {start}"
         for word, term in unused.items():
             if re.search(rf"\b{re.escape(word)}s?\b", piece.text, re.IGNORECASE):
                 yield f"{path}:{piece.line}: says {word!r}; the glossary's word is {term!r}"
