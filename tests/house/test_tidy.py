@@ -34,11 +34,14 @@ CXX = files(*rules.CXX_ENDINGS)
 PRODUCT_CXX = {path: text for path, text in CXX.items() if not path.startswith("tests/")}
 PYTHON = files(".py")
 SOURCES = {**CXX, **PYTHON, **files(".pyi")}
-# benchmarks/README.md and results/README.md are left out: tables wider than a page, each cell a measured statement.
+# Left out: benchmarks/results/README.md and tests/model/configs/README.md, whose tables are wider than a page.
 PROSE = {
     **files(".md", folders=("docs",)),
     **{name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")},
-    **{name: (ROOT / name).read_text(encoding="utf-8") for name in ("csrc/README.md", "tests/README.md")},
+    **{
+        name: (ROOT / name).read_text(encoding="utf-8")
+        for name in ("csrc/README.md", "benchmarks/README.md", "tests/README.md")
+    },
 }
 TOOLS = {name: (ROOT / name).read_text() for name in ("Makefile", "CMakeLists.txt", ".ci/run", ".ci/install")}
 
