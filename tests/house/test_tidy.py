@@ -54,6 +54,12 @@ def prose(path: str, text: str) -> Iterable[str]:
     return prose_rules.prose(path, text, PROSE[prose_rules.GLOSSARY])
 
 
+def glossary(path: str, text: str) -> Iterable[str]:
+    """Sources use the words of the glossary; contenders speak of other libraries, tests of what is not to be."""
+    if not path.startswith(("benchmarks/contenders/", "tests/")):
+        yield from prose_rules.other_words(path, text, PROSE[prose_rules.GLOSSARY])
+
+
 RULES: dict[str, tuple[Callable[[str, str], Iterable[str]], dict[str, str]]] = {
     "includes": (rules.includes, PRODUCT_CXX),
     "vocabulary": (rules.vocabulary, PRODUCT_CXX),
@@ -67,6 +73,7 @@ RULES: dict[str, tuple[Callable[[str, str], Iterable[str]], dict[str, str]]] = {
     "public_names_only": (public_names_only, PYTHON),
     "lower_python_floor": (rules.lower_python_floor, PYTHON),
     "prose": (prose, PROSE),
+    "glossary": (glossary, SOURCES),
 }
 
 
@@ -129,6 +136,8 @@ BAD = [
     ("lower_python_floor", "m2n/comm.py", "import torch"),
     ("lower_python_floor", "m2n/comm.py", "from torch.distributed import TCPStore"),
     ("lower_python_floor", "m2n/comm.py", "import os\nos.environ['M2N_JOB']"),
+    ("glossary", "m2n/comm.py", "# the sequence number of a message"),
+    ("glossary", "csrc/core/slot.h", "// the Mailbox of a peer"),
     ("prose", "docs/verbs.md", "x" * 121),
     ("prose", "docs/verbs.md", "| a | " + "x" * 120 + " |"),
     ("prose", "docs/verbs.md", "word " * 36),
@@ -157,6 +166,7 @@ GOOD = [
     ("public_names_only", "reference_model/model/decoder.py", "import m2n\nfrom .rope import Rope\nm2n.Shape"),
     ("public_names_only", "benchmarks/cli.py", "from ..reference_model import model\nfrom m2n.testing import KINDS"),
     ("lower_python_floor", "m2n/comm.py", "def f():\n    import torch"),
+    ("glossary", "benchmarks/contenders/ucxx.py", "# one communicator"),
     ("prose", "docs/verbs.md", "word " * 20 + "\n\n" + "word " * 20),
     ("prose", "docs/verbs.md", "Some words.\n\n    " + "code " * 20 + "\n\n```\n" + "a node " * 15 + "\n```"),
     ("prose", "docs/verbs.md", "- One `--node-rank a b c d` " + "word " * 15 + "\n- Two " + "word " * 15),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
@@ -67,6 +68,7 @@ def sentences(piece: Piece) -> Iterator[list[str]]:
         yield [word for word in sentence.split() if re.search(r"\w", word)]
 
 
+@functools.cache
 def words_not_used(glossary: str) -> dict[str, str]:
     """Words that stand for none of the glossary's, each with the one that is used in its place."""
     found = {}
@@ -88,17 +90,22 @@ def prose(path: str, text: str, glossary: str) -> Iterator[str]:
     for number, line in enumerate(text.splitlines(), 1):
         if len(line) > MAX_COLUMNS:
             yield f"{path}:{number}: {len(line)} columns; at most {MAX_COLUMNS}"
-    unused = {} if path == GLOSSARY else words_not_used(glossary)
     for piece in pieces(text):
         for words in sentences(piece):
             if len(words) > MAX_SENTENCE_WORDS:
                 start = " ".join(words[:4])
                 yield f"{path}:{piece.line}: a sentence of {len(words)} words; at most {MAX_SENTENCE_WORDS}: {start}"
-        for word, term in unused.items():
-            if re.search(rf"\b{re.escape(word)}s?\b", piece.text, re.IGNORECASE):
-                yield f"{path}:{piece.line}: says {word!r}; the glossary's word is {term!r}"
+        if path != GLOSSARY:
+            yield from other_words(f"{path}:{piece.line}", piece.text, glossary)
     if path == "README.md":
         yield from readme_size(path, text)
+
+
+def other_words(where: str, text: str, glossary: str) -> Iterator[str]:
+    """Words that the glossary has others for."""
+    instead = words_not_used(glossary)
+    for word in re.findall(rf"\b({'|'.join(map(re.escape, instead))})s?\b", text, re.IGNORECASE):
+        yield f"{where}: says {word!r}; the glossary's word is {instead[word.lower()]!r}"
 
 
 def readme_size(path: str, text: str) -> Iterator[str]:
