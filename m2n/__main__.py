@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m m2n info` prints what this build can do; `python -m m2n store URL` serves a store until interrupted;
-`python -m m2n diagnose` says by what two ranks reach each other, how fast, and why not by the rest; `python -m m2n
+"""`python -m m2n info` prints what this build can do. `python -m m2n store URL` serves a store until interrupted.
+`python -m m2n diagnose` says by what two ranks reach each other, how fast, and why not by the rest. `python -m m2n
 cmakedir` prints the folder of the CMake package of the C++ headers, for -Dm2n_DIR=."""
 
 from __future__ import annotations

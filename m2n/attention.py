@@ -73,12 +73,12 @@ class AttentionComm(Comm):
         rank: of this attention rank, from 0.
         shape, placement: equal on all ranks of the comm.
         store: a path, "tcp://host:port", or an object with set, get and wait.
-        device: "cpu"; "cuda:0" (all ranks of the comm in one process on one GPU, in this version): verbs are launched
-            on the caller's stream and return at once, what goes wrong in one is raised by the next call or check(); or
-            "emulated": the kernels on CPU threads, to test without a GPU.
+        device: "cpu", "cuda:0" or "emulated". On a GPU verbs are launched on the caller's stream and return at once.
+            What goes wrong in one is raised by the next call or check(). Ranks on GPUs may be threads or processes.
+            "emulated" runs the kernels on CPU threads, to test without a GPU.
         name: separates several comms of one job.
-        max_peers: expert ranks at one time. One that is gone counts until what it owed is combined, and if it was lost
-            until recover() or its next life.
+        max_peers: expert ranks at one time. One that is gone counts until what it owed is combined. One that was lost
+            counts until recover() or its next life.
         config: deadlines and more.
 
     Raises:
@@ -148,12 +148,11 @@ class AttentionComm(Comm):
                 In a graph capture it is required.
             stream: on a GPU, as for dispatch_send.
             pack: copy the rows of each expert rank side by side before they are sent over a network: one run of bytes a
-                rank, the scatter of the paper's section 6. x is then the caller's again when `dispatch_send` returns.
-                The bytes are counted (`stats()["bytes_packed"]`). Over TCP it pays where the rows of a rank lie apart
-                in x and are less than 512 KB together (0.5 to 0.7 of the time with rows of 1 KB, 0.9 with longer ones);
-                with more it takes up to 1.7 times as long (benchmarks/README.md), and then only x is gained. Where
-                memory is shared rows are written into the peer's at once, and rows that become float8 are made side by
-                side: nothing is packed there, and x is free as early.
+                rank, the paper's section 6. x is then the caller's again when `dispatch_send` returns. The bytes are
+                counted (`stats()["bytes_packed"]`). Over TCP it pays where the rows of a rank lie apart in x and are
+                less than 512 KB together: 0.5 to 0.7 of the time with rows of 1 KB, 0.9 with longer ones. With more it
+                takes up to 1.7 times as long (benchmarks/README.md), and only x is gained. Nothing is packed where
+                memory is shared, nor where rows become float8, and x is free as early there.
 
         Raises:
             ValueError: shapes, ids out of range or twice in a row, weights that are not finite, more than
@@ -283,8 +282,8 @@ class AttentionComm(Comm):
             out: [T, hidden] of shape.combine_dtype to be filled; default: a new tensor of the library x came from.
             timeout: seconds; default: config.timeout_s, or what set_timeout() has set; not in a graph capture.
             stream, num_sms: on a GPU, as for dispatch_send. One block waits, and then so many sum.
-            missing: what becomes of tokens whose rows will not come, as their expert rank is gone: "raise", the batch
-                stays in flight, also after `recover`; or "nan", they are NaN once all other rows are there.
+            missing: what becomes of tokens whose rows will not come, as their expert rank is gone. "raise": the batch
+                stays in flight, also after `recover`. "nan": they are NaN once all other rows are there.
 
         Returns:
             [T, hidden]: for each token the weighted sum over its experts; 0 for a padded token.
@@ -357,11 +356,11 @@ class AttentionComm(Comm):
         return None if position < 0 else microbatches[position]
 
     def set_placement(self, placement: Placement, timeout: float | None = None) -> None:
-        """From the next `route` on experts are where this placement says, on the CPU (design section 6).
+        """From the next `route` on experts are where this placement says, on the CPU (docs/hosts.md).
 
-        Expert ranks that it names (`Placement.members`) and that are not linked are joined first: new ones, those whose
-        link is lost, which is given up as by `recover`, and next lives of those that have left. The links with the
-        others go on, and what is in flight is combined as it was sent. Not while another thread is in `dispatch_send`.
+        Expert ranks that it names (`Placement.members`) and that are not linked are joined first. They are new ones,
+        next lives of those that have left, and those whose link is lost, which is given up as by `recover`. Other links
+        go on, and what is in flight is combined as it was sent. Not while another thread is in `dispatch_send`.
 
         With a higher `Placement.version` routes that were made before can no longer be dispatched, and messages tell
         the expert ranks the new version from when everything that was sent before is combined: see

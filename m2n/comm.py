@@ -259,11 +259,10 @@ class Comm:
         """Counters since the comm was made: messages, rows and bytes in each direction, wait_us, rows_gathered,
         and bytes_packed: of rows that were copied once more before they were sent, for `route(pack=True)`.
 
-        With `Config.stream_waits` also stream_waits, before how many verbs a stream has waited by itself, and
-        stream_waits_ended, how many of the signals that one waited for the host had to end, since the peer was late or
-        gone; else both are 0.
-        With `Config.faults` also signals_held, those that were held back and have come by now, and held_us, for how
-        long in all; else both are 0.
+        With `Config.stream_waits` there are stream_waits, before how many verbs a stream has waited by itself, and
+        stream_waits_ended. The latter counts the waits that the host had to end, as the peer was late or gone.
+        With `Config.faults` there are signals_held, those that were held back and have come by now, and held_us, for
+        how long in all. wait_us leaves out waits of a few microseconds. What does not apply is 0.
         """
         return {**self._native.stats(), **self._counters}
 

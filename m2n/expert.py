@@ -149,8 +149,8 @@ class ExpertComm(Comm):
     Args:
         rank: of this expert rank, 0 to placement.num_expert_ranks - 1.
         max_peers: attention ranks at one time; each has memory of its own. One that is gone counts until its batches
-            are answered, and if it was lost until recover() or its next life; one more than there are ranks lets a next
-            life join while the last one is still there.
+            are answered. One that was lost counts until recover() or its next life. With one more than there are ranks
+            a next life may join while the last one is still there.
         The rest as for AttentionComm.
 
     Raises:
@@ -314,7 +314,7 @@ class ExpertComm(Comm):
         return dict(self._native.placement_versions(*self._on(None)))
 
     def wait_placement(self, version: int, timeout: float | None = None) -> None:
-        """Waits until every live attention rank has shown this `Placement.version` or a newer one (design section 6).
+        """Waits until every live attention rank has shown this `Placement.version` or a newer one (docs/hosts.md).
 
         Then no attention rank has anything in flight that went by an older placement, nor will it send such a thing, so
         experts that only older ones put here may go. An attention rank shows a version once it has called

@@ -50,9 +50,9 @@ class Shape:
         max_tokens: tokens of one dispatch at most; longer prefills are sent in chunks.
         microbatches: how many dispatches of one rank may be in flight (paper section 4.1); at most 63.
         dispatch_dtype, combine_dtype: of rows to and from experts: "float32", "bfloat16", "float16", or such a torch,
-            numpy or ml_dtypes dtype. dispatch_dtype may also be "float8_e4m3fn": dispatch_send takes rows of any of the
-            three and makes them float8 on their way, with a float32 scale for each 128 elements (the last block of a
-            row may be shorter). scale = amax / 448, and 1 where that is not above 0, amax being the block's largest
+            numpy or ml_dtypes dtype. dispatch_dtype may also be "float8_e4m3fn". dispatch_send then takes rows of any
+            of the three and makes them float8 on their way, with a float32 scale for each 128 elements. The last block
+            of a row may be shorter. scale = amax / 448, and 1 where that is not above 0, amax being the block's largest
             magnitude, NaN left out; the element is x / scale, to the nearest (even), at most +-448. NaN stays NaN; an
             infinite element makes its block NaN once scales are applied.
         reduce_at: "expert" (one reply row per token and expert rank: the weighted sum over that rank's experts; fewest
@@ -96,7 +96,7 @@ class Placement:
         ranks_of_expert: for each global expert id the expert ranks that host it, at least one.
         num_expert_ranks: ranks in all; default: up to the highest that hosts anything.
         version: 0 to 2**32 - 1, higher in a placement that comes later. Attention ranks tell it with every message
-            (design section 6), so that expert ranks know when nobody needs what they hosted before.
+            (docs/hosts.md), so that expert ranks know when nobody needs what they hosted before.
 
     Raises:
         ValueError, TypeError: an expert without a rank, a rank twice, or below zero; the version.
@@ -259,19 +259,19 @@ class Config:
         job_key: a secret of the job's ranks, by which those of different hosts prove that they belong to it; default:
             M2N_JOB_KEY. Who does not have it joins nothing and writes nothing. Nothing is encrypted.
         insecure: the network is trusted; default: M2N_INSECURE=1 (or true, yes, on). Ranks of different hosts may join
-            without a key (one that is set is still asked for), and UCX may take TCP, by which whoever reaches this host
-            can read and write all memory of this process.
+            without a key; one that is set is still asked for. UCX may take TCP, by which whoever reaches this host can
+            read and write all memory of this process.
         heartbeat_s: how often, in seconds, a rank tells those of other hosts that it is alive. One that is silent for
             three of its own periods is lost.
         give_up_s: a peer that is alive but owes an answer for so many seconds is dropped by the call that waits for it,
-            which raises PeerLost: on an attention rank a reply, to an empty message too; on an expert rank in strict
-            lockstep the message of a listed rank, after another one has sent. On a device once a launched wait has
-            ended late, not in graphs. Default: None, never.
-        transport: where windows lie: "cuda" in the memory of GPUs, "shm" in that of the host, "auto" where the comm's
-            device is, and for ranks on CPUs other hosts are reached as with "tcp"; default: M2N_TRANSPORT, or "auto".
-            All ranks of a comm need the same; with "shm" ranks on GPUs link with ranks on CPUs. "tcp": in that of the
-            host, reached by messages over a connection for each link, which the handshake makes; kernels write theirs
-            there too, and a thread of their process sends them. "ucx": the same through UCX, for RDMA.
+            which raises PeerLost. On an attention rank that is a reply, to an empty message too. On an expert rank in
+            strict lockstep it is the message of a listed rank, after another one has sent. On a device once a launched
+            wait has ended late, not in graphs. Default: None, never.
+        transport: where windows lie; default: M2N_TRANSPORT, or "auto". All ranks of a comm need the same. "cuda": in
+            the memory of GPUs. "shm": in that of the host, where ranks on GPUs link with ranks on CPUs. "auto": where
+            the comm's device is, and ranks on CPUs reach other hosts as with "tcp". "tcp": in memory of the host, by
+            messages over a connection for each link, which the handshake makes. Kernels write theirs there too, and a
+            thread of their process sends them. "ucx": the same through UCX, for RDMA.
         arrays: what an expert rank gets its batches as: "torch", "numpy", "cupy", or "auto": torch if it was imported,
             else cupy on a GPU and numpy on the CPU.
         num_sms: on a GPU, the most thread blocks of a verb that moves rows, of 512 or 1,024 threads each. More is

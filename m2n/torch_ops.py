@@ -7,8 +7,8 @@
     ops.dispatch_send(comm, x, topk_ids, topk_weights, microbatch=0, layer=3)  # in compiled code or outside
 
 Every function takes the comm or the handle that `register` gave. They are inference only: nothing has a gradient. They
-call the public verbs, on the current stream; errors of the verbs come out of compiled code unchanged (a comm that is
-not registered when the code is compiled is an error of the compiler that names the cause). All calls of a graph are
+call the public verbs, on the current stream. Errors of the verbs come out of compiled code unchanged. A comm that is
+not registered when the code is compiled is an error of the compiler, which names the cause. All calls of a graph are
 made, in program order, also those of different comms and those whose results are not used. Older torch needs
 `torch._dynamo.config.capture_dynamic_output_shape_ops = True` for `dispatch_recv`.
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """m2n-bench paper: figures 5, 11 and 12 of MegaScale-Infer, on the cores of one machine.
 
-The paper compares its library with NCCL between GPUs of several nodes; here every rank is a process, and the contenders
+The paper compares its library with NCCL between GPUs of several hosts; here every rank is a process, and the contenders
 are what such processes can use. What carries over is the shape of the figures: how latency and its tail grow with the
 number of peers and with size, and by how much a library for this job beats general ones.
 """

@@ -12,7 +12,7 @@ each is a CUDA graph, enqueued before the device gets to it.
 What it says: how the time of signals, waits and index lists grows with ranks and bytes, beside what else one GPU has.
 What it does not: anything of a network. All ranks share one memory, one cache and the multiprocessors, so bandwidth
 does not grow with ranks, no link is congested, no rank is another machine, and the time is of all ranks together. The
-paper's figures compare with NCCL between GPUs of several nodes; no ratio here is one of theirs.
+paper's figures compare with NCCL between GPUs of several hosts; no ratio here is one of theirs.
 
 `--device emulated` runs the same on the threads of a CPU, to see that it works: its times say nothing of a GPU.
 """

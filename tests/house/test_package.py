@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -55,6 +56,17 @@ def test_info_says_what_this_build_can_do() -> None:
 def test_the_commands_are_installed() -> None:
     scripts = Path(sysconfig.get_path("scripts"))
     assert "--attention-ranks" in must(scripts / "m2n-generate", "--help")
+
+
+@pytest.mark.slow
+def test_the_source_package_holds_what_people_read(tmp_path: Path) -> None:
+    code = "import sys; from scikit_build_core.build import build_sdist; build_sdist(sys.argv[1])"
+    must(sys.executable, "-c", code, tmp_path, cwd=ROOT)
+    (found,) = tmp_path.glob("m2n-*.tar.gz")
+    with tarfile.open(found) as package:
+        names = {member.split("/", 1)[1] for member in package.getnames()}
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "csrc/README.md", ROOT / "tests/README.md"]
+    assert {page.relative_to(ROOT).as_posix() for page in pages} <= names
 
 
 class TestWheel:

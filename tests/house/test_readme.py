@@ -33,9 +33,3 @@ def test_the_example_runs_and_is_short(tmp_path: Path) -> None:
         "20.]]",
     ]
     assert done.stderr == ""
-
-
-def test_the_files_of_the_tour_exist() -> None:
-    tour = README.read_text().split("## A tour")[1]
-    for name in re.findall(r"`((?:m2n|csrc|bindings|reference_model|tests)/[\w./]+)`", tour):
-        assert (README.parent / name).exists(), name

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import prose_rules
 import pytest
 import tidy_rules as rules
 
@@ -33,11 +34,30 @@ CXX = files(*rules.CXX_ENDINGS)
 PRODUCT_CXX = {path: text for path, text in CXX.items() if not path.startswith("tests/")}
 PYTHON = files(".py")
 SOURCES = {**CXX, **PYTHON, **files(".pyi")}
+# Left out: benchmarks/results/README.md and tests/model/configs/README.md, whose tables are wider than a page.
+PROSE = {
+    **files(".md", folders=("docs",)),
+    **{name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")},
+    **{
+        name: (ROOT / name).read_text(encoding="utf-8")
+        for name in ("csrc/README.md", "benchmarks/README.md", "tests/README.md")
+    },
+}
 TOOLS = {name: (ROOT / name).read_text() for name in ("Makefile", "CMakeLists.txt", ".ci/run", ".ci/install")}
 
 
 def public_names_only(path: str, text: str) -> Iterable[str]:
     return rules.public_names_only(path, text, m2n.__all__)
+
+
+def prose(path: str, text: str) -> Iterable[str]:
+    return prose_rules.prose(path, text, PROSE[prose_rules.GLOSSARY])
+
+
+def glossary(path: str, text: str) -> Iterable[str]:
+    """Sources use the words of the glossary; contenders speak of other libraries, tests of what is not to be."""
+    if not path.startswith(("benchmarks/contenders/", "tests/")):
+        yield from prose_rules.other_words(path, text, PROSE[prose_rules.GLOSSARY])
 
 
 RULES: dict[str, tuple[Callable[[str, str], Iterable[str]], dict[str, str]]] = {
@@ -47,11 +67,13 @@ RULES: dict[str, tuple[Callable[[str, str], Iterable[str]], dict[str, str]]] = {
     "waited_for": (rules.waited_for, PRODUCT_CXX),
     "first_lines": (rules.first_lines, SOURCES),
     "leftovers": (rules.leftovers, {path: text for path, text in SOURCES.items() if "tidy" not in path}),
-    "places": (rules.places, {**SOURCES, **TOOLS}),
+    "places": (rules.places, {**SOURCES, **TOOLS, **PROSE}),
     "file_size": (rules.file_size, SOURCES),
     "function_sizes": (rules.function_sizes, {**CXX, **PYTHON}),
     "public_names_only": (public_names_only, PYTHON),
     "lower_python_floor": (rules.lower_python_floor, PYTHON),
+    "prose": (prose, PROSE),
+    "glossary": (glossary, SOURCES),
 }
 
 
@@ -114,6 +136,19 @@ BAD = [
     ("lower_python_floor", "m2n/comm.py", "import torch"),
     ("lower_python_floor", "m2n/comm.py", "from torch.distributed import TCPStore"),
     ("lower_python_floor", "m2n/comm.py", "import os\nos.environ['M2N_JOB']"),
+    ("glossary", "m2n/comm.py", "# the sequence number of a message"),
+    ("glossary", "csrc/core/slot.h", "// the Mailbox of a peer"),
+    ("prose", "docs/verbs.md", "x" * 121),
+    ("prose", "docs/verbs.md", "| a | " + "x" * 120 + " |"),
+    ("prose", "docs/verbs.md", "word " * 36),
+    ("prose", "docs/verbs.md", "- Short.\n- " + "word\n  " * 36),
+    ("prose", "docs/verbs.md", "| a | " + "w " * 36 + "|"),
+    ("prose", "docs/verbs.md", "`code` and [a link](address) " * 9),
+    ("prose", "docs/verbs.md", "Two expert nodes."),
+    ("prose", "docs/verbs.md", "A routing\ntable."),
+    ("prose", "README.md", "word\n" * 5),
+    ("prose", "README.md", "A word.\n\n" * 76),
+    ("prose", "README.md", "Ten words stand in this line, no more and no less. " * 2 + "\n\n" + "a b c. " * 400),
 ]
 
 
@@ -131,6 +166,13 @@ GOOD = [
     ("public_names_only", "reference_model/model/decoder.py", "import m2n\nfrom .rope import Rope\nm2n.Shape"),
     ("public_names_only", "benchmarks/cli.py", "from ..reference_model import model\nfrom m2n.testing import KINDS"),
     ("lower_python_floor", "m2n/comm.py", "def f():\n    import torch"),
+    ("glossary", "benchmarks/contenders/ucxx.py", "# one communicator"),
+    ("prose", "docs/verbs.md", "word " * 20 + "\n\n" + "word " * 20),
+    ("prose", "docs/verbs.md", "Some words.\n\n    " + "code " * 20 + "\n\n```\n" + "a node " * 15 + "\n```"),
+    ("prose", "docs/verbs.md", "- One `--node-rank a b c d` " + "word " * 15 + "\n- Two " + "word " * 15),
+    ("prose", "docs/verbs.md", "[one](" + "a-node/" * 10 + ")"),
+    ("prose", "docs/glossary.md", "| host | a computer | node |"),
+    ("prose", "README.md", "word\n" * 4 + "\n" + "word\n" * 4),
 ]
 
 
