@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from m2n.reference_model.errors import InputError
+from m2n.reference_model.report.tables import print_table
 from m2n.reference_model.report.timeline import check_writable
 from m2n.reference_model.run.children import python_command
 
@@ -220,4 +221,4 @@ def print_all(rows: Sequence[Row], slopes: Sequence[dict[str, Any]], console: An
             figures = [f"{p50[x]:,.2f}" for x in xs]
             slope = f"{line['slope']:,.2f} {line['unit']}"
             table.add_row(*key, *figures, slope, f"{line['at_zero_us']:,.2f}", f"{line['r2']:.2f}")
-        console.print(table)
+        print_table(console, table)
