@@ -215,7 +215,7 @@ class RunConfig:
         """Refuse windows that this host has no memory for; all of it is taken when ranks link."""
         if any(self.device(role).startswith("cuda") for role in (ATTENTION, EXPERT)):
             return
-        from .precision import dispatch_bytes
+        from .model.precision import dispatch_bytes
 
         shape = self.shape(config)
         replies = config.top_k if self.reduce_at == "attention" else 1

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from m2n.reference_model.command import Files
 from m2n.reference_model.errors import InputError
 from m2n.reference_model.report.timeline import check_matplotlib, check_writable
+from m2n.reference_model.run.command import Files
 
 from ..harness import report, runs
 from ..harness.cases import DTYPE_BYTES, Case, make_case, require_memory
