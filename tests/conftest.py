@@ -3,19 +3,24 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import secrets
-import shutil
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from libraries import CXX
+from tiers import TIERS, TierReport
 
+try:
+    import hypothesis
+
+    # Time decides no test: a busy machine makes examples slowly.
+    hypothesis.settings.register_profile("m2n", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+    hypothesis.settings.load_profile("m2n")
+except ImportError:  # the tests that need it say so
+    pass
 try:
     import psutil
 except ImportError:  # without it nobody can look for leftovers; the summary says so
@@ -36,129 +41,6 @@ LONGEST_FIRST = (
 
 # Two cores are shared by all ranks of a test: more threads per rank only make it slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
-@functools.cache
-def why_no_cuda_device() -> str | None:
-    """Why tests with the marker `cuda` cannot run here; None when they can."""
-    try:
-        from m2n import _C
-
-        if reason := _C.why_no_cuda():
-            return reason
-        import torch  # only where there is a GPU: the sanitizers run without it
-    except ImportError as error:
-        return f"cannot be looked for: {error}"
-    return None if torch.cuda.is_available() else "torch was built without CUDA"
-
-
-def why_no_cuda_compiler() -> str | None:
-    """Why tests with the marker `nvcc` cannot run here; None when they can."""
-    return None if shutil.which("nvcc") else "no nvcc on PATH"
-
-
-@functools.cache
-def why_no_ucx() -> str | None:
-    """Why tests with the marker `ucx` cannot run here; None when they can."""
-    import m2n
-    from m2n import _C
-
-    if _C.sanitizer:
-        return "sanitizers do not know what UCX does"
-    features = m2n.features()
-    return None if features["ucx"] else features["ucx_words"]
-
-
-def why_no_hosts() -> str | None:
-    """Why tests with the marker `two_hosts` cannot run here; None when they can."""
-    from m2n import _C
-
-    if _C.sanitizer:
-        return "the sanitizers' library has no benchmarks beside it"
-    from m2n.benchmarks.harness import hosts
-
-    return hosts.why_no_hosts()
-
-
-def find_clang() -> str | None:
-    """clang++, whatever version its name carries."""
-    names = ("clang++", *(f"clang++-{version}" for version in range(30, 13, -1)))
-    return next((path for name in names if (path := shutil.which(name))), None)
-
-
-def why_no_fuzzer() -> str | None:
-    """Why tests with the marker `fuzz` cannot run here; None when they can."""
-    compiler = find_clang()
-    library = compiler and next(Path(os.path.realpath(compiler)).parents[1].rglob("libclang_rt.fuzzer-*.a"), None)
-    return None if library else "no clang++ with libFuzzer (apt-get install -y clang-16 libclang-rt-16-dev)"
-
-
-def why_no_explorer() -> str | None:
-    """Why tests with the marker `explorer` cannot run here; None when they can."""
-    return None if shutil.which(CXX) else "no C++ compiler (apt-get install -y g++)"
-
-
-needs_compiler = pytest.mark.skipif(why_no_explorer() is not None, reason=why_no_explorer() or "")
-
-
-def why_no_relacy() -> str | None:
-    """Why tests with the marker `relacy` cannot run here; None when they can."""
-    is_here = Path("/usr/include/relacy/relacy.hpp").exists()
-    return why_no_explorer() if is_here else "no relacy/relacy.hpp (apt-get install -y relacy-dev)"
-
-
-def why_no_model_checker() -> str | None:
-    """Why tests with the marker `promela` cannot run here; None when they can."""
-    if not shutil.which("spin"):
-        return "no spin (apt-get install -y spin)"
-    return None if shutil.which(os.environ.get("CC", "gcc")) else "no C compiler for spin (apt-get install -y spin gcc)"
-
-
-# (tier, the marker that makes a test part of it, why it cannot run here). A test counts for every tier it is in.
-TIERS = (
-    ("fast", None, lambda: None),
-    ("slow", "slow", lambda: None),
-    ("sanitizers", "under_sanitizer", lambda: None),
-    ("fuzz", "fuzz", why_no_fuzzer),
-    ("explorer", "explorer", why_no_explorer),
-    ("relacy", "relacy", why_no_relacy),
-    ("model", "promela", why_no_model_checker),
-    ("UCX", "ucx", why_no_ucx),
-    ("CUDA compiler", "nvcc", why_no_cuda_compiler),
-    ("CUDA device", "cuda", why_no_cuda_device),
-    ("two hosts", "two_hosts", why_no_hosts),
-)
-
-
-def tiers_of(keywords: Mapping[str, object]) -> list[str]:
-    tiers = [tier for tier, marker, _ in TIERS if marker and marker in keywords]
-    return tiers if "slow" in tiers else ["fast", *tiers]
-
-
-class TierReport:
-    """Counts outcomes and seconds per tier, as tests run, here or in the workers of pytest-xdist."""
-
-    def __init__(self) -> None:
-        self.outcomes: dict[str, Counter[str]] = {tier: Counter() for tier, _, _ in TIERS}
-        self.seconds: Counter[str] = Counter()
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        tiers = tiers_of(report.keywords)
-        self.seconds.update(dict.fromkeys(tiers, report.duration))
-        is_error = report.failed and report.when != "call"
-        if report.when == "call" or report.skipped or is_error:
-            for tier in tiers:
-                self.outcomes[tier]["error" if is_error else report.outcome] += 1
-
-    def line(self, tier: str) -> str:
-        """What became of a tier, in words."""
-        reason = next(why() for name, _, why in TIERS if name == tier)
-        outcomes = self.outcomes[tier]
-        num_run = outcomes.total() - outcomes["skipped"]
-        if num_run:
-            counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
-            return f"{tier:14} ran {num_run} in {self.seconds[tier]:.0f} s: {counts}"
-        return f"{tier:14} NOT RUN: {reason or 'not chosen'}"
 
 
 class Leftovers:
@@ -324,9 +206,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    terminalreporter.section("tiers")
-    for tier, _, _ in TIERS:
-        terminalreporter.line(tier_report.line(tier))
+    terminalreporter.section("what ran, and what did not")
+    for line in tier_report.lines():
+        terminalreporter.line(line)
     if leftovers is None:
         terminalreporter.line("leftovers      NOT LOOKED FOR: psutil is not installed")
     elif leftovers.found:

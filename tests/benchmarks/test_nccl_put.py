@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import needs_compiler
 from libraries import CXX
+from tiers import needs_compiler
 
 pytest.importorskip("torch")
 

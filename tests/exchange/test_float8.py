@@ -14,9 +14,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from conftest import needs_compiler
 from libraries import CXX
 from test_exchange import OWN_MEMORY, as_numpy
+from tiers import needs_compiler
 
 import m2n
 from m2n import arrays, testing

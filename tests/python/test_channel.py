@@ -313,7 +313,7 @@ def test_a_bind_that_is_wrong_is_named_at_once(bind: str, error: type[Exception]
     before = threading.active_count()
     with pytest.raises(error, match=words):
         m2n.ExpertComm(0, SHAPE, placement, tmp_path, config=m2n.Config(bind=bind, job_key=KEY))
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # those of tests before may end meanwhile
 
 
 def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:

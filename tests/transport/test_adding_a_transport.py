@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import needs_compiler
 from libraries import ROOT
 from test_conformance import compile_suite, sentences
+from tiers import needs_compiler
 
 PAGE = ROOT / "docs/adding_a_transport.md"
 CHANGED = ("tests/support/tidy_rules.py", "tests/transport/test_conformance.py")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from bodies import config_of
-from conftest import needs_compiler
 from libraries import CXX, ROOT, build_libraries
+from tiers import needs_compiler
 
 import m2n
 

@@ -18,8 +18,8 @@ import bodies
 import numpy as np
 import pytest
 from bodies import ONE, SMALL, small_answer, small_attention, small_dispatch, small_expert
-from conftest import needs_compiler
 from libraries import CXX
+from tiers import needs_compiler
 
 import m2n
 from m2n import testing

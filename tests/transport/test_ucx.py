@@ -22,9 +22,9 @@ import numpy as np
 import psutil
 import pytest
 from bodies import ONE, SMALL, small_answer, small_attention, small_dispatch, small_expert
-from conftest import needs_compiler
 from libraries import CXX, build_libraries
 from test_processes import fork
+from tiers import needs_compiler
 
 import m2n
 from m2n import _C

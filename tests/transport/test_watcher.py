@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import needs_compiler
 from libraries import CXX, ROOT
 from test_faults import SHAPE
+from tiers import needs_compiler
 
 from m2n import _C
 from m2n.channel import close_all
