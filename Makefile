@@ -23,8 +23,8 @@ unexport PYTHONDONTWRITEBYTECODE
 
 # Relative paths throughout: make cannot handle a space in the path of the repository.
 SOURCES := pyproject.toml CMakeLists.txt constraints-cpu.txt .ci/install $(sort $(shell find csrc bindings benchmarks/contenders/native -type f))
-CXX_FILES := $(sort $(shell find csrc bindings benchmarks tests -name "*.h" -o -name "*.cc" -o -name "*.cu"))
-PYTHON_PATHS := m2n reference_model benchmarks tests
+CXX_FILES := $(sort $(shell find csrc bindings benchmarks tests examples -name "*.h" -o -name "*.cc" -o -name "*.cu"))
+PYTHON_PATHS := m2n reference_model benchmarks tests examples
 # The extra `test` contains `model`: where it is installed, the demo needs nothing more.
 DEMO_READY := $(if $(wildcard $(VENV)/.installed-test),$(VENV)/.installed-test,$(VENV)/.installed-model)
 BIN := "$(VENV)/bin"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What C++ programs use: the installed headers, libraries and CMake package. csrc/examples is built against them."""
+"""What C++ programs use: the installed headers, libraries and CMake package. examples/cpp is built against them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from libraries import build_libraries
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = ROOT / "csrc/examples"
+EXAMPLES = ROOT / "examples/cpp"
 GENERATOR = ["-G", "Ninja"] if shutil.which("ninja") else []
 # Without the second option the headers of packages count as the system's, of which compilers do not warn.
 STRICT = ["-DCMAKE_CXX_FLAGS=-Wall -Wextra -Werror", "-DCMAKE_NO_SYSTEM_FROM_IMPORTED=ON"]

@@ -33,3 +33,16 @@ def test_the_example_runs_and_is_short(tmp_path: Path) -> None:
         "20.]]",
     ]
     assert done.stderr == ""
+
+
+def test_the_ranks_of_the_example_are_a_process_each(tmp_path: Path) -> None:
+    program = README.parent / "examples/ranks.py"
+    command = [sys.executable, str(program)]
+    ranks = [
+        subprocess.Popen([*command, role, str(tmp_path / "store")], stdout=-1, stderr=-1, text=True)
+        for role in ("attention", "expert")
+    ]
+    (said, wrong), (nothing, wrong_too) = (rank.communicate(timeout=60) for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [0, 0], wrong + wrong_too
+    assert said.splitlines() == ["layer 0: [1.25 2.   3.25]", "layer 1: [ 1.5625  4.     10.5625]"]
+    assert wrong + wrong_too + nothing == ""

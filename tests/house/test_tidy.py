@@ -20,7 +20,7 @@ import m2n
 from m2n import _C
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("csrc", "bindings", "m2n", "reference_model", "benchmarks", "tests")
+FOLDERS = ("csrc", "bindings", "m2n", "reference_model", "benchmarks", "tests", "examples")
 SPDX = "SPDX-License-Identifier: Apache-2.0"
 
 

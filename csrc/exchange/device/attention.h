@@ -93,7 +93,7 @@ class DeviceAttentionComm final : public DeviceComm<AttentionRole> {
   void combine_recv(unsigned char* y, uint64_t y_stride_bytes, uint32_t microbatch, int64_t timeout_ns,
                     uint32_t num_sms, Stream stream, bool takes_nan = false);
 
-  // For a kernel of the caller's that routes and dispatches by itself (csrc/examples/gate_dispatch.h): a route that it
+  // For a kernel of the caller's that routes and dispatches by itself (examples/cpp/gate_dispatch.h): a route that it
   // fills, and what dispatch_send would have launched. The caller launches it on `stream` next; combine_recv follows as
   // always. Throws what dispatch_send throws. What the host may ask a route (num_rows) is not known of such a one. Rows
   // of float8 are the kernel's to make (quantize.h).
