@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# The ways in: `make demo` generates text, `make test` runs all tests. Both first make the environment .venv.
+# The ways in: `make demo` generates text, `make test` runs the tests. Both first make the environment .venv.
 #
 #   PYTHON=python3.12   another interpreter (3.10 or later)
 #   VENV=.venv          another place for the environment
@@ -29,7 +29,7 @@ PYTHON_PATHS := m2n reference_model benchmarks tests examples
 DEMO_READY := $(if $(wildcard $(VENV)/.installed-test),$(VENV)/.installed-test,$(VENV)/.installed-model)
 BIN := "$(VENV)/bin"
 
-.PHONY: help demo test test-fast lint format gpu checkpoint clean
+.PHONY: help demo test test-all test-fast lint format gpu checkpoint clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 18
@@ -40,8 +40,11 @@ demo: $(DEMO_READY)  ## text from two attention and two expert processes
 
 # Two files at once: most tests wait, for processes to start, a compiler, a model checker.
 PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
-test: $(VENV)/.installed-test  ## all tests, the fast ones first (about 15 minutes on two cores)
-	@$(PYTEST) -m "not slow"; fast=$$?; $(PYTEST) -m slow && exit $$fast
+test: $(VENV)/.installed-test  ## the tests, the fast ones first (under six minutes on two cores)
+	$(PYTEST) -m "not slow or essential"
+
+test-all: $(VENV)/.installed-test  ## all tests: those of `make test`, then the other slow ones (about 14 minutes)
+	@$(MAKE) test; first=$$?; $(PYTEST) -m "slow and not essential" && exit $$first
 
 test-fast: $(VENV)/.installed-test  ## tests without the marker `slow` (about four minutes)
 	$(PYTEST) -m "not slow"
