@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .console.command import outlast_stdout, run_command
+from .console.files import Files
 from .errors import InputError, missing_packages
-from .run.command import Files, outlast_stdout, run_command
 
 if TYPE_CHECKING:
     from .model.tokenizer import Tokenizer
@@ -144,10 +145,10 @@ def _run(args: argparse.Namespace) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     """Check the input, run, report."""
+    from .console.files import check_matplotlib, check_writable
     from .model.checkpoint import Checkpoint, check
     from .model.config import ModelConfig
     from .model.tokenizer import Tokenizer
-    from .report.timeline import check_matplotlib, check_writable
     from .run.torchrun import global_rank, is_torchrun, run_under_torchrun
     from .run_config import check_prompts
 

@@ -10,8 +10,8 @@ import os
 import time
 from typing import Any
 
-from .python import Peer
-from .python_ranks import Job
+from .job import Job
+from .peers import Peer
 
 _MODULES = ("ucxx", "ucp")
 _SETUP_TIMEOUT_S = 20.0

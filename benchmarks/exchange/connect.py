@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 import m2n
+from m2n.reference_model.console.files import check_writable
+from m2n.reference_model.console.tables import print_table
 from m2n.reference_model.errors import InputError
-from m2n.reference_model.report.tables import print_table
-from m2n.reference_model.report.timeline import check_writable
 
 from ..harness.cases import SHARED_FOLDER
 from ..harness.report import write_json

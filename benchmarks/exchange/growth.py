@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from m2n.reference_model.console.children import python_command
+from m2n.reference_model.console.files import check_writable
+from m2n.reference_model.console.tables import print_table
 from m2n.reference_model.errors import InputError
-from m2n.reference_model.report.tables import print_table
-from m2n.reference_model.report.timeline import check_writable
-from m2n.reference_model.run.children import python_command
 
 from ..harness import runs, stats
 from ..harness.cases import SHARED_FOLDER, Case, require_memory

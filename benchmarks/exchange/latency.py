@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from m2n.reference_model.console.files import Files, check_matplotlib, check_writable
 from m2n.reference_model.errors import InputError
-from m2n.reference_model.report.timeline import check_matplotlib, check_writable
-from m2n.reference_model.run.command import Files
 
 from ..harness import report, runs
 from ..harness.cases import DTYPE_BYTES, Case, make_case, require_memory
@@ -28,7 +27,7 @@ _COMMANDS = {  # what it measures, and the default sizes
 }
 
 
-def add_parsers(commands: Any) -> None:
+def add_parser(commands: Any) -> None:
     """The four commands."""
     for name, (text, sizes) in _COMMANDS.items():
         parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}. {_BOUNDARY}")

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from m2n.reference_model.report.tables import print_table
+from m2n.reference_model.console.tables import print_table
 
 from ..harness import report, runs
 from ..harness.cases import Case, make_case, require_memory

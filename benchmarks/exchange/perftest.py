@@ -15,9 +15,9 @@ import time
 from collections import defaultdict
 from typing import Any
 
+from m2n.reference_model.console.files import check_writable
+from m2n.reference_model.console.tables import print_table
 from m2n.reference_model.errors import InputError
-from m2n.reference_model.report.tables import print_table
-from m2n.reference_model.report.timeline import check_writable
 
 from ..harness import runs
 from ..harness.cases import make_case

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from m2n.benchmarks.harness.synthetic import ModelShape, write_checkpoint
-from m2n.reference_model.report.timeline import check_matplotlib, draw_timeline
+from m2n.reference_model.console.files import check_matplotlib
+from m2n.reference_model.report.timeline import draw_timeline
 from m2n.reference_model.run.rank import load_rank, run_rank
 from m2n.reference_model.run.result import RunResult
 from m2n.reference_model.run_config import ATTENTION, EXPERT, RunConfig

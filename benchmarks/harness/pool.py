@@ -13,7 +13,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
-from m2n.reference_model.run.children import python_command
+from m2n.reference_model.console.children import python_command
 
 from .hosts import Place
 

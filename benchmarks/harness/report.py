@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from m2n.reference_model.console.files import Files, save_picture
+from m2n.reference_model.console.tables import print_table
 from m2n.reference_model.errors import InputError
-from m2n.reference_model.report.tables import print_table
-from m2n.reference_model.report.timeline import save_picture
-from m2n.reference_model.run.command import Files
 
 Row = dict[str, Any]
 _CASE = ("m", "n", "bytes", "placement")  # one table each

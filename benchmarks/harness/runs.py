@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from m2n.reference_model.console.children import python_command
 from m2n.reference_model.errors import InputError
-from m2n.reference_model.run.children import python_command
 
 from ..contenders.python import PYTHON_CONTENDERS, why_not
 from . import plugins, stats

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from m2n.reference_model.console.tables import print_table
 from m2n.reference_model.errors import InputError
-from m2n.reference_model.report.tables import print_table
 
-PROGRAM_NEEDS = ("torch", "safetensors", "rich", "numpy")
+from . import PROGRAM_NEEDS
+
 _ROLES = ("attention", "expert")
 _NUM_EXPERTS = 4  # of the model that pingpong.choose_model writes
 _LEAST_STEPS = 4  # the first two are not counted
@@ -263,7 +264,7 @@ def run(args: argparse.Namespace, command: str) -> None:
     """Measures, prints, writes."""
     from rich.console import Console
 
-    from m2n.reference_model.report.timeline import check_writable
+    from m2n.reference_model.console.files import check_writable
 
     from ..harness.machine import machine
     from ..harness.report import write_json

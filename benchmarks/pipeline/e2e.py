@@ -22,10 +22,11 @@ from typing import Any
 
 import numpy as np
 
+from m2n.reference_model.console.tables import print_table
 from m2n.reference_model.errors import InputError
-from m2n.reference_model.report.tables import print_table
 
-PROGRAM_NEEDS = ("torch", "safetensors", "rich", "numpy")
+from . import PROGRAM_NEEDS
+
 _CASES = "1x1x1,1x1x2,2x1x2,1x2x2,2x2x2"
 _LEAST_STEPS = 4  # the first two are not counted
 # Of the model, beside --hidden and --layers. With these T_a is near T_e.
@@ -363,7 +364,7 @@ def run(args: argparse.Namespace, command: str) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from m2n.reference_model.report.timeline import check_writable
+    from m2n.reference_model.console.files import check_writable
 
     from ..harness.machine import machine
     from ..harness.report import write_json

@@ -10,7 +10,6 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import m2n
@@ -103,29 +102,3 @@ def outlast_stdout() -> None:
     """For commands whose results are kept in files: those are worth going on for, though nobody reads the rest."""
     if isinstance(sys.stdout, _Output):
         sys.stdout.is_lasting = True
-
-
-class Files:
-    """The files that a command was asked for. One that cannot be written keeps no other one from being written."""
-
-    def __init__(self) -> None:
-        self._faults: list[str] = []
-
-    def write(self, path: Path | None, write: Callable[[], Any]) -> bool:
-        """Calls write() where there is a path; was it written?"""
-        if path is None:
-            return False
-        try:
-            write()
-        except OSError as error:
-            self._faults.append(f"cannot write {path}: {error.strerror or error}")
-            return False
-        except InputError as error:  # it names the file
-            self._faults.append(str(error))
-            return False
-        return True
-
-    def raise_faults(self) -> None:
-        """Raises InputError for what could not be written."""
-        if self._faults:
-            raise InputError("; ".join(self._faults))

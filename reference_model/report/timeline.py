@@ -3,18 +3,14 @@
 
 from __future__ import annotations
 
-import errno
-import importlib.util
-import io
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import InputError
+from ..console.files import save_picture
 from ..trace import ATTENTION as ATTENTION_KIND
 from ..trace import COMMUNICATING, COMPUTING, DISPATCH_SEND, EXPERT, FIELDS, KINDS, ROUND, WAIT, Trace
 from .messages import Messages, match
@@ -31,33 +27,6 @@ _COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F
 _LIGHT = 0.45  # alpha of what is not computing
 _LAYERS_DRAWN = 4
 _BEGIN, _END, _MICROBATCH = (FIELDS.index(name) for name in ("begin_ns", "end_ns", "microbatch"))
-
-
-def check_writable(path: str | Path) -> None:
-    """Refuse a file that cannot be written, without changing what is there.
-
-    Raises:
-        InputError: with the path and the reason.
-    """
-    existed = os.path.exists(path)
-    if existed and not os.path.isfile(path) and not os.path.isdir(path):
-        # A pipe or a device: to the reader of a pipe the end of this look would be the end of the file.
-        if not os.access(path, os.W_OK):
-            raise InputError(f"cannot write {path}: {os.strerror(errno.EACCES)}")
-        return
-    try:
-        with open(path, "ab"):
-            pass
-        if not existed:
-            os.unlink(os.path.realpath(path))
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
-
-
-def check_matplotlib() -> None:
-    """Raises InputError where matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("pictures need matplotlib: pip install 'm2n[bench]'")
 
 
 def write_trace(path: str | Path, traces: Sequence[Trace], about: Mapping[str, Any] | None = None) -> None:
@@ -168,21 +137,6 @@ def draw_timeline(path: str | Path, traces: Sequence[Trace], microbatches: int, 
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
     save_picture(figure, path)
-
-
-def save_picture(figure: Any, path: str | Path, dpi: int = 100) -> None:
-    """In the format that the name tells, else PNG; that of few colours, which is a third as large."""
-    from PIL import Image
-
-    suffix = Path(path).suffix.removeprefix(".").lower()
-    with open(path, "wb") as file:
-        if suffix != "png" and suffix in figure.canvas.get_supported_filetypes():
-            figure.savefig(file, format=suffix)
-            return
-        pixels = io.BytesIO()
-        figure.savefig(pixels, dpi=dpi, format="png")
-        with Image.open(pixels) as image:
-            image.convert("RGB").quantize(128).save(file, "PNG", optimize=True)
 
 
 def _window(messages: Messages, microbatches: int) -> tuple[int, int]:

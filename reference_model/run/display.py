@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ..console.tables import print_table
 from ..model.tokenizer import TextStream, Tokenizer
 from ..report.summary import describe
-from ..report.tables import print_table
 from ..run_config import ATTENTION
 
 _TAIL = 48

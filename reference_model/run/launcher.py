@@ -17,9 +17,9 @@ from typing import Any
 
 import m2n
 
+from ..console.children import python_command
 from ..errors import InputError
 from ..run_config import ATTENTION, RunConfig
-from .children import python_command
 from .result import RunResult
 
 # After a first failure: how long to listen for the error that caused it.

@@ -282,7 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     if __package__:
-        from ..run.command import run_command
+        from ..console.command import run_command
 
         sys.exit(run_command("train", main))
     sys.exit(main())

@@ -15,6 +15,7 @@ pytest.importorskip("rich")
 
 from m2n.benchmarks import cli  # noqa: E402
 from m2n.benchmarks.harness.pool import Job, Pool, WorkerFailed  # noqa: E402
+from m2n.benchmarks.pipeline.pingpong import command as pingpong_command  # noqa: E402
 from m2n.benchmarks.pipeline.pingpong.bench import FIXED_GLOBAL_BATCH, FIXED_MICROBATCH, Options, per_s  # noqa: E402
 
 MICROBATCHES = (1, 2, 3, 4)
@@ -106,6 +107,6 @@ def test_bad_options_are_refused_before_any_process_starts(
 def test_without_its_extras_the_command_says_what_to_install(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "_MODEL_EXTRAS", (*cli._MODEL_EXTRAS, "no_such_package"))
+    monkeypatch.setattr(pingpong_command, "PROGRAM_NEEDS", (*pingpong_command.PROGRAM_NEEDS, "no_such_package"))
     assert cli.main(["pingpong"]) == 2
     assert "needs no_such_package: pip install 'm2n[bench]'" in capsys.readouterr().err

@@ -129,6 +129,8 @@ BAD = [
     ("public_names_only", "reference_model/model/decoder.py", "from ..engine import schedule"),
     ("public_names_only", "reference_model/engine/rounds.py", "from ..run.rank import run_rank"),
     ("public_names_only", "benchmarks/harness/runs.py", "from ..exchange import latency"),
+    ("public_names_only", "benchmarks/exchange/latency.py", "from m2n.reference_model.report import timeline"),
+    ("public_names_only", "reference_model/console/files.py", "from ..model import config"),
     ("public_names_only", "reference_model/model/decoder.py", "from ...benchmarks import cli"),
     ("public_names_only", "benchmarks/cli.py", "def f():\n    from m2n._C import Shape"),
     ("public_names_only", "benchmarks/cli.py", "import tests.bodies"),
@@ -155,6 +157,13 @@ BAD = [
 @pytest.mark.parametrize("name, path, text", BAD, ids=lambda value: value[:40].split("\n")[0])
 def test_the_rule_finds_it(name: str, path: str, text: str) -> None:
     assert list(RULES[name][0](path, text)), "this was to be found"
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    product = {path: text for path, text in PYTHON.items() if not path.startswith("tests/")}
+    assert not rules.circles(product)
+    beside = "from . import b\n", "def f():\n    from .a import x\n"
+    assert rules.circles({"m2n/a.py": beside[0], "m2n/b.py": beside[1]}), "this was to be found"
 
 
 GOOD = [

@@ -28,12 +28,15 @@ from m2n.benchmarks import cli  # noqa: E402
 from m2n.benchmarks.harness.memory import link_bytes  # noqa: E402
 from m2n.benchmarks.harness.report import print_rows, write_json  # noqa: E402
 from m2n.reference_model import generate  # noqa: E402
+from m2n.reference_model.console.children import python_command  # noqa: E402
+from m2n.reference_model.console.command import outlast_stdout, run_command  # noqa: E402
+from m2n.reference_model.console.files import (
+    Files,  # noqa: E402
+    save_picture,  # noqa: E402
+)
 from m2n.reference_model.errors import CheckpointError, InputError  # noqa: E402
 from m2n.reference_model.model.config import ModelConfig  # noqa: E402
 from m2n.reference_model.model.tokenizer import Tokenizer  # noqa: E402
-from m2n.reference_model.report.timeline import save_picture  # noqa: E402
-from m2n.reference_model.run.children import python_command  # noqa: E402
-from m2n.reference_model.run.command import Files, outlast_stdout, run_command  # noqa: E402
 from m2n.reference_model.run.display import Display  # noqa: E402
 from m2n.reference_model.run.launcher import RankFailed  # noqa: E402
 from m2n.reference_model.run.torchrun import run_under_torchrun  # noqa: E402

@@ -15,8 +15,9 @@ import pytest
 from toy_pipeline import Toy, hand_made
 
 from m2n.reference_model import trace as tr
+from m2n.reference_model.console.files import check_matplotlib, check_writable
 from m2n.reference_model.errors import InputError
-from m2n.reference_model.report.timeline import check_matplotlib, check_writable, draw_timeline, write_trace
+from m2n.reference_model.report.timeline import draw_timeline, write_trace
 from m2n.reference_model.trace import KINDS, Trace
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -237,23 +238,26 @@ def attributes_of_m2n(text: str) -> Iterator[str]:
 
 
 # What files under a folder may import of this project beside the public names of m2n. Deeper folders first.
-_HARNESS = ("benchmarks.harness", "benchmarks.contenders", "reference_model")
+_CONSOLE = ("reference_model.console", "reference_model.errors")
+_HARNESS = ("benchmarks.harness", "benchmarks.contenders", *_CONSOLE)
 PYTHON_FLOORS = {
+    "reference_model/console/": _CONSOLE,
     "reference_model/model/": ("reference_model.model", "reference_model.errors"),
     "reference_model/engine/": tuple(f"reference_model.{name}" for name in ("model", "engine", "errors", "trace")),
     "reference_model/report/": tuple(
-        f"reference_model.{name}" for name in ("report", "engine.schedule", "run_config", "errors", "trace")
+        f"reference_model.{name}" for name in ("report", "engine.schedule", "run_config", "console", "errors", "trace")
     ),
     "reference_model/run/": tuple(
-        f"reference_model.{name}" for name in ("model", "engine", "report", "run", "run_config", "errors", "trace")
+        f"reference_model.{name}"
+        for name in ("model", "engine", "report", "run", "run_config", "console", "errors", "trace")
     ),
-    "reference_model/training/": ("reference_model.training", "reference_model.model.precision"),
+    "reference_model/training/": ("reference_model.training", "reference_model.model.precision", *_CONSOLE),
     "reference_model/": ("reference_model",),
-    "benchmarks/contenders/": ("benchmarks.contenders", "reference_model.errors"),
+    "benchmarks/contenders/": ("benchmarks.contenders", *_CONSOLE),
     "benchmarks/harness/": _HARNESS,
     "benchmarks/exchange/": (*_HARNESS, "benchmarks.exchange"),
-    "benchmarks/pipeline/": (*_HARNESS, "benchmarks.pipeline"),
-    "benchmarks/gpu/": (*_HARNESS, "benchmarks.gpu"),
+    "benchmarks/pipeline/": (*_HARNESS, "benchmarks.pipeline", "reference_model"),
+    "benchmarks/gpu/": (*_HARNESS, "benchmarks.gpu", "reference_model"),
     "benchmarks/": ("benchmarks", "reference_model"),
 }
 
@@ -266,6 +270,25 @@ def absolute(path: str, module: str) -> str:
         package = package[: len(package) - dots + 1] if dots <= len(package) else ["m2n"]
         module = ".".join([*package, *module[dots:].split(".")]).rstrip(".")
     return re.sub(r"^m2n\.(?=(reference_model|benchmarks)\b)", "", module)
+
+
+def circles(files: Mapping[str, str]) -> list[str]:
+    """Modules that import each other, be it by way of others or inside of a function; `files`: texts by path."""
+    module_of = {path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in files}
+    imports = {
+        module: {
+            next((name for name in (f"{full}.{name}", full) if name in module_of), module)
+            for one, name in imported(files[path])
+            for full in [absolute(path, one)]
+        }
+        - {module, "m2n"}  # the package names what its parts hold
+        for module, path in module_of.items()
+    }
+    try:
+        graphlib.TopologicalSorter(imports).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
 
 
 def public_names_only(path: str, text: str, public: Iterable[str]) -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from m2n.reference_model.report.tables import print_table
+from m2n.reference_model.console.tables import print_table
 
 from ...harness.links import Link
 from ...harness.synthetic import ModelShape

@@ -13,8 +13,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from m2n.reference_model.report.tables import print_table
-from m2n.reference_model.report.timeline import save_picture
+from m2n.reference_model.console.files import save_picture
+from m2n.reference_model.console.tables import print_table
 from m2n.reference_model.trace import ATTENTION, SAMPLE, Tracer
 
 from ...harness.synthetic import ModelShape
