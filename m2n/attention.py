@@ -6,62 +6,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from . import _C, arrays, bootstrap
+from . import arrays, bootstrap
 from .checks import require_int, require_seconds
 from .comm import Comm, require_next_placement
 from .deadline import Deadline
+from .route import Route
 from .shape import MAX_LAYER, Config, Placement, Shape
-
-
-class Route:
-    """Where each (token, expert) goes. Made by `AttentionComm.route`, or from rows that are sorted already."""
-
-    __slots__ = ("_native", "_splits", "_version")
-
-    def __init__(
-        self, native: Any, splits: tuple[list[int], Any, Any] | None = None, version: int | None = None
-    ) -> None:
-        self._native: _C.Route | _C.DeviceRoute = native
-        self._version = version  # of the placement it is made for; None: the caller's splits know none
-        self._splits = splits  # what a route of ready-made splits is built from, on a device by its first dispatch
-
-    @classmethod
-    def from_splits(cls, splits: Sequence[int], topk_ids: Any, topk_weights: Any, *, shape: Shape) -> Route:
-        """A route for rows that are sorted by destination already.
-
-        Args:
-            splits: [N] rows for each expert rank, in ascending rank.
-            topk_ids: int32 or int64 [R, top_k], R = sum(splits): the experts which that rank applies to the row;
-                -1 for fewer than top_k, at least one each.
-            topk_weights: float [R, top_k].
-
-        `combine_recv` gives one result per row, [R, hidden]. That the ranks host these experts, by the placement that
-        the comm has at dispatch_send, is the caller's to see to.
-
-        Raises:
-            ValueError, TypeError: naming the argument.
-        """
-        rows = [require_int("splits", split, 0) for split in splits]
-        if not arrays.is_on_cpu(topk_ids):
-            return cls(None, (rows, topk_ids, topk_weights))
-        native = _C.Route(shape._native())
-        native.build_from_splits(rows, topk_ids, topk_weights)
-        return cls(native, (rows, topk_ids, topk_weights))
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens, padded ones included."""
-        return self._native.num_tokens
-
-    @property
-    def num_rows(self) -> int:
-        """Rows to be sent: a token once for each expert rank that has experts for it. On a GPU it waits for them."""
-        return self._native.num_rows
-
-    @property
-    def rows_per_rank(self) -> list[int]:
-        """Rows for each expert rank. On a GPU it waits for them."""
-        return self._native.rows_per_rank
 
 
 class AttentionComm(Comm):
@@ -104,29 +54,16 @@ class AttentionComm(Comm):
         self._borrowed: dict[int, tuple[Any, Route, int]] = {}  # with the version of the placement it went by
         self._shown = placement.version  # what messages tell: see _version_to_show()
         self._num_ranks = placement.num_expert_ranks  # whoever is linked hears of every dispatch
-        self._native = self._make_native(require_int("max_peers", max_peers, 1))
-        native = self._native
+        common = (shape._native(), self.rank, require_int("max_peers", max_peers, 1), self._transport)
+        native = self._native = self._path.attention(*common, placement)
         with self._opened(native) as key:
             opened = self._open_store(store, deadline)
             bootstrap.publish(opened, self._identity)
             for expert_rank in placement.members:
                 bootstrap.connect(native, self._identity, opened, expert_rank, deadline)
-            self._tell_hosts(placement)
+            self._path.set_hosts(native, placement)
         self._store = opened
         self._keep_open(native, None, key)
-
-    def _tell_hosts(self, placement: Placement) -> None:
-        """No dispatch waits for a rank that hosts nothing. On a device the kernels know it from the beginning."""
-        if self.device == "cpu":
-            self._native.set_hosts(placement.hosts)
-
-    def _make_native(self, max_peers: int) -> Any:
-        shape, placement = self.shape._native(), self.placement
-        if self.device == "cpu":
-            return _C.AttentionComm(shape, self.rank, max_peers, self._transport)
-        hosts = (placement._offsets, placement._ranks, placement.num_expert_ranks)
-        common = (shape, self.rank, max_peers, self._transport)
-        return _C.DeviceAttentionComm(*common, self.device, *hosts, placement.version)
 
     def route(
         self,
@@ -160,42 +97,16 @@ class AttentionComm(Comm):
                 dtypes. On a GPU what is wrong with values is raised by the next call, nothing is sent, and the results
                 are NaN.
         """
-        if pack and self.device != "cpu":
-            raise ValueError(
-                f"pack: the kernels of device {self.device!r} write each row where it belongs in the peer's memory, so "
-                "there is nothing to pack; leave it out"
-            )
-        if num_tokens is not None and (self.device == "cpu" or isinstance(num_tokens, int)):
-            topk_ids, topk_weights, num_tokens = topk_ids[:num_tokens], topk_weights[:num_tokens], None
-        if self.device != "cpu":
-            return self._route_on_device(topk_ids, topk_weights, num_tokens, out, self._on(stream))
-        if out is not None and any(route is out for _, route, _ in list(self._borrowed.values())):
+        if out is not None and self._path.is_lent(out, self._borrowed.values()):
             raise ValueError("out: this route is in flight; call combine_recv for its microbatch first")
-        topk_ids, topk_weights = arrays.exportable(topk_ids), arrays.exportable(topk_weights)
-        placement = self.placement
-        target = _C.Route(self.shape._native()) if out is None else out._native
-        if not isinstance(target, _C.Route):
-            raise ValueError(f"out: it was made for another device than {self.device!r}")
+        placement, into = self.placement, None if out is None else out._native
         num_ranks = max(self._num_ranks, placement.num_expert_ranks)
-        target.build_from_topk(topk_ids, topk_weights, placement._offsets, placement._ranks, num_ranks, self.rank)
-        target.packs = pack
+        hosts = (placement._offsets, placement._ranks, num_ranks, self.rank)
+        tensors = (topk_ids, topk_weights)
+        native = self._path.route(self._native, self.shape._native(), tensors, num_tokens, into, pack, stream, hosts)
         if out is None:
-            return Route(target, version=placement.version)
-        out._version = placement.version
-        return out
-
-    def _route_on_device(
-        self, topk_ids: Any, topk_weights: Any, num_tokens: Any, out: Route | None, handle: tuple[int, ...]
-    ) -> Route:
-        so_far = None if num_tokens is None else arrays.exportable(num_tokens)
-        into = None if out is None else out._native
-        if into is not None and not isinstance(into, _C.DeviceRoute):
-            raise ValueError(f"out: it was made for another device than {self.device!r}")
-        tensors = (arrays.exportable(topk_ids), arrays.exportable(topk_weights))
-        native = self._native.make_route(*tensors, [], so_far, into, *handle)
-        if out is None:
-            return Route(native)
-        out._splits = None
+            return Route(native, version=placement.version)
+        out._splits, out._version = None, placement.version
         return out
 
     def dispatch_send(
@@ -227,29 +138,24 @@ class AttentionComm(Comm):
             that was made before set_placement brought a newer version is a ValueError.
             On a device the next call raises what a launch has found.
         """
-        handle = self._on(stream)
+        launch = self._path.launch(stream)
         if not isinstance(route, Route):
             raise TypeError(f"route: expected m2n.Route, got {type(route).__name__}")
-        if self.device != "cpu" and route._splits is not None and not isinstance(route._native, _C.DeviceRoute):
-            splits, topk_ids, topk_weights = route._splits
-            tensors = arrays.exportable(topk_ids), arrays.exportable(topk_weights)
-            route._native = self._native.make_route(*tensors, splits, None, None, *handle)
-        if not isinstance(route._native, _C.Route if self.device == "cpu" else _C.DeviceRoute):
-            raise ValueError(f"route: it was made for another device than {self.device!r}; use comm.route")
+        native = self._path.prepare(self._native, route, launch)
         version = self.placement.version
         if route._version is not None and route._version < version:
             raise ValueError(
                 f"route: it was made for version {route._version} of the placement, and this comm has {version} by now "
                 "(set_placement); make it again with comm.route"
             )
-        options = (self._version_to_show(),) if self.device == "cpu" else self._launch_options(num_sms, handle)
-        timeout_s = self._launch_timeout(None, handle)
+        options = self._path.told(self._version_to_show, self._path.sms(num_sms, launch))
+        timeout_s = self._path.timeout(self._native, None, self._timeout_s, launch)
         try:
-            self._native.dispatch_send(arrays.exportable(x), route._native, microbatch, layer, timeout_s, *options)
+            self._native.dispatch_send(arrays.exportable(x), native, microbatch, layer, timeout_s, *options)
         except TypeError:
             self._require_numbers(microbatch, layer)
             raise
-        if isinstance(route._native, _C.Route) and route._native.packs:
+        if self._path.has_taken(native):
             x = arrays.empty(0, self.shape.hidden, self.shape.combine_dtype, x)  # its library is all that is kept
         self._borrowed[microbatch] = (x, route, version)
 
@@ -294,7 +200,7 @@ class AttentionComm(Comm):
             ProtocolError: one refused the message (it names the expert) or broke the protocol.
             On a device the next call raises it, and the rows that are missing are NaN in any case.
         """
-        handle = self._on(stream)
+        launch = self._path.launch(stream)
         if missing not in ("raise", "nan"):
             raise ValueError(f"missing: expected 'raise' or 'nan', got {missing!r}")
         try:
@@ -305,12 +211,11 @@ class AttentionComm(Comm):
         if out is None:
             out = arrays.empty(num_tokens, self.shape.hidden, self.shape.combine_dtype, self._borrowed[microbatch][0])
         try:
-            timeout_s = self._launch_timeout(timeout, handle)
-            options = self._launch_options(num_sms, handle)
+            timeout_s = self._path.timeout(self._native, timeout, self._timeout_s, launch)
+            options = self._path.sms(num_sms, launch)
             self._native.combine_recv(arrays.exportable(out, True), microbatch, timeout_s, missing == "nan", *options)
         finally:
-            # A launched combine may still have to run, or be called again: there the next dispatch ends the loan.
-            if self.device == "cpu" and not self._native.is_closed and not self._native.is_busy(microbatch):
+            if self._path.is_over(self._native, microbatch):
                 self._borrowed.pop(microbatch, None)
         return out
 
@@ -322,12 +227,7 @@ class AttentionComm(Comm):
         Raises:
             ValueError: a comm on a device, where only the kernels know; their rows are NaN. Or no such microbatch.
         """
-        if self.device != "cpu":
-            raise ValueError(
-                f"missing: on device {self.device!r} only the kernels know which rows have not come; the results of "
-                "combine_recv are NaN there"
-            )
-        return dict(self._native.missing(require_int("microbatch", microbatch, 0)))
+        return self._path.missing(self._native, microbatch)
 
     def ready(self, microbatch: int) -> bool:
         """Would the next verb of this microbatch go without waiting?
@@ -337,7 +237,7 @@ class AttentionComm(Comm):
         To be asked by the thread that drives the microbatch.
         """
         try:
-            return bool(self._native.ready(microbatch, *self._on(None)))
+            return bool(self._native.ready(microbatch, *self._path.launch(None)))
         except TypeError:
             self._require_numbers(microbatch)
             raise
@@ -348,7 +248,7 @@ class AttentionComm(Comm):
         Of several that are ready it is the first in the given order. None of them may be driven by another thread.
         """
         try:
-            position = self._native.wait_ready(list(microbatches), self._timeout(timeout), *self._on(None))
+            position = self._native.wait_ready(list(microbatches), self._timeout(timeout), *self._path.launch(None))
         except TypeError:
             for microbatch in microbatches:
                 self._require_numbers(microbatch)
@@ -386,7 +286,7 @@ class AttentionComm(Comm):
                 self.recover(expert_rank)
             bootstrap.connect(self._native, self._identity, self._store, expert_rank, deadline, ended)
         self._num_ranks = max(self._num_ranks, placement.num_expert_ranks)
-        self._tell_hosts(placement)
+        self._path.set_hosts(self._native, placement)
         self.placement = placement
 
     def idle(self) -> None:
@@ -395,5 +295,4 @@ class AttentionComm(Comm):
 
         It sends on every free microbatch: not while other threads drive some of them.
         """
-        options = (self._version_to_show(),) if self.device == "cpu" else self._on(None)
-        self._native.idle(self._timeout_s, *options)
+        self._native.idle(self._timeout_s, *self._path.told(self._version_to_show, self._path.launch(None)))

@@ -18,6 +18,7 @@ from .deadline import Deadline
 from .handshake import NETWORKS, Identity
 from .listener import Listener
 from .notes import say
+from .paths import path_of
 from .shape import Config, Placement, Shape
 from .store import Store, describe_store, open_store
 
@@ -47,8 +48,7 @@ def require_placement(placement: Any, shape: Shape) -> None:
 def require_next_placement(placement: Any, comm: Comm) -> None:
     """Refuses what cannot follow the placement of this comm."""
     require_placement(placement, comm.shape)
-    if comm.device != "cpu":
-        raise ValueError(f"placement: that of a comm on {comm.device!r} is fixed; make a new comm")
+    comm._path.require_movable()
     if placement.version < comm.placement.version:
         raise ValueError(
             f"placement: its version {placement.version} is older than {comm.placement.version}, which {comm!r} has; "
@@ -105,53 +105,12 @@ class Comm:
         self._counters: dict[str, float] = {"rows_gathered": 0}
         if arrays.is_capturing(self.device):
             raise _C.SetupError("a comm cannot be made while a CUDA graph is captured: make it before")
-        # Ranks on GPUs write into each other's memory there; all others share memory of the host.
-        is_on_gpu = self.device.startswith("cuda")
-        transport: str = self.config.transport
-        if transport == "auto":
-            # Ranks on CPUs share memory inside a host, and reach other hosts over a network.
-            is_plain = self.device == "cpu" and self.config.faults is None
-            transport = "cuda" if is_on_gpu else "auto" if is_plain else "shm"
-        if transport == "cuda" and not is_on_gpu:
-            raise ValueError(
-                f"config.transport: device {self.device!r} needs 'auto', 'shm', 'tcp' or 'ucx', got 'cuda'"
-            )
-        if self.config.gpu_direct and (transport != "ucx" or self.device == "cpu"):
-            raise ValueError(
-                "config.gpu_direct: rows in the memory of a GPU that NICs reach need transport='ucx' and a device, not "
-                f"{transport!r} and {self.device!r}"
-            )
-        if transport == "cuda" and self.config.stream_waits:
-            raise ValueError(
-                "config.stream_waits: the host must be able to end a stream's wait, which it cannot in the memory of a "
-                "GPU; use transport='shm', 'tcp' or 'ucx' on all ranks, or leave out stream_waits (M2N_STREAM_WAITS)"
-            )
-        self._transport = transport
-        if is_on_gpu:
-            self._transport = self.device if transport == "cuda" else f"pinned:{self.device}"
-        if transport in ("auto", *NETWORKS):
-            self._transport = self.config._network(transport, self.device)
-        if self.config.faults is not None:
-            if transport in NETWORKS:
-                raise ValueError(
-                    f"config.faults: signals over {transport!r} cannot be held back yet; use transport='shm', or no "
-                    "faults (M2N_FAULTS)"
-                )
-            if self.device != "cpu":
-                raise ValueError(
-                    f"config.faults: signals of kernels cannot be held back yet, and device {self.device!r} launches "
-                    "kernels; use device='cpu', or no faults (M2N_FAULTS)"
-                )
-            self._transport = self.config.faults._transport(transport)
+        self._path = path_of(self.device, self.config)
+        transport, self._transport = self._path.transport()
         if self.config.insecure and transport in ("auto", *NETWORKS):
             _say_insecure(self.config._insecure_words())
         wire = (self.config.heartbeat_s, self.config.job_key, self.config.insecure)
         self._identity = Identity(self.config.job, name, self.role, self.rank, shape, transport, *wire)
-
-    def _on(self, stream: Any) -> tuple[int, ...]:
-        """The last argument of verbs that run on a device; none on the CPU."""
-        handle = arrays.stream_handle(stream, self.device)
-        return () if self.device == "cpu" else (handle,)
 
     @contextmanager
     def _opened(self, native: Any) -> Iterator[tuple[str, str, str, int]]:
@@ -170,10 +129,7 @@ class Comm:
         # Runs on an error, and at the end of a program that ends meanwhile.
         undo = weakref.finalize(self, _shut_down, native, None, key)
         try:
-            if self.device != "cpu":
-                native.set_timeout(self._timeout_s)
-                if self.config.stream_waits:
-                    native.use_stream_waits()
+            self._path.begin(native, self._timeout_s)
             yield key
         except BaseException:
             undo()
@@ -198,8 +154,7 @@ class Comm:
         """Another deadline, in seconds, for verbs that are given none; on a device also for those of captured graphs,
         from their next replay on."""
         self._timeout_s = require_positive_seconds("timeout", timeout)
-        if self.device != "cpu":
-            self._native.set_timeout(timeout)
+        self._path.set_timeout(self._native, timeout)
 
     def _open_store(self, store: Any, deadline: Deadline) -> Store:
         opened = open_store(store, deadline, self.config.store_timeout_s, str(self._identity))
@@ -223,20 +178,6 @@ class Comm:
         if timeout is None:
             return self._timeout_s
         return timeout if type(timeout) is float else require_seconds("timeout", timeout)
-
-    def _launch_timeout(self, timeout: float | None, handle: tuple[int, ...]) -> float:
-        """Of a verb that may be launched; below 0 the launch itself reads what set_timeout() has set."""
-        if self.device == "cpu":
-            return self._timeout(timeout)
-        if timeout is not None and self._native.is_capturing(*handle):
-            raise ValueError("timeout: verbs of a captured graph have the comm's; use set_timeout, before any replay")
-        return -1.0 if timeout is None else require_seconds("timeout", timeout)
-
-    def _launch_options(self, num_sms: int | None, handle: tuple[int, ...]) -> tuple[int, ...]:
-        """The last arguments of verbs that move rows on a device; none on the CPU."""
-        if self.device == "cpu":
-            return ()
-        return (self.config.num_sms if num_sms is None else require_int("num_sms", num_sms, 1), *handle)
 
     def check(self) -> None:
         """Raises PeerLost for the first lost peer that recover() was not called for."""

@@ -176,11 +176,7 @@ class ExpertComm(Comm):
         self._library = arrays.choose(self.config.arrays, self.device)
         common = (shape._native(), self.rank, require_int("max_peers", max_peers, 1), self._transport)
         experts = placement.experts_of(self.rank)
-        native: Any
-        if self.device == "cpu":
-            native = _C.ExpertComm(*common, experts)
-        else:
-            native = _C.DeviceExpertComm(*common, self.device, experts)
+        native = self._path.expert(*common, experts)
         self._experts = [experts]  # all that were ever hosted at one time: a batch says which of them it is for
         with self._opened(native) as key:
             opened = self._open_store(store, Deadline(self.config.connect_timeout_s))
@@ -227,7 +223,7 @@ class ExpertComm(Comm):
             SlotBusy: sync=False, and the last batch of this microbatch is not answered.
             Timeout: strict, and some but not all have sent. ProtocolError: a peer broke the protocol and was dropped.
         """
-        handle = self._on(stream)
+        launch = self._path.launch(stream)
         if (linger_us is None) != (attention_ranks is not None):
             raise ValueError("attention_ranks: give it together with linger_us=None (strict lockstep), and only then")
         if linger_us is not None and not 0 <= linger_us <= 1e9:
@@ -238,24 +234,26 @@ class ExpertComm(Comm):
             layer = require_int("layer", layer, 0, MAX_LAYER)
         if microbatch is not None:
             microbatch = require_int("microbatch", microbatch, 0, self.shape.microbatches - 1)
-        timeout_s = self._timeout(timeout) if sync else self._launch_timeout(timeout, handle)
+        timeout_s = self._timeout(timeout)
+        if not sync:
+            timeout_s = self._path.timeout(self._native, timeout, timeout_s, launch)
         native = self._native.dispatch_recv(
             layer,
             microbatch,
             linger_us or 0.0,
             sorted({require_int("attention_ranks", rank, 0, MAX_RANK) for rank in attention_ranks or ()}),
             timeout_s,
-            *(() if self.device == "cpu" else (sync, *handle)),
+            *self._path.received(sync, launch),
         )
         if native is None:
             return None
         rows = (self._window, self._scales, self.shape.combine_dtype)
-        experts = self._experts[native.hosting if self.device == "cpu" else 0]
+        experts = self._experts[self._path.hosting(native)]
         return Batch(native, *rows, self._library, self._counters, experts)
 
     def wait_work(self, timeout: float | None = None) -> tuple[int, int] | None:
         """Sleeps until a message waits to be received; its (layer, microbatch), or None at the timeout (seconds)."""
-        work: tuple[int, int] | None = self._native.wait_work(self._timeout(timeout), *self._on(None))
+        work: tuple[int, int] | None = self._native.wait_work(self._timeout(timeout), *self._path.launch(None))
         return work
 
     def combine_send(
@@ -273,10 +271,10 @@ class ExpertComm(Comm):
         Raises:
             ValueError, TypeError: naming the argument.
         """
-        handle = self._on(stream)
+        launch = self._path.launch(stream)
         if not isinstance(batch, Batch):
             raise TypeError(f"batch: expected m2n.Batch, got {type(batch).__name__}")
-        options = self._launch_options(num_sms, handle)
+        options = self._path.sms(num_sms, launch)
         self._native.combine_send(batch._native, arrays.exportable(y), reduced, *options)
         batch._window = batch._scales = None
 
@@ -311,7 +309,7 @@ class ExpertComm(Comm):
         Raises:
             ProtocolError: a peer broke the protocol and was dropped.
         """
-        return dict(self._native.placement_versions(*self._on(None)))
+        return dict(self._native.placement_versions(*self._path.launch(None)))
 
     def wait_placement(self, version: int, timeout: float | None = None) -> None:
         """Waits until every live attention rank has shown this `Placement.version` or a newer one (docs/hosts.md).
@@ -338,4 +336,4 @@ class ExpertComm(Comm):
             not shown it; recover(peer) goes on without it. ProtocolError: a peer broke the protocol and was dropped.
             ValueError, TypeError: the version.
         """
-        self._native.wait_placement(require_version(version), self._timeout(timeout), *self._on(None))
+        self._native.wait_placement(require_version(version), self._timeout(timeout), *self._path.launch(None))
