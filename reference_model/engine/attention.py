@@ -4,19 +4,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from .. import trace
-from ..model.decoder import Decoder, KVCache, Microbatch, Span
+from ..model.decoder import Decoder, Microbatch
 from ..model.experts import Experts
 from ..model.sampling import Sampler, SamplingConfig, draw
+from ..model.sequence import KVCache, Sequence
 from ..trace import Tracer
-from .batching import Piece, Scheduler, Sequence
+from .batching import Scheduler
+from .layers import Layers
 from .routes import RouteRecorder
-from .schedule import ATTEND, BEGIN, COMBINE, DISPATCH, END, POLL, WAIT, Action, attention_schedule
+from .schedule import BEGIN, END, POLL, WAIT, Action, attention_schedule
 
 
 class NewToken(NamedTuple):
@@ -25,16 +26,6 @@ class NewToken(NamedTuple):
     sequence_idx: int
     token_id: int
     finish: str | None
-
-
-@dataclass
-class Step:
-    """What a microbatch is computing."""
-
-    pieces: list[Piece]
-    batch: Microbatch
-    route: Any = None  # of the layer it is in, until its dispatch
-    reply_bytes: int = 0
 
 
 class AttentionEngine:
@@ -57,15 +48,13 @@ class AttentionEngine:
         sends_empty: bool = False,
     ) -> None:
         self.decoder, self.experts, self.scheduler, self.sampling = decoder, experts, scheduler, sampling
-        self.ignore_eos, self.recorder, self.sends_empty = ignore_eos, recorder, sends_empty
+        self.ignore_eos, self.sends_empty = ignore_eos, sends_empty
         self.tracer = tracer or Tracer()
         self.num_steps, self.num_tokens = 0, 0
-        self._steps: dict[int, Step] = {}  # by microbatch
+        self.layers = Layers(decoder, experts, self.tracer, recorder)
         self._do: dict[str, Callable[[Action], Any]] = {
+            **self.layers.do,
             BEGIN: self._begin,
-            ATTEND: self._attend,
-            DISPATCH: self._dispatch,
-            COMBINE: self._combine,
             END: self._end,
             POLL: lambda action: self.experts.ready(action.waiting),
             WAIT: self._wait,
@@ -94,11 +83,10 @@ class AttentionEngine:
         """Admit sequences, and embed the tokens of the microbatch's share of those that are between steps."""
         began = self.tracer.now()
         self._admit()
-        pieces = self.scheduler.begin(action.microbatch)
-        if not pieces and not (self.sends_empty and self.scheduler.has_work):
+        sequences = self.scheduler.begin(action.microbatch)
+        if not sequences and not (self.sends_empty and self.scheduler.has_work):
             return False
-        batch = self.decoder.begin([span_of(piece) for piece in pieces])
-        self._steps[action.microbatch] = Step(pieces, batch)
+        self.layers.microbatches[action.microbatch] = self.decoder.begin(sequences)
         self.tracer.add(trace.EMBED, began, action.step, -1, action.microbatch)
         return True
 
@@ -110,34 +98,6 @@ class AttentionEngine:
 
     def _make_cache(self, num_positions: int) -> KVCache:
         return KVCache.allocate(self.decoder.config, num_positions, self.decoder.dtype, self.decoder.device)
-
-    def _attend(self, action: Action) -> None:
-        step, place = self._steps[action.microbatch], (action.step, action.layer, action.microbatch)
-        at = self.tracer.now()
-        self.decoder.attend(action.layer, step.batch)
-        if step.batch.num_tokens:
-            at = self.tracer.add(trace.ATTENTION, at, *place)
-        if not self.decoder.config.moe_layers[action.layer]:
-            self.decoder.finish(step.batch, self.decoder.dense_ffn(action.layer, step.batch))
-            self.tracer.add(trace.DENSE, at, *place)
-            return
-        ids_TK, weights_TK = self.decoder.route(action.layer, step.batch)
-        step.route = self.experts.route(ids_TK, weights_TK)
-        if self.recorder is not None and step.pieces:
-            self.recorder.record(*place, step.pieces, ids_TK, weights_TK)
-        self.tracer.add(trace.ROUTE, at, *place)
-
-    def _dispatch(self, action: Action) -> None:
-        step, began = self._steps[action.microbatch], self.tracer.now()
-        num_bytes, step.reply_bytes = self.experts.dispatch(
-            step.batch.expert_in_TH, step.route, action.layer, action.microbatch
-        )
-        self.tracer.add(trace.DISPATCH_SEND, began, action.step, action.layer, action.microbatch, num_bytes)
-
-    def _combine(self, action: Action) -> None:
-        step, began = self._steps[action.microbatch], self.tracer.now()
-        self.decoder.finish(step.batch, self.experts.combine(action.microbatch))
-        self.tracer.add(trace.COMBINE_RECV, began, action.step, action.layer, action.microbatch, step.reply_bytes)
 
     def _wait(self, action: Action) -> int:
         ready = self.experts.ready(action.waiting)
@@ -151,14 +111,15 @@ class AttentionEngine:
     def _end(self, action: Action) -> list[NewToken]:
         """Draw tokens; finished sequences leave."""
         began = self.tracer.now()
-        step = self._steps.pop(action.microbatch)
+        batch = self.layers.microbatches.pop(action.microbatch)
         self.scheduler.end(action.microbatch)
-        completed = [piece.sequence for piece in step.pieces if piece.completes]
+        completed = [sequence for sequence in batch.sequences if sequence.completes]
         samplers = [sequence.sampler for sequence in completed if sequence.sampler is not None]
-        token_ids = draw(samplers, self._ruled(self._logits(step), completed)) if completed else []
+        token_ids = draw(samplers, self._ruled(self._logits(batch), completed)) if completed else []
         self.experts.check()
-        for piece in step.pieces:
-            piece.sequence.num_computed += piece.num_tokens
+        self.num_tokens += sum(sequence.num_scheduled for sequence in batch.sequences)
+        for sequence in batch.sequences:
+            sequence.advance()
         new_tokens: list[NewToken] = []
         for sequence, token_id in zip(completed, token_ids):
             sequence.output_ids.append(token_id)
@@ -167,13 +128,12 @@ class AttentionEngine:
                 self._leave(sequence)
             new_tokens.append(NewToken(sequence.idx, token_id, finish))
         self.num_steps += 1
-        self.num_tokens += sum(piece.num_tokens for piece in step.pieces)
         self.tracer.add(trace.SAMPLE, began, action.step, -1, action.microbatch)
         return new_tokens
 
-    def _logits(self, step: Step) -> torch.Tensor:
-        """After the last token of each piece that completes its sequence."""
-        return self.decoder.logits(step.batch)
+    def _logits(self, batch: Microbatch) -> torch.Tensor:
+        """After the last token of each sequence that completes."""
+        return self.decoder.logits(batch)
 
     def _ruled(self, logits_BV: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
         """The logits after the rules of the checkpoint's generation config."""
@@ -195,10 +155,3 @@ class AttentionEngine:
             return "stop"
         is_full = len(sequence.token_ids) >= self.decoder.config.context
         return "length" if is_full or len(sequence.output_ids) >= sequence.max_new_tokens else None
-
-
-def span_of(piece: Piece) -> Span:
-    sequence, start = piece.sequence, piece.sequence.num_computed
-    assert sequence.cache is not None
-    token_ids = sequence.token_ids[start : start + piece.num_tokens]
-    return Span(sequence.cache, token_ids, start, piece.completes)

@@ -6,14 +6,15 @@ Caches lie side by side in one tensor, of which the last holds nothing: places w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from ..model.config import ModelConfig
-from ..model.decoder import Decoder, KVCache, Microbatch, Span, numbers_on
+from ..model.decoder import Decoder, Microbatch, numbers_on
+from ..model.sequence import KVCache, Sequence
 
 
 class CachePool:
@@ -46,7 +47,7 @@ class CachePool:
     def give_back(self, cache: KVCache) -> None:
         self._free.append(self._idx_of.pop(id(cache)))
 
-    def number(self, cache: KVCache) -> int:
+    def number(self, cache: KVCache | None) -> int:
         return self._idx_of[id(cache)]
 
 
@@ -66,17 +67,23 @@ class DecodeBatch(Microbatch):
         inputs_3B = torch.zeros((3, num_places), dtype=torch.int64, device=device)
         inputs_3B[2] = pool.unused
         num_used, last_B = torch.zeros(1, dtype=torch.int64, device=device), torch.arange(num_places, device=device)
-        return cls(nothing, nothing, nothing, last_B, pool, inputs_3B, num_used, nothing, nothing)
+        return cls([], nothing, nothing, nothing, last_B, pool, inputs_3B, num_used, nothing, nothing)
 
-    def fill(self, spans: Sequence[Span]) -> None:
-        """The next step's tokens: one of each span."""
-        num_empty = self.inputs_3B.shape[1] - len(spans)
-        tokens = [span.token_ids[0] for span in spans] + [0] * num_empty
-        positions = [span.start for span in spans] + [0] * num_empty
-        caches = [self.pool.number(span.cache) for span in spans] + [self.pool.unused] * num_empty
+    @property
+    def route_options(self) -> dict[str, Any]:
+        """Into the memory that the graph knows; of its tokens the first num_used count."""
+        return {} if self.route is None else {"out": self.route, "num_tokens": self.num_used}
+
+    def fill(self, sequences: list[Sequence]) -> None:
+        """The next step's tokens: each sequence has scheduled one."""
+        num_empty = self.inputs_3B.shape[1] - len(sequences)
+        tokens = [sequence.scheduled_ids[0] for sequence in sequences] + [0] * num_empty
+        positions = [sequence.num_computed for sequence in sequences] + [0] * num_empty
+        caches = [self.pool.number(sequence.cache) for sequence in sequences] + [self.pool.unused] * num_empty
         device = str(self.inputs_3B.device)
         self.inputs_3B.copy_(numbers_on(device, tokens + positions + caches).view_as(self.inputs_3B))
-        self.num_used.copy_(numbers_on(device, [len(spans)]))
+        self.num_used.copy_(numbers_on(device, [len(sequences)]))
+        self.sequences = sequences
 
     def begin(self, decoder: Decoder) -> None:
         """Embed the tokens that were filled in."""

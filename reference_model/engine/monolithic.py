@@ -10,11 +10,13 @@ import torch
 
 from ..model.checkpoint import Checkpoint, check
 from ..model.config import ModelConfig
-from ..model.decoder import Decoder, KVCache, Span
+from ..model.decoder import Decoder
 from ..model.experts import ExpertWeights, LocalExperts
 from ..model.sampling import SamplingConfig
+from ..model.sequence import KVCache, Sequence
 from .attention import AttentionEngine
-from .batching import Scheduler, Sequence
+from .batching import Scheduler
+from .layers import Layers
 
 
 class MonolithicModel:
@@ -66,15 +68,10 @@ class MonolithicModel:
     ) -> torch.Tensor:
         """Logits float32 [V] after the last of these tokens."""
         cache = KVCache.allocate(self.config, len(token_ids), self.decoder.dtype, self.decoder.device)
-        experts = LocalExperts(self.weights, dispatch_dtype=dispatch_dtype)
-        for start in range(0, len(token_ids), max_tokens):
-            part = list(token_ids[start : start + max_tokens])
-            batch = self.decoder.begin([Span(cache, part, start, True)])
-            for layer, has_experts in enumerate(self.config.moe_layers):
-                self.decoder.attend(layer, batch)
-                if has_experts:
-                    experts.dispatch(batch.expert_in_TH, self.decoder.route(layer, batch), layer, 0)
-                    self.decoder.finish(batch, experts.combine(0))
-                else:
-                    self.decoder.finish(batch, self.decoder.dense_ffn(layer, batch))
-        return self.decoder.logits(batch)[0]
+        layers = Layers(self.decoder, LocalExperts(self.weights, dispatch_dtype=dispatch_dtype))
+        sequence = Sequence(0, list(token_ids), cache=cache)
+        while sequence.num_pending:
+            sequence.num_scheduled = min(sequence.num_pending, max_tokens)
+            logits = layers.step(self.decoder.begin([sequence]))
+            sequence.advance()
+        return logits[0]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -22,19 +23,13 @@ class RemoteExperts:
     def __init__(self, comm: m2n.AttentionComm, timeout_s: float, is_launched: bool = False) -> None:
         self.comm, self.timeout_s, self.is_launched = comm, timeout_s, is_launched
 
-    def route(self, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> m2n.Route:
-        return self.comm.route(ids_TK, weights_TK)
+    def route(self, ids_TK: torch.Tensor, weights_TK: torch.Tensor, **options: Any) -> m2n.Route:
+        return self.comm.route(ids_TK, weights_TK, **options)
 
     def make_route(self, num_tokens: int, device: str) -> m2n.Route:
-        """For route_again; no token goes anywhere yet."""
+        """Memory for a route of so many tokens; none of them goes anywhere yet."""
         shape = (num_tokens, self.comm.shape.top_k)
         return self.comm.route(torch.full(shape, -1, device=device), torch.zeros(shape, device=device))
-
-    def route_again(
-        self, route: m2n.Route, ids_TK: torch.Tensor, weights_TK: torch.Tensor, num_tokens: torch.Tensor
-    ) -> None:
-        """Into the memory of a route of as many tokens, of which the first num_tokens [1] count."""
-        self.comm.route(ids_TK, weights_TK, num_tokens=num_tokens, out=route)
 
     def dispatch(self, x_TH: torch.Tensor, route: m2n.Route, layer: int, microbatch: int) -> tuple[int, int]:
         # x is borrowed by m2n until combine_recv; it holds the tensor.

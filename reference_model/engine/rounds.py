@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from .. import trace
-from ..model.decoder import KVCache
-from .attention import AttentionEngine, NewToken, Step, span_of
-from .batching import Piece, Sequence
+from ..model.decoder import Microbatch
+from ..model.sequence import KVCache, Sequence
+from .attention import AttentionEngine, NewToken
 from .decode import CachePool, DecodeBatch
+from .layers import Layers, pass_through
 from .remote import RemoteExperts
-from .schedule import ATTEND, COMBINE, DISPATCH, END, Action, round_schedule
+from .schedule import END, Action, round_schedule
 
 # torch waits for the whole device before it records, which fails while another thread is recording.
 _RECORDING = threading.Lock()
@@ -65,10 +66,13 @@ class RoundEngine(AttentionEngine):
         self.pool = CachePool(self.decoder, max_batch, num_positions)
         microbatches = range(self.num_microbatches)
         self.decode = [DecodeBatch.allocate(self.decoder, self.pool, num_places) for _ in microbatches]
-        self.routes = [self.remote.make_route(num_places, self.decoder.device) for _ in microbatches]
         for batch in self.decode:  # all that will be computed, but for what the experts answer
             batch.begin(self.decoder)
-            self.decoder.pass_through(batch)
+            pass_through(self.decoder, batch)
+        for batch in self.decode:
+            batch.route = self.remote.make_route(num_places, self.decoder.device)
+        self._decode_layers = Layers(self.decoder, self.remote)
+        self._decode_layers.microbatches.update(enumerate(self.decode))
         self._repeat_decode = Repeated(self._launch_decode, self.decoder.device)
 
     def run(self, sequences: Iterable[Sequence]) -> Iterator[list[NewToken]]:
@@ -77,56 +81,44 @@ class RoundEngine(AttentionEngine):
         step = 0
         while self.scheduler.has_work:
             self._admit()
-            pieces = [self.scheduler.begin(microbatch) for microbatch in range(self.num_microbatches)]
-            if all(piece.num_tokens == 1 and piece.completes for each in pieces for piece in each):
+            scheduled = [self.scheduler.begin(microbatch) for microbatch in range(self.num_microbatches)]
+            if all(each.num_scheduled == 1 and each.completes for sequences in scheduled for each in sequences):
                 began = self.tracer.now()
-                self._decode_round(pieces)
+                self._decode_round(scheduled)
                 self.tracer.add(trace.ROUND, began, step, -1, -1)
             else:
-                self._mixed_round(step, pieces)
+                self._mixed_round(step, scheduled)
             for microbatch in range(self.num_microbatches):
                 new_tokens = self._end(Action(END, step, microbatch=microbatch))
                 if new_tokens:
                     yield new_tokens
             step += 1
 
-    def _mixed_round(self, step: int, pieces: list[list[Piece]]) -> None:
+    def _mixed_round(self, step: int, scheduled: list[list[Sequence]]) -> None:
         """With prompts among them, whose length differs each time."""
-        for microbatch, each in enumerate(pieces):
+        for microbatch, sequences in enumerate(scheduled):
             began = self.tracer.now()
-            self._steps[microbatch] = Step(each, self.decoder.begin([span_of(piece) for piece in each]))
+            self.layers.microbatches[microbatch] = self.decoder.begin(sequences)
             self.tracer.add(trace.EMBED, began, step, -1, microbatch)
-        for action in round_schedule(self.moe_layers, self.num_microbatches, step):
-            self._do[action.kind](action)
+        self.layers.run(round_schedule(self.moe_layers, self.num_microbatches, step))
 
-    def _decode_round(self, pieces: list[list[Piece]]) -> None:
-        for microbatch, (batch, each) in enumerate(zip(self.decode, pieces)):
-            batch.fill([span_of(piece) for piece in each])
-            self._steps[microbatch] = Step(each, batch)
+    def _decode_round(self, scheduled: list[list[Sequence]]) -> None:
+        for microbatch, (batch, sequences) in enumerate(zip(self.decode, scheduled)):
+            batch.fill(sequences)
+            self.layers.microbatches[microbatch] = batch
         self._repeat_decode()
 
     def _launch_decode(self) -> None:
         for batch in self.decode:
             batch.begin(self.decoder)
-        for kind, _, layer, microbatch, _ in round_schedule(self.moe_layers, self.num_microbatches):
-            batch, route = self.decode[microbatch], self.routes[microbatch]
-            if kind == COMBINE:
-                self.decoder.finish(batch, self.remote.combine(microbatch))
-            elif kind == DISPATCH:
-                self.remote.dispatch(batch.expert_in_TH, route, layer, microbatch)
-            elif kind == ATTEND:
-                self.decoder.attend(layer, batch)
-                if self.moe_layers[layer]:
-                    self.remote.route_again(route, *self.decoder.route(layer, batch), batch.num_used)
-                else:
-                    self.decoder.finish(batch, self.decoder.dense_ffn(layer, batch))
+        self._decode_layers.run(round_schedule(self.moe_layers, self.num_microbatches))
         for batch in self.decode:
             batch.logits_BV = self.decoder.logits(batch)
 
-    def _logits(self, step: Step) -> torch.Tensor:
-        if isinstance(step.batch, DecodeBatch):
-            return step.batch.logits_BV[: len(step.pieces)]
-        return super()._logits(step)
+    def _logits(self, batch: Microbatch) -> torch.Tensor:
+        if isinstance(batch, DecodeBatch):
+            return batch.logits_BV[: len(batch.sequences)]
+        return super()._logits(batch)
 
     def _make_cache(self, num_positions: int) -> KVCache:
         return self.pool.take()

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .batching import Piece
+from ..model.sequence import Sequence
 
 _KEYS = ("sequence", "position", "layer", "attention_rank", "step", "microbatch")
 
@@ -43,17 +43,16 @@ class RouteRecorder:
         step: int,
         layer: int,
         microbatch: int,
-        pieces: list[Piece],
+        sequences: list[Sequence],
         ids_TK: torch.Tensor,
         weights_TK: torch.Tensor,
     ) -> None:
-        """Keep the routes of one dispatch; pieces are the sequences' parts in the order of its tokens."""
-        starts = [(piece.sequence.idx, piece.sequence.num_computed, piece.num_tokens) for piece in pieces]
+        """Keep the routes of one dispatch, whose tokens are what these sequences have scheduled, in order."""
         num_tokens = ids_TK.shape[0]
         same = {"layer": layer, "attention_rank": self.attention_rank, "step": step, "microbatch": microbatch}
         rows = {name: np.full(num_tokens, value, np.int32) for name, value in same.items()}
-        rows["sequence"] = np.concatenate([np.full(count, idx, np.int32) for idx, _, count in starts])
-        rows["position"] = np.concatenate([np.arange(at, at + count, dtype=np.int32) for _, at, count in starts])
+        rows["sequence"] = np.concatenate([np.full(each.num_scheduled, each.idx, np.int32) for each in sequences])
+        rows["position"] = np.concatenate([np.asarray(each.scheduled_positions, np.int32) for each in sequences])
         rows["topk_ids"] = ids_TK.cpu().numpy().astype(np.int32)
         rows["topk_weights"] = weights_TK.cpu().numpy().astype(np.float32)
         self._rows.append(rows)

@@ -38,33 +38,42 @@ class Action(NamedTuple):
 Ready = int | bool | None
 
 
+def walk(
+    moe_layers: Sequence[bool], microbatch: int = 0, step: int = 0, layers: Sequence[int] | None = None
+) -> Iterator[Action]:
+    """Yield what becomes of one microbatch, layer by layer. All schedules are made of such walks.
+
+    layers: these only (default: all).
+    """
+    for layer in range(len(moe_layers)) if layers is None else layers:
+        yield Action(ATTEND, step, layer, microbatch)
+        if moe_layers[layer]:
+            yield Action(DISPATCH, step, layer, microbatch)
+            yield Action(COMBINE, step, layer, microbatch)
+
+
 class _AttentionSchedule:
     """The state of attention_schedule: every microbatch is in one of its collections, or being computed."""
 
     def __init__(self, moe_layers: Sequence[bool], num_microbatches: int) -> None:
         self.moe_layers = moe_layers
-        self.step_of, self.layer_of = [0] * num_microbatches, [0] * num_microbatches
+        self.step_of = [0] * num_microbatches
+        self.walks: dict[int, Iterator[Action]] = {}  # of those that are in a step
         self.to_begin = deque(range(num_microbatches))
         self.idle: list[int] = []  # had no tokens when it was last asked
-        self.to_dispatch: list[
-            int
-        ] = []  # attention is computed; its slot may still await the answer to an empty message
-        self.to_combine: list[int] = []  # with the experts, longest ago first
-
-    def action(self, kind: str, microbatch: int) -> Action:
-        return Action(kind, self.step_of[microbatch], self.layer_of[microbatch], microbatch)
+        # Attention is computed; the slot may still await the answer to an empty message.
+        self.to_dispatch: dict[int, Action] = {}
+        self.to_combine: dict[int, Action] = {}  # with the experts, longest ago first
 
     def compute(self, microbatch: int) -> Generator[Action, Ready, None]:
         """Attention until tokens are to go to the experts, or the step ends."""
-        while self.layer_of[microbatch] < len(self.moe_layers):
-            yield self.action(ATTEND, microbatch)
-            if self.moe_layers[self.layer_of[microbatch]]:
-                self.to_dispatch.append(microbatch)
+        for action in self.walks[microbatch]:
+            if action.kind == DISPATCH:
+                self.to_dispatch[microbatch] = action
                 return
-            self.layer_of[microbatch] += 1
-        yield self.action(END, microbatch)
+            yield action
+        yield Action(END, self.step_of[microbatch], len(self.moe_layers), microbatch)
         self.step_of[microbatch] += 1
-        self.layer_of[microbatch] = 0
         # What this one leaves may be the next step of another.
         self.to_begin.extend((microbatch, *self.idle))
         self.idle.clear()
@@ -72,13 +81,10 @@ class _AttentionSchedule:
     def go_on(self, microbatch: int) -> Generator[Action, Ready, None]:
         """One that waited is ready."""
         if microbatch in self.to_dispatch:
-            self.to_dispatch.remove(microbatch)
-            yield self.action(DISPATCH, microbatch)
-            self.to_combine.append(microbatch)
+            yield self.to_dispatch.pop(microbatch)
+            self.to_combine[microbatch] = next(self.walks[microbatch])
             return
-        self.to_combine.remove(microbatch)
-        yield self.action(COMBINE, microbatch)
-        self.layer_of[microbatch] += 1
+        yield self.to_combine.pop(microbatch)
         yield from self.compute(microbatch)
 
     def run(self) -> Generator[Action, Ready, None]:
@@ -96,7 +102,9 @@ class _AttentionSchedule:
             if not self.to_begin:
                 return
             microbatch = self.to_begin.popleft()
-            if (yield self.action(BEGIN, microbatch)):
+            step = self.step_of[microbatch]
+            if (yield Action(BEGIN, step, 0, microbatch)):
+                self.walks[microbatch] = walk(self.moe_layers, microbatch, step)
                 yield from self.compute(microbatch)
             else:
                 self.idle.append(microbatch)
@@ -137,21 +145,16 @@ def expert_schedule() -> Generator[Action, tuple[int, int] | None, None]:
 def round_schedule(moe_layers: Sequence[bool], num_microbatches: int, step: int = 0) -> Iterator[Action]:
     """Yield what an attention rank does in a round: one step of every microbatch, in an order that does not depend on
     when answers come. Expert ranks are asked for (layer, microbatch) in the order of `served_in_round`."""
-    is_away = False
-    for layer, has_experts in enumerate(moe_layers):
-        for microbatch in range(num_microbatches):
-            if is_away:
-                yield Action(COMBINE, step, layer - 1, microbatch)
-            yield Action(ATTEND, step, layer, microbatch)
-            if has_experts:
-                yield Action(DISPATCH, step, layer, microbatch)
-        is_away = has_experts
-    if is_away:
-        for microbatch in range(num_microbatches):
-            yield Action(COMBINE, step, len(moe_layers) - 1, microbatch)
+    walks = [walk(moe_layers, microbatch, step) for microbatch in range(num_microbatches)]
+    for _ in range(len(moe_layers) + 1):  # the last answers come after the last layer
+        for actions in walks:
+            for action in actions:
+                yield action
+                if action.kind == DISPATCH or action.kind == ATTEND and not moe_layers[action.layer]:
+                    break
 
 
 def served_in_round(moe_layers: Sequence[bool], num_microbatches: int) -> list[tuple[int, int]]:
     """The (layer, microbatch) of a round, as experts are asked for them."""
-    layers = [layer for layer, has_experts in enumerate(moe_layers) if has_experts]
-    return [(layer, microbatch) for layer in layers for microbatch in range(num_microbatches)]
+    actions = round_schedule(moe_layers, num_microbatches)
+    return [(action.layer, action.microbatch) for action in actions if action.kind == DISPATCH]

@@ -8,54 +8,40 @@ E experts, B sequences.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from .checkpoint import HEAD, Checkpoint, ExpertNames
 from .config import ModelConfig
-
-
-@dataclass(frozen=True)
-class KVCache:
-    """Keys and values of one sequence for all layers."""
-
-    keys_LGSD: torch.Tensor
-    values_LGSD: torch.Tensor
-
-    @classmethod
-    def allocate(cls, config: ModelConfig, num_positions: int, dtype: torch.dtype, device: str = "cpu") -> KVCache:
-        """Once for all positions that the sequence may ever have."""
-        shape = (config.num_layers, config.num_kv_heads, num_positions, config.head_dim)
-        return cls(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
-
-
-@dataclass
-class Span:
-    """Tokens [start, start + len(token_ids)) of one sequence, computed in one step."""
-
-    cache: KVCache
-    token_ids: list[int]
-    start: int
-    wants_logits: bool
+from .sequence import Sequence
 
 
 @dataclass
 class Microbatch(ABC):
-    """Tokens of several sequences on their way through the layers."""
+    """Tokens of several sequences on their way through the layers: what those have scheduled, one after the other."""
 
+    sequences: list[Sequence]
     x_TH: torch.Tensor
     cos_TD: torch.Tensor
     sin_TD: torch.Tensor
     last_B: torch.Tensor  # int64: the tokens after which logits are wanted
     expert_in_TH: torch.Tensor = field(default_factory=lambda: torch.empty(0), kw_only=True)
+    route: Any = field(default=None, kw_only=True)  # of the layer it is in
+    reply_bytes: int = field(default=0, kw_only=True)  # that the experts will send for it
 
     @property
     def num_tokens(self) -> int:
         return self.x_TH.shape[0]
+
+    @property
+    def route_options(self) -> dict[str, Any]:
+        """More for the route of a layer than ids and weights."""
+        return {}
 
     @abstractmethod
     def attend(
@@ -65,39 +51,39 @@ class Microbatch(ABC):
 
 
 @dataclass
-class SpanBatch(Microbatch):
-    """Spans of any length, a sequence after another."""
+class RaggedMicrobatch(Microbatch):
+    """Of each sequence as many tokens as it has scheduled."""
 
-    spans: list[Span]
     masks: list[torch.Tensor | None]
 
     def attend(
         self, config: ModelConfig, layer: int, q_TND: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor
     ) -> torch.Tensor:
         outputs, first = [], 0
-        for span, mask in zip(self.spans, self.masks):
-            last = first + len(span.token_ids)
+        for sequence, mask in zip(self.sequences, self.masks):
+            last = first + sequence.num_scheduled
             q, k, v = (part[first:last] for part in (q_TND, k_TGD, v_TGD))
-            outputs.append(_attend_span(config, layer, span, mask, q, k, v))
+            outputs.append(_attend_sequence(config, layer, sequence, mask, q, k, v))
             first = last
         return torch.cat(outputs)
 
 
-def _attend_span(
+def _attend_sequence(
     config: ModelConfig,
     layer: int,
-    span: Span,
+    sequence: Sequence,
     mask: torch.Tensor | None,
     q_tND: torch.Tensor,
     k_tGD: torch.Tensor,
     v_tGD: torch.Tensor,
 ) -> torch.Tensor:
-    num_tokens = q_tND.shape[0]
-    end = span.start + num_tokens
-    first = visible_from(config, span.start)
-    keys_GSD, values_GSD = span.cache.keys_LGSD[layer], span.cache.values_LGSD[layer]
-    keys_GSD[:, span.start : end] = k_tGD.transpose(0, 1)
-    values_GSD[:, span.start : end] = v_tGD.transpose(0, 1)
+    assert sequence.cache is not None
+    num_tokens, start = q_tND.shape[0], sequence.num_computed
+    end = start + num_tokens
+    first = visible_from(config, start)
+    keys_GSD, values_GSD = sequence.cache.keys_LGSD[layer], sequence.cache.values_LGSD[layer]
+    keys_GSD[:, start:end] = k_tGD.transpose(0, 1)
+    values_GSD[:, start:end] = v_tGD.transpose(0, 1)
     # The query heads that share a key head are laid behind each other, so that no key is copied.
     group = config.num_heads // config.num_kv_heads
     q_GtD = q_tND.view(num_tokens, config.num_kv_heads, group, -1).permute(1, 2, 0, 3)
@@ -234,19 +220,16 @@ class Decoder:
         inverse_frequency, self.rope_factor = config.rope.frequencies()
         self.inverse_frequency = inverse_frequency.to(self.device)
 
-    def begin(self, spans: list[Span]) -> Microbatch:
-        """Embed the tokens of a microbatch; there may be none."""
-        token_ids = numbers_on(self.device, [token for span in spans for token in span.token_ids])
-        spanned = [at for span in spans for at in range(span.start, span.start + len(span.token_ids))]
-        cos_TD, sin_TD = self.angles(numbers_on(self.device, spanned))
-        masks = [causal_mask(self.config, span.start, len(span.token_ids), self.device) for span in spans]
-        last, end = [], 0
-        for span in spans:
-            end += len(span.token_ids)
-            if span.wants_logits:
-                last.append(end - 1)
+    def begin(self, sequences: list[Sequence]) -> Microbatch:
+        """Embed what sequences have scheduled; there may be none."""
+        token_ids = numbers_on(self.device, [token for each in sequences for token in each.scheduled_ids])
+        positions = [at for each in sequences for at in each.scheduled_positions]
+        cos_TD, sin_TD = self.angles(numbers_on(self.device, positions))
+        masks = [causal_mask(self.config, each.num_computed, each.num_scheduled, self.device) for each in sequences]
+        ends = itertools.accumulate(each.num_scheduled for each in sequences)
+        last = [end - 1 for each, end in zip(sequences, ends) if each.completes]
         last_B = numbers_on(self.device, last)
-        return SpanBatch(self.embedding[token_ids], cos_TD, sin_TD, last_B, spans, masks)
+        return RaggedMicrobatch(sequences, self.embedding[token_ids], cos_TD, sin_TD, last_B, masks)
 
     def angles(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """By how much heads are turned at these positions: cosine and sine, [T, D] each."""
@@ -283,16 +266,6 @@ class Decoder:
     def finish(self, batch: Microbatch, ffn_out_TH: torch.Tensor) -> None:
         """End of a layer: add what the experts (or the dense layer) answered."""
         batch.x_TH = batch.x_TH + ffn_out_TH
-
-    def pass_through(self, batch: Microbatch, layers: Sequence[int] | None = None) -> torch.Tensor:
-        """Logits of a step, or of these layers alone, with experts that answer what they get."""
-        for layer in range(self.config.num_layers) if layers is None else layers:
-            has_experts = self.config.moe_layers[layer]
-            self.attend(layer, batch)
-            if has_experts:
-                self.route(layer, batch)
-            self.finish(batch, batch.expert_in_TH if has_experts else self.dense_ffn(layer, batch))
-        return self.logits(batch)
 
     def logits(self, batch: Microbatch) -> torch.Tensor:
         """Logits float32 [B, V] after the tokens that want them, in order."""

@@ -22,8 +22,8 @@ grouped_mm: Any = getattr(F, "grouped_mm", None)
 class Experts(Protocol):
     """What an attention side asks of its experts: a layer of a microbatch at a time, in any order."""
 
-    def route(self, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> Any:
-        """Where each token goes, from its experts' ids and weights; for `dispatch`."""
+    def route(self, ids_TK: torch.Tensor, weights_TK: torch.Tensor, **options: Any) -> Any:
+        """Where each token goes, from its experts' ids and weights; for `dispatch`. options: of the microbatch."""
 
     def dispatch(self, x_TH: torch.Tensor, route: Any, layer: int, microbatch: int) -> tuple[int, int]:
         """Hand over the tokens of a microbatch; the bytes that go to other ranks, and those that come back."""
@@ -127,6 +127,32 @@ def _load(
     return torch.cat((gate, up)), checkpoint.tensor(names.expert(layer, expert_id, names.down), dtype)
 
 
+class EchoExperts:
+    """Experts on no rank: the tokens come back as they are."""
+
+    def __init__(self) -> None:
+        self._x: dict[int, torch.Tensor] = {}
+
+    def route(self, ids_TK: torch.Tensor, weights_TK: torch.Tensor, **options: Any) -> None:
+        return None
+
+    def dispatch(self, x_TH: torch.Tensor, route: Any, layer: int, microbatch: int) -> tuple[int, int]:
+        self._x[microbatch] = x_TH
+        return 0, 0
+
+    def ready(self, microbatches: Sequence[int]) -> int | None:
+        return microbatches[0]
+
+    def wait_ready(self, microbatches: Sequence[int]) -> int:
+        return microbatches[0]
+
+    def combine(self, microbatch: int) -> torch.Tensor:
+        return self._x.pop(microbatch)
+
+    def check(self) -> None:
+        pass
+
+
 class LocalExperts:
     """All experts in this process, combined by the arithmetic of m2n for the given groups of experts.
 
@@ -146,7 +172,9 @@ class LocalExperts:
         self.groups = [list(group) for group in groups] if groups else [weights.expert_ids]
         self._answers: dict[int, torch.Tensor] = {}
 
-    def route(self, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def route(
+        self, ids_TK: torch.Tensor, weights_TK: torch.Tensor, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return ids_TK, weights_TK
 
     def dispatch(

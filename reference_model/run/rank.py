@@ -16,16 +16,18 @@ import m2n
 from .. import trace
 from ..engine import schedule
 from ..engine.attention import AttentionEngine
-from ..engine.batching import Scheduler, Sequence
+from ..engine.batching import Scheduler
+from ..engine.layers import pass_through
 from ..engine.remote import RemoteExperts
 from ..engine.rounds import Repeated, RoundEngine
 from ..engine.routes import RouteRecorder
 from ..engine.schedule import expert_schedule, served_in_round
 from ..model.checkpoint import Checkpoint, check
 from ..model.config import ModelConfig
-from ..model.decoder import Decoder, KVCache, Span
+from ..model.decoder import Decoder
 from ..model.experts import ExpertWeights
 from ..model.precision import FLOAT8, dispatch_bytes
+from ..model.sequence import KVCache, Sequence
 from ..run_config import ATTENTION, EXPERT, RunConfig
 from ..trace import Tracer, make_tracer
 
@@ -266,9 +268,9 @@ def _warm_up_decoder(decoder: Decoder, run: RunConfig) -> None:
     sizes = [2**power for power in range((3 * most).bit_length() + 1)]
     _ = [torch.empty(size, dtype=torch.int64, pin_memory=True) for size in sizes for _ in range(6 * run.microbatches)]
     for num_tokens in range(1, most + 1):
-        batch = decoder.begin([Span(cache, [0] * num_tokens, 0, wants_logits=True)])
+        batch = decoder.begin([Sequence(0, [0] * num_tokens, num_scheduled=num_tokens, cache=cache)])
         batch.last_B = batch.last_B.expand(min(num_tokens, run.max_batch))
-        decoder.pass_through(batch, layers).argmax(dim=-1).tolist()
+        pass_through(decoder, batch, layers).argmax(dim=-1).tolist()
 
 
 def _warm_up_experts(weights: ExpertWeights, run: RunConfig) -> None:

@@ -25,10 +25,11 @@ from test_disaggregated import (  # noqa: E402
 
 from m2n.reference_model import trace  # noqa: E402
 from m2n.reference_model.engine.decode import CachePool, DecodeBatch  # noqa: E402
+from m2n.reference_model.engine.layers import pass_through  # noqa: E402
 from m2n.reference_model.engine.schedule import ATTEND, COMBINE, DISPATCH, round_schedule, served_in_round  # noqa: E402
 from m2n.reference_model.errors import InputError  # noqa: E402
 from m2n.reference_model.model import experts  # noqa: E402
-from m2n.reference_model.model.decoder import Decoder, KVCache, Microbatch, Span  # noqa: E402
+from m2n.reference_model.model.sequence import KVCache, Sequence  # noqa: E402
 from m2n.reference_model.run.rank import load_decoder, load_experts  # noqa: E402
 from m2n.reference_model.run.verify import verify  # noqa: E402
 from m2n.reference_model.run_config import RunConfig  # noqa: E402
@@ -72,19 +73,16 @@ def test_a_round_takes_every_microbatch_through_every_layer(moe_layers: list[boo
 # ---- decode steps of one form
 
 
-def decode(decoder: Decoder, batch: Microbatch) -> torch.Tensor:
-    for layer in range(decoder.config.num_layers):
-        decoder.attend(layer, batch)
-        decoder.finish(batch, batch.expert_in_TH)
-    return decoder.logits(batch)
-
-
-def spans_of(caches: list[KVCache], starts: list[int], token: int) -> list[Span]:
-    return [Span(cache, [token + i], start, True) for i, (cache, start) in enumerate(zip(caches, starts))]
+def next_tokens(caches: list[KVCache], starts: list[int], token: int) -> list[Sequence]:
+    """A token of each sequence, behind what its cache holds."""
+    return [
+        Sequence(i, [0] * start + [token + i], cache=cache, num_computed=start, num_scheduled=1)
+        for i, (cache, start) in enumerate(zip(caches, starts))
+    ]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_decode_step_of_one_form_gives_the_logits_of_spans(family: str, root: Path) -> None:
+def test_a_decode_step_of_one_form_gives_the_logits_of_any_other(family: str, root: Path) -> None:
     directory, _ = checkpoint_and_tokens(root, family, 8)
     decoder = load_decoder(directory, torch.float32)
     pool, starts = CachePool(decoder, 4, 24), [3, 12, 20]
@@ -93,15 +91,16 @@ def test_a_decode_step_of_one_form_gives_the_logits_of_spans(family: str, root: 
     pooled = [pool.take() for _ in starts]
     for caches in (own, pooled):
         for i, (cache, start) in enumerate(zip(caches, starts)):
-            decode(decoder, decoder.begin([Span(cache, list(range(5 + i, 5 + i + start)), 0, True)]))
+            prompt = Sequence(i, list(range(5 + i, 5 + i + start)), num_scheduled=start, cache=cache)
+            pass_through(decoder, decoder.begin([prompt]))
     batch = DecodeBatch.allocate(decoder, pool, num_places=5)
     addresses = batch.inputs_3B.data_ptr(), batch.num_used.data_ptr()
     for step in range(3):
         at = [start + step for start in starts]
-        expected = decode(decoder, decoder.begin(spans_of(own, at, 30 + step)))
-        batch.fill(spans_of(pooled, at, 30 + step))
+        expected = pass_through(decoder, decoder.begin(next_tokens(own, at, 30 + step)))
+        batch.fill(next_tokens(pooled, at, 30 + step))
         batch.begin(decoder)
-        got = decode(decoder, batch)
+        got = pass_through(decoder, batch)
         assert int(batch.num_used) == 3 and torch.isfinite(got).all()
         torch.testing.assert_close(got[:3], expected, rtol=1e-4, atol=1e-4)
     assert (batch.inputs_3B.data_ptr(), batch.num_used.data_ptr()) == addresses

@@ -12,7 +12,7 @@ pytest.importorskip("torch")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from m2n.reference_model.engine.batching import Scheduler, Sequence  # noqa: E402
+from m2n.reference_model.engine.batching import Scheduler  # noqa: E402
 from m2n.reference_model.engine.schedule import (
     ATTEND,
     BEGIN,
@@ -28,6 +28,7 @@ from m2n.reference_model.engine.schedule import (
     attention_schedule,
     expert_schedule,
 )
+from m2n.reference_model.model.sequence import Sequence  # noqa: E402
 from m2n.reference_model.report.simulate import Pipeline, simulate  # noqa: E402
 
 MAX_ACTIONS = 50_000
@@ -169,8 +170,8 @@ def test_no_layers_and_no_microbatches_are_refused(moe_layers: tuple[bool, ...],
 # ---- the scheduler
 
 
-def pieces_of(scheduler: Scheduler, microbatch: int) -> list[tuple[int, int]]:
-    return [(piece.sequence.idx, piece.num_tokens) for piece in scheduler.begin(microbatch)]
+def begin(scheduler: Scheduler, microbatch: int) -> list[tuple[int, int]]:
+    return [(sequence.idx, sequence.num_scheduled) for sequence in scheduler.begin(microbatch)]
 
 
 def test_the_scheduler_never_exceeds_its_limits_and_decodes_first() -> None:
@@ -178,29 +179,35 @@ def test_the_scheduler_never_exceeds_its_limits_and_decodes_first() -> None:
     scheduler.add(Sequence(idx, [0] * length, 4) for idx, length in enumerate((20, 1, 1, 30, 5)))
     assert [sequence.idx for sequence in scheduler.admit()] == [0, 1, 2, 3]
     assert len(scheduler.waiting) == 1
-    assert pieces_of(scheduler, 0) == [(1, 1), (0, 7)]
-    assert pieces_of(scheduler, 1) == [(2, 1), (3, 7)]
-    assert [piece.completes for pieces in scheduler.in_step.values() for piece in pieces] == [True, False, True, False]
+    assert begin(scheduler, 0) == [(1, 1), (0, 7)]
+    assert begin(scheduler, 1) == [(2, 1), (3, 7)]
+    assert [each.completes for sequences in scheduler.in_step.values() for each in sequences] == [
+        True,
+        False,
+        True,
+        False,
+    ]
     assert not scheduler.admit()
-    leaving = scheduler.in_step[0][0].sequence
+    leaving, cut = scheduler.in_step[0]
     scheduler.end(0)
+    cut.advance()
     scheduler.leave(leaving)
     assert [sequence.idx for sequence in scheduler.admit()] == [4]
-    assert pieces_of(scheduler, 0) == [(0, 8)], "what is left of a prompt goes on before a newer one"
+    assert begin(scheduler, 0) == [(0, 8)], "what is left of a prompt goes on before a newer one"
 
 
 def test_a_microbatch_that_ran_out_takes_its_share_of_the_others_sequences() -> None:
     scheduler = Scheduler(max_batch=8, max_tokens=8, num_microbatches=2)
     scheduler.add(Sequence(idx, [0], 4) for idx in range(4))
     scheduler.admit()
-    assert [pieces_of(scheduler, 0), pieces_of(scheduler, 1)] == [[(0, 1), (1, 1)], [(2, 1), (3, 1)]]
-    for piece in list(scheduler.in_step[0]):
+    assert [begin(scheduler, 0), begin(scheduler, 1)] == [[(0, 1), (1, 1)], [(2, 1), (3, 1)]]
+    for sequence in list(scheduler.in_step[0]):
         if scheduler.in_step.get(0):
             scheduler.end(0)
-        scheduler.leave(piece.sequence)
-    assert pieces_of(scheduler, 0) == []
+        scheduler.leave(sequence)
+    assert begin(scheduler, 0) == []
     scheduler.end(1)
-    assert [pieces_of(scheduler, 1), pieces_of(scheduler, 0)] == [[(2, 1)], [(3, 1)]]
+    assert [begin(scheduler, 1), begin(scheduler, 0)] == [[(2, 1)], [(3, 1)]]
 
 
 @settings(max_examples=100, deadline=None)
@@ -224,19 +231,19 @@ def test_every_sequence_computes_every_token_once_and_leaves(
         scheduler.admit()
         began = [b for b in range(microbatches) if b not in scheduler.in_step and scheduler.begin(b)]
         assert began or scheduler.in_step, "there is work, and nobody takes it"
-        running = [piece.sequence.idx for pieces in scheduler.in_step.values() for piece in pieces]
+        running = [sequence.idx for sequences in scheduler.in_step.values() for sequence in sequences]
         assert len(running) == len(set(running)) <= max_batch
-        assert all(sum(piece.num_tokens for piece in pieces) <= max_tokens for pieces in scheduler.in_step.values())
+        assert all(sum(each.num_scheduled for each in step) <= max_tokens for step in scheduler.in_step.values())
         ending = data.draw(st.sampled_from(sorted(scheduler.in_step)))
-        pieces = scheduler.in_step[ending]
+        in_step = scheduler.in_step[ending]
         scheduler.end(ending)
-        for piece in pieces:
-            completes = piece.completes
-            piece.sequence.num_computed += piece.num_tokens
+        for sequence in in_step:
+            completes = sequence.completes
+            sequence.advance()
             if completes:
-                piece.sequence.output_ids.append(0)
-                if len(piece.sequence.output_ids) == num_new:
-                    scheduler.leave(piece.sequence)
+                sequence.output_ids.append(0)
+                if len(sequence.output_ids) == num_new:
+                    scheduler.leave(sequence)
     assert not scheduler.has_work
     assert [sequence.num_computed for sequence in sequences] == [length + num_new - 1 for length in lengths]
 

@@ -11,10 +11,11 @@ import torch
 import m2n
 from m2n.reference_model import trace
 from m2n.reference_model.engine.attention import AttentionEngine
-from m2n.reference_model.engine.batching import Scheduler, Sequence
+from m2n.reference_model.engine.batching import Scheduler
 from m2n.reference_model.model.decoder import Decoder
-from m2n.reference_model.model.experts import ExpertWeights, LocalExperts
+from m2n.reference_model.model.experts import EchoExperts, ExpertWeights, LocalExperts
 from m2n.reference_model.model.sampling import SamplingConfig
+from m2n.reference_model.model.sequence import Sequence
 from m2n.reference_model.run.rank import Comms, load_rank, run_rank, settle
 from m2n.reference_model.run_config import ATTENTION, EXPERT, RunConfig
 from m2n.reference_model.trace import Tracer
@@ -58,19 +59,12 @@ def run_one_rank(
     return events
 
 
-class _EchoExperts:
-    """Experts on no rank: the tokens come back as they are, after so many seconds of sleep."""
+class _SleepingExperts(EchoExperts):
+    """Experts on no rank, which answer after so many seconds of sleep."""
 
     def __init__(self, pause_s: float) -> None:
+        super().__init__()
         self.pause_s = pause_s
-        self._x: dict[int, torch.Tensor] = {}
-
-    def route(self, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
-        return None
-
-    def dispatch(self, x_TH: torch.Tensor, route: Any, layer: int, microbatch: int) -> tuple[int, int]:
-        self._x[microbatch] = x_TH
-        return 0, 0
 
     def ready(self, microbatches: Any) -> int | None:
         is_waited_for = self.pause_s > 0 and microbatches[0] in self._x
@@ -79,12 +73,6 @@ class _EchoExperts:
     def wait_ready(self, microbatches: Any) -> int:
         time.sleep(self.pause_s)
         return int(microbatches[0])
-
-    def combine(self, microbatch: int) -> torch.Tensor:
-        return self._x.pop(microbatch)
-
-    def check(self) -> None:
-        pass
 
 
 def time_attention(kept: Kept, run: RunConfig, seconds: float, pause_s: float) -> tuple[list[float], list[float]]:
@@ -102,7 +90,7 @@ def time_attention(kept: Kept, run: RunConfig, seconds: float, pause_s: float) -
     while not t_a or time.monotonic() < until:
         tracer = Tracer()
         scheduler = Scheduler(run.max_batch, run.max_tokens, 1)
-        engine = AttentionEngine(decoder, _EchoExperts(pause_s), scheduler, SamplingConfig(), True, tracer=tracer)
+        engine = AttentionEngine(decoder, _SleepingExperts(pause_s), scheduler, SamplingConfig(), True, tracer=tracer)
         for _ in engine.run(Sequence(idx, ids, run.max_new_tokens) for idx, ids in enumerate(prompts_of(run))):
             pass
         parts = _sums(tracer, (trace.ATTENTION, trace.ROUTE, trace.DISPATCH_SEND, trace.COMBINE_RECV))
