@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from m2n.reference_model.console.command import outlast_stdout, run_command
+from m2n.reference_model.console.files import check_matplotlib, check_writable
 from m2n.reference_model.errors import InputError, missing_packages
 
 from .exchange import connect, copies, growth, latency, paper, perftest
@@ -15,7 +16,7 @@ from .pipeline import balance, e2e
 from .pipeline.pingpong import command as pingpong
 
 PROGRAM = "m2n-bench"
-# Each brings its parser, what it runs, and the packages that it needs.
+# Each brings its parser, run(args, command) that measures, prints and writes, and the packages that it needs.
 _COMMANDS = (latency, connect, copies, growth, paper, perftest, e2e, balance, pingpong)
 
 
@@ -42,8 +43,12 @@ def _run(args: argparse.Namespace, command: str) -> int:
     from .harness.pool import WorkerFailed
     from .harness.runs import RunFailed
 
-    if any(getattr(args, name, None) for name in ("json", "plot", "timeline", "trace")):
-        outlast_stdout()
+    for name in ("json", "plot", "timeline", "trace"):
+        if path := getattr(args, name, None):
+            check_writable(path)
+            outlast_stdout()
+    if any(getattr(args, name, None) for name in ("plot", "timeline")):
+        check_matplotlib()
     try:
         args.run(args, command)
     except (WorkerFailed, RunFailed) as error:

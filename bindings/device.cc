@@ -51,7 +51,8 @@ std::shared_ptr<DeviceRoute> make_route(DeviceAttentionComm& comm, const py::obj
 }
 
 void dispatch_send(DeviceAttentionComm& comm, const py::object& x, std::shared_ptr<const DeviceRoute> route,
-                   uint32_t microbatch, uint32_t layer, double timeout_s, uint32_t num_sms, uint64_t stream) {
+                   uint32_t microbatch, uint32_t layer, double timeout_s, uint32_t /*placement_version*/,
+                   uint32_t num_sms, uint64_t stream) {
   const Tensor rows(x, "x", tensors_of(comm.device()));
   const DType dtype = require_x_rows(rows, comm.shape(), route->view.num_tokens);
   const int64_t wait_ns = launch_timeout_ns(timeout_s);
@@ -139,7 +140,8 @@ void bind_device_attention(py::module_& module) {
   type.def("make_route", &make_route, py::arg("topk_ids"), py::arg("topk_weights"), py::arg("splits"),
            py::arg("num_tokens"), py::arg("out"), py::arg("stream"));
   type.def("dispatch_send", &dispatch_send, py::arg("x"), py::arg("route"), py::arg("microbatch"), py::arg("layer"),
-           py::arg("timeout_s"), py::arg("num_sms"), py::arg("stream"));
+           py::arg("timeout_s"), py::arg("placement_version"), py::arg("num_sms"), py::arg("stream"));
+  type.def("set_hosts", [](DeviceAttentionComm&, const std::vector<uint32_t>&) {}, py::arg("ranks"));  // kernels know
   type.def("combine_recv", &combine_recv, py::arg("out"), py::arg("microbatch"), py::arg("timeout_s"),
            py::arg("takes_nan"), py::arg("num_sms"), py::arg("stream"));
   type.def("num_tokens", &DeviceAttentionComm::num_tokens, py::arg("microbatch"));
@@ -153,12 +155,12 @@ void bind_device_attention(py::module_& module) {
   type.def("wait_ready", &wait_ready, py::arg("microbatches"), py::arg("timeout_s"), py::arg("stream"));
   type.def(
       "idle",
-      [](DeviceAttentionComm& comm, double timeout_s, uint64_t stream) {
+      [](DeviceAttentionComm& comm, double timeout_s, uint32_t, uint64_t stream) {
         const int64_t wait_ns = timeout_ns(timeout_s);
         const WithoutLock release;
         comm.idle(wait_ns, to_stream(stream));
       },
-      py::arg("timeout_s"), py::arg("stream"));
+      py::arg("timeout_s"), py::arg("placement_version"), py::arg("stream"));
   bind_launches(type);
 }
 
@@ -171,6 +173,7 @@ void bind_device_expert(py::module_& module) {
       .def_readonly("num_rows", &DeviceBatch::num_rows)
       .def_readonly("num_pairs", &DeviceBatch::num_pairs)
       .def_readonly("is_counted", &DeviceBatch::is_counted)
+      .def_property_readonly("hosting", [](const DeviceBatch&) { return 0; })  // its placement is fixed
       .def_property_readonly("counts",
                              [](const BatchPtr& batch) {
                                auto* counts = reinterpret_cast<int32_t*>(&batch->slot.state->num_messages);

@@ -61,7 +61,7 @@ class AttentionComm(Comm):
             bootstrap.publish(opened, self._identity)
             for expert_rank in placement.members:
                 bootstrap.connect(native, self._identity, opened, expert_rank, deadline)
-            self._path.set_hosts(native, placement)
+            native.set_hosts(placement.hosts)
         self._store = opened
         self._keep_open(native, None, key)
 
@@ -97,7 +97,8 @@ class AttentionComm(Comm):
                 dtypes. On a GPU what is wrong with values is raised by the next call, nothing is sent, and the results
                 are NaN.
         """
-        if out is not None and self._path.is_lent(out, self._borrowed.values()):
+        lent = () if out is None or self._path.is_launched else list(self._borrowed.values())
+        if any(route is out for _, route, _ in lent):
             raise ValueError("out: this route is in flight; call combine_recv for its microbatch first")
         placement, into = self.placement, None if out is None else out._native
         num_ranks = max(self._num_ranks, placement.num_expert_ranks)
@@ -148,14 +149,14 @@ class AttentionComm(Comm):
                 f"route: it was made for version {route._version} of the placement, and this comm has {version} by now "
                 "(set_placement); make it again with comm.route"
             )
-        options = self._path.told(self._version_to_show, self._path.sms(num_sms, launch))
+        options = (self._version_to_show(), *self._path.sms(num_sms, launch))
         timeout_s = self._path.timeout(self._native, None, self._timeout_s, launch)
         try:
             self._native.dispatch_send(arrays.exportable(x), native, microbatch, layer, timeout_s, *options)
         except TypeError:
             self._require_numbers(microbatch, layer)
             raise
-        if self._path.has_taken(native):
+        if not self._path.is_launched and native.packs:
             x = arrays.empty(0, self.shape.hidden, self.shape.combine_dtype, x)  # its library is all that is kept
         self._borrowed[microbatch] = (x, route, version)
 
@@ -215,7 +216,9 @@ class AttentionComm(Comm):
             options = self._path.sms(num_sms, launch)
             self._native.combine_recv(arrays.exportable(out, True), microbatch, timeout_s, missing == "nan", *options)
         finally:
-            if self._path.is_over(self._native, microbatch):
+            # A launched combine may still have to run, or be called again: there the next dispatch ends the loan.
+            native = self._native
+            if not (self._path.is_launched or native.is_closed or native.is_busy(microbatch)):
                 self._borrowed.pop(microbatch, None)
         return out
 
@@ -227,7 +230,12 @@ class AttentionComm(Comm):
         Raises:
             ValueError: a comm on a device, where only the kernels know; their rows are NaN. Or no such microbatch.
         """
-        return self._path.missing(self._native, microbatch)
+        if self._path.is_launched:
+            raise ValueError(
+                f"missing: on device {self.device!r} only the kernels know which rows have not come; the results of "
+                "combine_recv are NaN there"
+            )
+        return dict(self._native.missing(require_int("microbatch", microbatch, 0)))
 
     def ready(self, microbatch: int) -> bool:
         """Would the next verb of this microbatch go without waiting?
@@ -286,7 +294,7 @@ class AttentionComm(Comm):
                 self.recover(expert_rank)
             bootstrap.connect(self._native, self._identity, self._store, expert_rank, deadline, ended)
         self._num_ranks = max(self._num_ranks, placement.num_expert_ranks)
-        self._path.set_hosts(self._native, placement)
+        self._native.set_hosts(placement.hosts)
         self.placement = placement
 
     def idle(self) -> None:
@@ -295,4 +303,4 @@ class AttentionComm(Comm):
 
         It sends on every free microbatch: not while other threads drive some of them.
         """
-        self._native.idle(self._timeout_s, *self._path.told(self._version_to_show, self._path.launch(None)))
+        self._native.idle(self._timeout_s, self._version_to_show(), *self._path.launch(None))

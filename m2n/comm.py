@@ -48,7 +48,8 @@ def require_placement(placement: Any, shape: Shape) -> None:
 def require_next_placement(placement: Any, comm: Comm) -> None:
     """Refuses what cannot follow the placement of this comm."""
     require_placement(placement, comm.shape)
-    comm._path.require_movable()
+    if comm._path.is_launched:
+        raise ValueError(f"placement: that of a comm on {comm.device!r} is fixed; make a new comm")
     if placement.version < comm.placement.version:
         raise ValueError(
             f"placement: its version {placement.version} is older than {comm.placement.version}, which {comm!r} has; "
@@ -129,7 +130,7 @@ class Comm:
         # Runs on an error, and at the end of a program that ends meanwhile.
         undo = weakref.finalize(self, _shut_down, native, None, key)
         try:
-            self._path.begin(native, self._timeout_s)
+            self._path.set_timeout(native, self._timeout_s)
             yield key
         except BaseException:
             undo()

@@ -248,7 +248,7 @@ class ExpertComm(Comm):
         if native is None:
             return None
         rows = (self._window, self._scales, self.shape.combine_dtype)
-        experts = self._experts[self._path.hosting(native)]
+        experts = self._experts[native.hosting]
         return Batch(native, *rows, self._library, self._counters, experts)
 
     def wait_work(self, timeout: float | None = None) -> tuple[int, int] | None:

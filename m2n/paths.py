@@ -4,7 +4,6 @@ roles say what a verb does, and a path what differs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from . import _C, arrays
@@ -20,6 +19,7 @@ def path_of(device: str, config: Config) -> HostPath | LaunchedPath:
 
 
 class _Path:
+    is_launched: bool  # a verb returns before its work is done
     routes: type  # what a route is in native code
 
     def __init__(self, device: str, config: Config) -> None:
@@ -53,7 +53,7 @@ class _Path:
 class HostPath(_Path):
     """The thread that calls a verb does what it says, and waits in it."""
 
-    routes = _C.Route
+    is_launched, routes = False, _C.Route
 
     def transport(self) -> tuple[str, str]:
         """As peers know it, and its native name. Ranks share memory inside a host, and reach others over a network."""
@@ -75,13 +75,6 @@ class HostPath(_Path):
         """A native expert rank."""
         return _C.ExpertComm(shape, rank, max_peers, transport, experts)
 
-    def begin(self, native: Any, timeout_s: float) -> None:
-        """Settings of a comm that is new."""
-
-    def set_hosts(self, native: Any, placement: Placement) -> None:
-        """No dispatch waits for a rank that hosts nothing."""
-        native.set_hosts(placement.hosts)
-
     def set_timeout(self, native: Any, timeout: float) -> None:
         """Each verb is given its own."""
 
@@ -100,10 +93,6 @@ class HostPath(_Path):
     def sms(self, num_sms: int | None, launch: tuple[int, ...]) -> tuple[int, ...]:
         """The last arguments of verbs that move rows: none."""
         return ()
-
-    def told(self, version: Callable[[], int], launch: tuple[int, ...]) -> tuple[int, ...]:
-        """The last arguments of what tells peers the version of the placement."""
-        return (version(), *launch)
 
     def received(self, is_synchronous: bool, launch: tuple[int, ...]) -> tuple[Any, ...]:
         """The last arguments of dispatch_recv: none."""
@@ -126,34 +115,11 @@ class HostPath(_Path):
         self._require_route("route", route._native, "; use comm.route")
         return route._native
 
-    def has_taken(self, route: Any) -> bool:
-        """Is x the caller's again once it is dispatched by this native route?"""
-        return bool(route.packs)
-
-    def is_over(self, native: Any, microbatch: int) -> bool:
-        """Was that the last look of a combine at its route and x?"""
-        return not native.is_closed and not native.is_busy(microbatch)
-
-    def is_lent(self, route: Route, borrowed: Any) -> bool:
-        """Is a route in flight, so that its memory cannot be used again?"""
-        return any(route is lent for _, lent, _ in list(borrowed))
-
-    def missing(self, native: Any, microbatch: Any) -> dict[int, list[int]]:
-        """As AttentionComm.missing."""
-        return dict(native.missing(require_int("microbatch", microbatch, 0)))
-
-    def hosting(self, batch: Any) -> int:
-        """Which of the expert rank's placements, in order, a batch is for."""
-        return int(batch.hosting)
-
-    def require_movable(self) -> None:
-        """Refuses another placement where it is fixed."""
-
 
 class LaunchedPath(_Path):
     """Verbs are launched on a stream, in order, and the host goes on: kernels, or on "emulated" threads of the CPU."""
 
-    routes = _C.DeviceRoute
+    is_launched, routes = True, _C.DeviceRoute
 
     def transport(self) -> tuple[str, str]:
         """As peers know it, and its native name. Ranks on GPUs write into each other's memory there."""
@@ -183,20 +149,16 @@ class LaunchedPath(_Path):
     def attention(self, shape: Any, rank: int, max_peers: int, transport: str, placement: Placement) -> Any:
         """A native attention rank; its kernels know the placement from the beginning."""
         hosts = (placement._offsets, placement._ranks, placement.num_expert_ranks, placement.version)
-        return _C.DeviceAttentionComm(shape, rank, max_peers, transport, self._device, *hosts)
+        return self._made(_C.DeviceAttentionComm(shape, rank, max_peers, transport, self._device, *hosts))
 
     def expert(self, shape: Any, rank: int, max_peers: int, transport: str, experts: list[int]) -> Any:
         """A native expert rank."""
-        return _C.DeviceExpertComm(shape, rank, max_peers, transport, self._device, experts)
+        return self._made(_C.DeviceExpertComm(shape, rank, max_peers, transport, self._device, experts))
 
-    def begin(self, native: Any, timeout_s: float) -> None:
-        """Settings of a comm that is new."""
-        native.set_timeout(timeout_s)
+    def _made(self, native: Any) -> Any:
         if self._config.stream_waits:
             native.use_stream_waits()
-
-    def set_hosts(self, native: Any, placement: Placement) -> None:
-        """The kernels know them from the beginning."""
+        return native
 
     def set_timeout(self, native: Any, timeout: float) -> None:
         """Graphs have it from their next replay on."""
@@ -217,10 +179,6 @@ class LaunchedPath(_Path):
     def sms(self, num_sms: int | None, launch: tuple[int, ...]) -> tuple[int, ...]:
         """The last arguments of verbs that move rows."""
         return (self._config.num_sms if num_sms is None else require_int("num_sms", num_sms, 1), *launch)
-
-    def told(self, version: Callable[[], int], launch: tuple[int, ...]) -> tuple[int, ...]:
-        """The last arguments of what tells peers the version of the placement, which is fixed."""
-        return launch
 
     def received(self, is_synchronous: bool, launch: tuple[int, ...]) -> tuple[Any, ...]:
         """The last arguments of dispatch_recv."""
@@ -250,30 +208,3 @@ class LaunchedPath(_Path):
             route._native = native.make_route(*map(arrays.exportable, tensors), splits, None, None, *launch)
         self._require_route("route", route._native, "; use comm.route")
         return route._native
-
-    def has_taken(self, route: Any) -> bool:
-        """The kernels may still have to read it."""
-        return False
-
-    def is_over(self, native: Any, microbatch: int) -> bool:
-        """A launched combine may still have to run, or be called again: the next dispatch ends the loan."""
-        return False
-
-    def is_lent(self, route: Route, borrowed: Any) -> bool:
-        """The stream keeps the order."""
-        return False
-
-    def missing(self, native: Any, microbatch: Any) -> dict[int, list[int]]:
-        """Refused."""
-        raise ValueError(
-            f"missing: on device {self._device!r} only the kernels know which rows have not come; the results of "
-            "combine_recv are NaN there"
-        )
-
-    def hosting(self, batch: Any) -> int:
-        """There is one placement."""
-        return 0
-
-    def require_movable(self) -> None:
-        """Refuses another placement."""
-        raise ValueError(f"placement: that of a comm on {self._device!r} is fixed; make a new comm")

@@ -84,23 +84,6 @@ class Tracer:
         return {"events": packed, "num_dropped": self.num_dropped}
 
 
-class NoTracer(Tracer):
-    """Keeps nothing."""
-
-    def __init__(self) -> None:
-        super().__init__(0)
-
-    def now(self) -> Any:
-        """No time."""
-        return 0
-
-    def add(
-        self, kind: int, begin_ns: Any, step: int, layer: int, microbatch: int, num_bytes: int = 0, ranks: int = 0
-    ) -> Any:
-        """Nothing."""
-        return 0
-
-
 class DeviceTracer(Tracer):
     """A Tracer of what a GPU does on the current stream, by CUDA events; not for launches that a graph records.
 

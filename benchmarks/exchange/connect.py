@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -14,12 +13,11 @@ from typing import Any
 import numpy as np
 
 import m2n
-from m2n.reference_model.console.files import check_writable
 from m2n.reference_model.console.tables import print_table
 from m2n.reference_model.errors import InputError
 
 from ..harness.cases import SHARED_FOLDER
-from ..harness.report import write_json
+from ..harness.report import results_console, save_json
 from . import connect_ranks
 from .connect_ranks import Processes, Setup, receive
 from .latency import add_outputs, parse_list
@@ -38,7 +36,6 @@ long instead, which take turns."""
 
 
 def add_parser(commands: Any) -> None:
-    """The command and its options."""
     parser = commands.add_parser("connect", help="the time to join, and what others feel of it", description=_ABOUT)
     add = parser.add_argument
     add("--expert-ranks", default="1,2,4,8", metavar="N,...", help="that are joined (default %(default)s)")
@@ -55,10 +52,6 @@ def run(args: argparse.Namespace, command: str) -> None:
     Raises:
         InputError: numbers out of range. RunFailed: with what a rank has said.
     """
-    from rich.console import Console
-
-    from ..harness.machine import machine
-
     expert_ranks = parse_list("--expert-ranks", args.expert_ranks)
     checks = (
         (all(_NUM_EXPERTS % num == 0 for num in expert_ranks if num > 0), "--expert-ranks", args.expert_ranks),
@@ -71,13 +64,10 @@ def run(args: argparse.Namespace, command: str) -> None:
     for is_fine, option, value in checks:
         if not is_fine:
             raise InputError(f"{option}: expected {expected.get(option, 'at most 60 s')}, got {value}")
-    if args.json is not None:
-        check_writable(args.json)
     rows = measure_join(expert_ranks, args.samples)
     rows.append(measure_disturbance(rounds=args.rounds, phase_s=args.phase_seconds))
-    print_rows(rows, Console(highlight=False, width=None if sys.stdout.isatty() else 132))
-    if args.json is not None:
-        write_json(args.json, {"machine": machine(), "command": command, "rows": rows})
+    print_rows(rows, results_console(132))
+    save_json(args.json, command, rows=rows)
 
 
 def print_rows(rows: Sequence[dict[str, Any]], console: Any) -> None:

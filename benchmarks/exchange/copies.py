@@ -7,7 +7,6 @@ import argparse
 import json
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,12 +15,11 @@ from typing import Any
 import numpy as np
 
 from m2n.reference_model.console.children import python_command
-from m2n.reference_model.console.files import check_writable
 from m2n.reference_model.console.tables import print_table
 from m2n.reference_model.errors import InputError
 
 from ..harness.cases import SHARED_FOLDER
-from ..harness.report import Row, size_name, write_json
+from ..harness.report import Row, results_console, save_json, size_name
 from ..harness.routing import make_topk
 from ..harness.runs import RunFailed, run_processes
 from .latency import add_outputs, parse_list
@@ -46,7 +44,6 @@ our counters alone. M2N_STORES=regular keeps m2n from stores that pass the cache
 
 
 def add_parser(commands: Any) -> None:
-    """The command and its options."""
     parser = commands.add_parser("copies", help="how often a CPU writes each byte", description=_ABOUT)
     parser.add_argument("--sizes", default="8192,262144", metavar="BYTES,...", help="per pair (default %(default)s)")
     parser.add_argument("--expert-ranks", type=int, default=2, metavar="N", help="default 2")
@@ -64,10 +61,6 @@ def run(args: argparse.Namespace, command: str) -> None:
     Raises:
         InputError: sizes or counts out of range. RunFailed: a rank failed, or the counts do not agree.
     """
-    from rich.console import Console
-
-    from ..harness.machine import machine
-
     sizes = parse_list("--sizes", args.sizes)
     for size in sizes:
         if size < ROW_BYTES or size % ROW_BYTES:
@@ -76,8 +69,6 @@ def run(args: argparse.Namespace, command: str) -> None:
         raise InputError(f"--expert-ranks: expected 1, 2, 4 or 8, got {args.expert_ranks}")
     if args.rounds < 2:
         raise InputError(f"--rounds: expected at least 2, got {args.rounds}")
-    if args.json is not None:
-        check_writable(args.json)
     with tempfile.TemporaryDirectory(prefix="m2n-", dir=SHARED_FOLDER) as name:
         library, reason = compile_counter(Path(name))
         rows: list[Row] = []
@@ -87,9 +78,8 @@ def run(args: argparse.Namespace, command: str) -> None:
             rows += count(folder, size, args.expert_ranks, args.rounds, args.extra_copy or "", library)
     if library is None:
         rows.append({"contender": "memcpy counter", "reason": reason})
-    print_rows(rows, Console(highlight=False, width=None if sys.stdout.isatty() else 160))
-    if args.json is not None:
-        write_json(args.json, {"machine": machine(), "command": command, "rows": rows})
+    print_rows(rows, results_console(160))
+    save_json(args.json, command, rows=rows)
     wrong = [row for row in rows if row.get("agrees") is False]
     if wrong:
         raise RunFailed("; ".join(describe(row) for row in wrong))

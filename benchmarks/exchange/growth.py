@@ -7,7 +7,6 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,13 +15,12 @@ from typing import Any
 import numpy as np
 
 from m2n.reference_model.console.children import python_command
-from m2n.reference_model.console.files import check_writable
 from m2n.reference_model.console.tables import print_table
 from m2n.reference_model.errors import InputError
 
 from ..harness import runs, stats
 from ..harness.cases import SHARED_FOLDER, Case, require_memory
-from ..harness.report import Row, size_name, write_json
+from ..harness.report import Row, results_console, save_json, size_name
 from .latency import add_outputs, parse_list
 
 # What grows: (the unit of a slope, how many of it are in one us).
@@ -47,7 +45,6 @@ the Python boundary."""
 
 
 def add_parser(commands: Any) -> None:
-    """The command and its options."""
     parser = commands.add_parser("growth", help="what one more rank, row or idle link costs", description=_ABOUT)
     add = parser.add_argument
     add("--bytes", type=int, default=65536, help="of all rows of a dispatch (default %(default)s)")
@@ -68,11 +65,7 @@ def run(args: argparse.Namespace, command: str) -> None:
     """
     from rich.console import Console
 
-    from ..harness.machine import machine
-
     ranks, row_bytes, idle = _points(args)
-    if args.json is not None:
-        check_writable(args.json)
     plan = runs.make_plan(["memcpy"], args.starts, args.seconds)
     runs.program()
     cores = _two_cores()
@@ -85,9 +78,8 @@ def run(args: argparse.Namespace, command: str) -> None:
         status.update("idle links")
         rows += measure_python("idle links", 1, _ROW_BYTES, idle, cores, args.starts)
     slopes = fit_all(rows)
-    print_all(rows, slopes, Console(highlight=False, width=None if sys.stdout.isatty() else 140))
-    if args.json is not None:
-        write_json(args.json, {"machine": machine(), "command": command, "rows": rows, "slopes": slopes})
+    print_all(rows, slopes, results_console(140))
+    save_json(args.json, command, rows=rows, slopes=slopes)
 
 
 def _points(args: argparse.Namespace) -> tuple[list[int], list[int], list[int]]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from m2n.reference_model.console.files import Files, check_matplotlib, check_writable
+from m2n.reference_model.console.files import Files
 from m2n.reference_model.errors import InputError
 
 from ..harness import report, runs
@@ -104,8 +104,7 @@ def parse_ranks(text: str) -> list[tuple[int, int]]:
 
 
 def run(args: argparse.Namespace, command: str) -> None:
-    """Measures, prints, writes."""
-    old = prepare(args)
+    old = [] if args.compare is None else report.read_rows(args.compare)
     is_grid = args.benchmark == "grid"
     ranks = parse_ranks(args.ranks) if is_grid else [(args.attention_ranks, args.expert_ranks)]
     cases = [make_case(m, n, size, args) for m, n in ranks for size in parse_list("--sizes", args.sizes)]
@@ -113,16 +112,6 @@ def run(args: argparse.Namespace, command: str) -> None:
     rows = measure_all(cases, plan)
     directions = ("roundtrip",) if args.benchmark == "roundtrip" else runs.DIRECTIONS
     finish(args, command, rows, old, directions)
-
-
-def prepare(args: argparse.Namespace) -> list[report.Row]:
-    """Checks all files before anything is started; the rows to compare with."""
-    for path in (args.json, args.plot):
-        if path is not None:
-            check_writable(path)
-    if args.plot is not None:
-        check_matplotlib()
-    return [] if args.compare is None else report.read_rows(args.compare)
 
 
 def measure_all(cases: Sequence[Case], plan: runs.Plan) -> list[report.Row]:
@@ -146,18 +135,14 @@ def finish(
     args: argparse.Namespace, command: str, rows: list[report.Row], old: list[report.Row], directions: Sequence[str]
 ) -> None:
     """Prints the tables and writes what was asked for."""
-    from rich.console import Console
-
-    from ..harness.machine import machine
-
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 180)
+    console = report.results_console(180)
     report.print_rows(rows, console, directions)
     compared = report.compare(old, rows)
     if compared:
         report.print_comparison(compared, console)
     options = {name: str(value) for name, value in vars(args).items() if name not in ("run", "needs", "benchmark")}
-    about = {"machine": machine(), "command": command, "options": options, "rows": rows}
+    more = {"compared": compared} if compared else {}
     files = Files()
-    files.write(args.json, lambda: report.write_json(args.json, about | ({"compared": compared} if compared else {})))
+    files.write(args.json, lambda: report.save_json(args.json, command, options=options, rows=rows, **more))
     files.write(args.plot, lambda: report.plot(rows, args.plot))
     files.raise_faults()

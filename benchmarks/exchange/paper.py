@@ -18,7 +18,7 @@ from m2n.reference_model.console.tables import print_table
 
 from ..harness import report, runs
 from ..harness.cases import Case, make_case, require_memory
-from .latency import add_outputs, prepare
+from .latency import add_outputs
 
 KB, MB = 1 << 10, 1 << 20
 _NATIVE = "memcpy,non-temporal,hop,ucx-shm,mpi"
@@ -66,7 +66,6 @@ _QUICK = (
 
 
 def add_parser(commands: Any) -> None:
-    """The command and its options."""
     parser = commands.add_parser("paper", help="figures 5, 11 and 12 of MegaScale-Infer", description=__doc__)
     parser.add_argument(
         "--seconds", type=float, default=0.3, metavar="S", help="of each contender in a start (default 0.3)"
@@ -84,9 +83,6 @@ def run(args: argparse.Namespace, command: str) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from ..harness.machine import machine
-
-    prepare(args)
     figures = _QUICK if args.quick else FIGURES
     work = [
         (figure, case, plan)
@@ -104,12 +100,10 @@ def run(args: argparse.Namespace, command: str) -> None:
             progress.update(task, description=f"{figure.name}: {case.m} x {case.n}, {report.size_name(case.num_bytes)}")
             rows += [{"figure": figure.name, **row} for row in runs.measure(case, plan, lambda: progress.advance(task))]
     comparison = compare_contenders(rows)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    console = report.results_console(140)
     for figure in figures:
         _print_figure(figure, [row for row in comparison if row["figure"] == figure.name], console)
-    if args.json is not None:
-        about = {"machine": machine(), "command": command, "paper": PAPER, "comparison": comparison, "rows": rows}
-        report.write_json(args.json, about)
+    report.save_json(args.json, command, paper=PAPER, comparison=comparison, rows=rows)
 
 
 def _case(figure: Figure, numbers: tuple[int, int, int], args: argparse.Namespace) -> Case:

@@ -10,19 +10,17 @@ import shutil
 import socket
 import statistics
 import subprocess
-import sys
 import time
 from collections import defaultdict
 from typing import Any
 
-from m2n.reference_model.console.files import check_writable
 from m2n.reference_model.console.tables import print_table
 from m2n.reference_model.errors import InputError
 
 from ..harness import runs
 from ..harness.cases import make_case
 from ..harness.plugins import native_transport
-from ..harness.report import write_json
+from ..harness.report import results_console, save_json
 from .latency import add_options, parse_list
 
 _ABOUT = """One way over TCP on loopback, medians of rounds in which ucx_perftest, m2n and UCX's tagged messages
@@ -35,7 +33,6 @@ _TIMEOUT_S = 60
 
 
 def add_parser(commands: Any) -> None:
-    """The command and its options."""
     parser = commands.add_parser("perftest", help="m2n over UCX beside ucx_perftest", description=_ABOUT)
     add_options(parser, sizes="1024,262144")
     parser.add_argument("--rounds", type=int, default=5, help="default %(default)s")
@@ -50,18 +47,13 @@ def run(args: argparse.Namespace, command: str) -> None:
     Raises:
         InputError: no such tool, or numbers out of range. RunFailed: with what a rank, or the tool, has said.
     """
-    from rich.console import Console
     from rich.table import Table
-
-    from ..harness.machine import machine
 
     tool = shutil.which(args.perftest)
     if tool is None:
         raise InputError(f"--perftest: {args.perftest!r} is not there: apt-get install ucx-utils")
     if args.rounds < 1 or args.iterations < 100:
         raise InputError("--rounds, --iterations: expected at least 1 and 100")
-    if args.json is not None:
-        check_writable(args.json)
     cases = [make_case(1, 1, size, args) for size in parse_list("--sizes", args.sizes)]
     if any(len(case.cores) != 2 for case in cases):
         raise InputError("--pin: two cores are needed")
@@ -90,11 +82,10 @@ def run(args: argparse.Namespace, command: str) -> None:
         numbers = (row["one_way_p50_us"], min(row["rounds_us"]), max(row["rounds_us"]), row["over_ucp_am_lat"])
         of_job = "" if row["over_ucx_tcp"] is None else f"{row['over_ucx_tcp']:.2f}"
         table.add_row(str(row["bytes"]), row["what"], *(f"{number:.2f}" for number in numbers), of_job)
-    print_table(Console(highlight=False, width=None if sys.stdout.isatty() else 120), table)
-    if args.json is not None:
-        about = {"machine": machine(), "command": command, "environment": _environment(), "tool": _version(tool)}
-        options = {"rounds": args.rounds, "iterations": args.iterations, "native_transport": native_transport("ucx")}
-        write_json(args.json, {**about, "options": options, "goal": _GOAL_RATIO, "rows": rows})
+    print_table(results_console(120), table)
+    options = {"rounds": args.rounds, "iterations": args.iterations, "native_transport": native_transport("ucx")}
+    about = {"environment": _environment(), "tool": _version(tool), "options": options}
+    save_json(args.json, command, **about, goal=_GOAL_RATIO, rows=rows)
 
 
 def _environment() -> dict[str, str]:

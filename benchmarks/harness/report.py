@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,25 @@ def print_rows(rows: Sequence[Row], console: Any, directions: Sequence[str]) -> 
         for row in rows:
             if tuple(row[name] for name in _CASE) == case and "reason" in row:
                 console.print(f"{row['contender']} ({row['boundary']}): not run: {row['reason']}", markup=False)
+
+
+def results_console(width: int) -> Any:
+    """Standard output: as wide as the terminal, elsewhere of `width` columns."""
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else width)
+
+
+def save_json(path: Path | None, command: str, **about: Any) -> None:
+    """What was measured, on which machine, by which command; nothing without a path.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    from .machine import machine
+
+    if path is not None:
+        write_json(path, {"machine": machine(), "command": command, **about})
 
 
 def write_json(path: Path, about: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ import dataclasses
 import itertools
 import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import Any
 from m2n.reference_model.console.tables import print_table
 from m2n.reference_model.errors import InputError
 
+from ..harness.report import results_console, save_json
 from . import PROGRAM_NEEDS
 
 _ROLES = ("attention", "expert")
@@ -243,7 +243,6 @@ def options_of(args: argparse.Namespace) -> Options:
 
 
 def add_parser(commands: Any) -> None:
-    """The command and its options."""
     text = "busy shares of attention and experts, before and after ranks and threads are balanced"
     parser = commands.add_parser("balance", help=text, description=_DESCRIPTION)
     add = parser.add_argument
@@ -261,26 +260,15 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace, command: str) -> None:
-    """Measures, prints, writes."""
     from rich.console import Console
 
-    from m2n.reference_model.console.files import check_writable
-
-    from ..harness.machine import machine
-    from ..harness.report import write_json
-
     options = options_of(args)
-    if args.json is not None:
-        check_writable(args.json)
     with Console(stderr=True, highlight=False).status("starting") as status:
         shape, runs = run_rounds(options, status.update)
     about = {
-        "machine": machine(),
-        "command": command,
         "options": {**dataclasses.asdict(options), "settings": [str(setting) for setting in options.settings]},
         "model": dataclasses.asdict(shape),
         **report(options, runs),
     }
-    print_report(about, Console(highlight=False, width=None if sys.stdout.isatty() else 132))
-    if args.json is not None:
-        write_json(args.json, about)
+    print_report(about, results_console(132))
+    save_json(args.json, command, **about)

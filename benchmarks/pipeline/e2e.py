@@ -25,6 +25,7 @@ import numpy as np
 from m2n.reference_model.console.tables import print_table
 from m2n.reference_model.errors import InputError
 
+from ..harness.report import results_console, save_json
 from . import PROGRAM_NEEDS
 
 _CASES = "1x1x1,1x1x2,2x1x2,1x2x2,2x2x2"
@@ -290,7 +291,6 @@ def print_rows(rows: Sequence[Mapping[str, Any]], console: Any) -> None:
 
 
 def add_parser(commands: Any) -> None:
-    """The command and its options."""
     text = "the reference model with m2n, with gloo, and monolithic"
     parser = commands.add_parser("e2e", help=text, description=_DESCRIPTION)
     add = parser.add_argument
@@ -360,23 +360,13 @@ def options_of(args: argparse.Namespace) -> Options:
 
 
 def run(args: argparse.Namespace, command: str) -> None:
-    """Measures, prints, writes."""
     from rich.console import Console
     from rich.progress import Progress
 
-    from m2n.reference_model.console.files import check_writable
-
-    from ..harness.machine import machine
-    from ..harness.report import write_json
-
     options = options_of(args)
-    if args.json is not None:
-        check_writable(args.json)
     num_runs = options.rounds * sum(len(contenders_of(case, len(options.cores))) for case in options.cases)
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as progress:
         task = progress.add_task("generating", total=num_runs)
         rows = rows_of(options, run_rounds(options, lambda: progress.advance(task)))
-    print_rows(rows, Console(highlight=False, width=None if sys.stdout.isatty() else 132))
-    if args.json is not None:
-        about = {"machine": machine(), "command": command, "options": dataclasses.asdict(options), "rows": rows}
-        write_json(args.json, about)
+    print_rows(rows, results_console(132))
+    save_json(args.json, command, options=dataclasses.asdict(options), rows=rows)

@@ -10,7 +10,7 @@ import torch
 from .. import trace
 from ..model.decoder import Decoder, Microbatch
 from ..model.experts import EchoExperts, Experts
-from ..trace import NoTracer, Tracer
+from ..trace import Tracer
 from .routes import RouteRecorder
 from .schedule import ATTEND, COMBINE, DISPATCH, Action, walk
 
@@ -19,14 +19,14 @@ class Layers:
     """Carries out ATTEND, DISPATCH and COMBINE on the microbatches that are in a step.
 
     Args:
-        tracer: None keeps nothing. In what a CUDA graph records nothing can be kept.
+        tracer: None keeps nothing, as of what a CUDA graph records.
     """
 
     def __init__(
         self, decoder: Decoder, experts: Experts, tracer: Tracer | None = None, recorder: RouteRecorder | None = None
     ) -> None:
         self.decoder, self.experts, self.recorder = decoder, experts, recorder
-        self.tracer = tracer or NoTracer()
+        self.tracer = tracer or Tracer(max_events=0)
         self.microbatches: dict[int, Microbatch] = {}
         self.do: dict[str, Callable[[Action], None]] = {
             ATTEND: self._attend,

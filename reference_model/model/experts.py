@@ -128,16 +128,16 @@ def _load(
 
 
 class EchoExperts:
-    """Experts on no rank: the tokens come back as they are."""
+    """Experts of this process that answer at once: with what they get."""
 
     def __init__(self) -> None:
-        self._x: dict[int, torch.Tensor] = {}
+        self._answers: dict[int, torch.Tensor] = {}  # by microbatch
 
-    def route(self, ids_TK: torch.Tensor, weights_TK: torch.Tensor, **options: Any) -> None:
-        return None
+    def route(self, ids_TK: torch.Tensor, weights_TK: torch.Tensor, **options: Any) -> Any:
+        return ids_TK, weights_TK
 
     def dispatch(self, x_TH: torch.Tensor, route: Any, layer: int, microbatch: int) -> tuple[int, int]:
-        self._x[microbatch] = x_TH
+        self._answers[microbatch] = x_TH
         return 0, 0
 
     def ready(self, microbatches: Sequence[int]) -> int | None:
@@ -147,13 +147,13 @@ class EchoExperts:
         return microbatches[0]
 
     def combine(self, microbatch: int) -> torch.Tensor:
-        return self._x.pop(microbatch)
+        return self._answers.pop(microbatch)
 
     def check(self) -> None:
         pass
 
 
-class LocalExperts:
+class LocalExperts(EchoExperts):
     """All experts in this process, combined by the arithmetic of m2n for the given groups of experts.
 
     The sum is in float32 in ascending expert id within a group (an expert rank), rounded once to dtype, then
@@ -168,14 +168,9 @@ class LocalExperts:
         reduce_at: str = "expert",
         dispatch_dtype: str | None = None,
     ) -> None:
+        super().__init__()
         self.weights, self.reduce_at, self.dispatch_dtype = weights, reduce_at, dispatch_dtype
         self.groups = [list(group) for group in groups] if groups else [weights.expert_ids]
-        self._answers: dict[int, torch.Tensor] = {}
-
-    def route(
-        self, ids_TK: torch.Tensor, weights_TK: torch.Tensor, **options: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return ids_TK, weights_TK
 
     def dispatch(
         self, x_TH: torch.Tensor, route: tuple[torch.Tensor, torch.Tensor], layer: int, microbatch: int
@@ -185,18 +180,6 @@ class LocalExperts:
             x_TH = as_dispatched(x_TH, self.dispatch_dtype)
         self._answers[microbatch] = combine(x_TH, *route, layer)
         return 0, 0
-
-    def ready(self, microbatches: Sequence[int]) -> int | None:
-        return microbatches[0]
-
-    def wait_ready(self, microbatches: Sequence[int]) -> int:
-        return microbatches[0]
-
-    def combine(self, microbatch: int) -> torch.Tensor:
-        return self._answers.pop(microbatch)
-
-    def check(self) -> None:
-        pass
 
     def _run(self, layer: int, expert_id: int, x_RH: torch.Tensor) -> torch.Tensor:
         """There and back, where the experts' weights lie on another device."""

@@ -325,34 +325,18 @@ def run_rank(
         if run.torch_device(role) != "cpu":
             _warm_up(loaded, run)
         meet()
-        _run_loaded(run, role, rank, prompts, store, emit, loaded, comms, meet)
-
-
-def _run_loaded(
-    run: RunConfig,
-    role: str,
-    rank: int,
-    prompts: dict[int, list[int]],
-    store: Any,
-    emit: Emit,
-    loaded: Decoder | ExpertWeights,
-    comms: Comms,
-    meet: Callable[[], object],
-) -> None:
-    options: dict[str, Any] = {
-        "rank": rank,
-        "shape": run.shape(loaded.config),
-        "placement": run.placement(loaded.config),
-        "store": store,
-        "max_peers": run.max_peers(role),
-        "config": run.comm_config,
-        **({} if run.device(role) == "cpu" else {"device": run.device(role)}),
-    }
-    if isinstance(loaded, Decoder):
-        with comms[0](**options) as attention_comm:
+        options: dict[str, Any] = {
+            "rank": rank,
+            "shape": run.shape(loaded.config),
+            "placement": run.placement(loaded.config),
+            "store": store,
+            "max_peers": run.max_peers(role),
+            "config": run.comm_config,
+            **({} if run.device(role) == "cpu" else {"device": run.device(role)}),
+        }
+        with comms[role == EXPERT](**options) as comm:
             emit({"event": "ready"})
-            run_attention(attention_comm, run, loaded, prompts, emit, meet)
-    else:
-        with comms[1](**options) as expert_comm:
-            emit({"event": "ready"})
-            run_expert(expert_comm, run, loaded, emit, meet)
+            if isinstance(loaded, Decoder):
+                run_attention(comm, run, loaded, prompts, emit, meet)
+            else:
+                run_expert(comm, run, loaded, emit, meet)

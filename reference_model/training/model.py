@@ -12,10 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if __package__:
-    from . import corpus
-else:  # train.py runs as a plain file
-    import corpus
+from . import corpus
 
 if TYPE_CHECKING:
     from collections.abc import Callable

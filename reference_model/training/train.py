@@ -21,12 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if __package__:
-    from . import corpus
-    from .model import Model, ModelConfig, MoE, load_folder, save_folder
-else:  # run as a plain file
-    import corpus
-    from model import Model, ModelConfig, MoE, load_folder, save_folder
+from ..console.command import run_command
+from . import corpus
+from .model import Model, ModelConfig, MoE, load_folder, save_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -281,8 +278,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if __package__:
-        from ..console.command import run_command
-
-        sys.exit(run_command("train", main))
-    sys.exit(main())
+    sys.exit(run_command("train", main))

@@ -187,7 +187,7 @@ class FakeExpert:
         self.native.watch(0, ours.detach(), -1, 0, 0)
         if self.is_launched:
             route = self.native.make_route(IDS, WEIGHTS, [], None, None, 0)
-            self.native.dispatch_send(X, route, 0, 5, SOON_S, 1, 0)
+            self.native.dispatch_send(X, route, 0, 5, SOON_S, 0, 1, 0)
         else:
             route = _C.Route(shape)
             route.build_from_topk(IDS, WEIGHTS, *hosts, 0)

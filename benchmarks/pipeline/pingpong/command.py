@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
-from m2n.reference_model.console.files import Files, check_matplotlib, check_writable
+from m2n.reference_model.console.files import Files
 from m2n.reference_model.errors import InputError
 
 from ...harness.links import DEFAULT_LINKS, parse_links
-from ...harness.report import write_json
+from ...harness.report import results_console, save_json
 from .. import PROGRAM_NEEDS
 
 _ABOUT = """What one more microbatch gains: one attention and one expert process on a core each, with m = 1 to 4
@@ -23,7 +22,6 @@ namespace each, with TCP over a link of such a rate and delay between them (need
 
 
 def add_parser(commands: Any) -> None:
-    """The command and its options."""
     parser = commands.add_parser("pingpong", help="what one more microbatch gains", description=_ABOUT)
     add = parser.add_argument
     add("--rounds", type=int, default=5, help="each in processes of its own (default 5)")
@@ -47,12 +45,10 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace, command: str) -> None:
-    """Measures, prints, writes."""
     from rich.console import Console
 
     from m2n.reference_model.report.timeline import draw_timeline, write_trace
 
-    from ...harness.machine import machine
     from . import bench
     from .report import plot, print_report, report
 
@@ -60,19 +56,14 @@ def run(args: argparse.Namespace, command: str) -> None:
     if args.links is not None:
         _run_links(args, command, options)
         return
-    for path in (args.json, args.plot, args.timeline, args.trace):
-        if path is not None:
-            check_writable(path)
-    if args.plot is not None or args.timeline is not None:
-        check_matplotlib()
     console = Console(stderr=True, highlight=False)
     with console.status("starting") as status:
         options, shape, rounds = bench.run_rounds(options, status.update)
-    about = {"machine": machine(), "command": command, **report(options, shape, rounds)}
-    print_report(about, Console(highlight=False, width=None if sys.stdout.isatty() else 132))
+    about = report(options, shape, rounds)
+    print_report(about, results_console(132))
     shown = rounds[-1]["runs"][bench.FIXED_MICROBATCH, options.ratios[len(options.ratios) // 2], 3]
     files = Files()
-    files.write(args.json, lambda: write_json(args.json, about))
+    files.write(args.json, lambda: save_json(args.json, command, **about))
     files.write(args.plot, lambda: plot(about, args.plot))
     files.write(args.timeline, lambda: draw_timeline(args.timeline, shown.traces, 3))
     files.write(args.trace, lambda: write_trace(args.trace, shown.traces))
@@ -82,22 +73,18 @@ def run(args: argparse.Namespace, command: str) -> None:
 def _run_links(args: argparse.Namespace, command: str, options: Any) -> None:
     from rich.console import Console
 
-    from ...harness.machine import machine
     from .links import require_links, run_rounds
     from .links_report import print_report, report
 
     links = parse_links(args.links)
     if any((args.plot, args.timeline, args.trace)):
         raise InputError("--links: draws no pictures and writes no trace: leave out --plot, --timeline and --trace")
-    if args.json is not None:
-        check_writable(args.json)
     require_links()
     with Console(stderr=True, highlight=False).status("starting") as status:
         options, shape, rounds = run_rounds(options, links, status.update)
-    about = {"machine": machine(), "command": command, **report(options, shape, rounds)}
-    print_report(about, Console(highlight=False, width=None if sys.stdout.isatty() else 150))
-    if args.json is not None:
-        write_json(args.json, about)
+    about = report(options, shape, rounds)
+    print_report(about, results_console(150))
+    save_json(args.json, command, **about)
 
 
 def _options_of(args: argparse.Namespace) -> Any:

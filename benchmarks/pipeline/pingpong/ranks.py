@@ -67,7 +67,7 @@ class _SleepingExperts(EchoExperts):
         self.pause_s = pause_s
 
     def ready(self, microbatches: Any) -> int | None:
-        is_waited_for = self.pause_s > 0 and microbatches[0] in self._x
+        is_waited_for = self.pause_s > 0 and microbatches[0] in self._answers
         return None if is_waited_for else int(microbatches[0])
 
     def wait_ready(self, microbatches: Any) -> int:
