@@ -11,13 +11,13 @@ from m2n.reference_model.console.command import outlast_stdout, run_command
 from m2n.reference_model.console.files import check_matplotlib, check_writable
 from m2n.reference_model.errors import InputError, missing_packages
 
-from .exchange import connect, copies, growth, latency, paper, perftest
+from .exchange import connect, copies, growth, instructions, latency, paper, perftest
 from .pipeline import balance, e2e
 from .pipeline.pingpong import command as pingpong
 
 PROGRAM = "m2n-bench"
 # Each brings its parser, run(args, command) that measures, prints and writes, and the packages that it needs.
-_COMMANDS = (latency, connect, copies, growth, paper, perftest, e2e, balance, pingpong)
+_COMMANDS = (latency, connect, copies, growth, instructions, paper, perftest, e2e, balance, pingpong)
 
 
 def build_parser() -> argparse.ArgumentParser:

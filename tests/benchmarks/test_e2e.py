@@ -142,7 +142,7 @@ def test_bad_options_are_refused_before_any_process_starts(
     monkeypatch.setattr(Pool, "__init__", lambda self, num_workers: pytest.fail("a process was started"))
     args = parse(options)
     with pytest.raises(InputError, match=re.escape(expected)):
-        args.run(args, "m2n-bench e2e")
+        cli._run(args, "m2n-bench e2e")
 
 
 def test_faults_that_only_m2n_would_feel_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,7 @@ CASES = {
 ALL = [(program, case) for program, cases in CASES.items() for case in cases]
 
 
+@pytest.mark.essential
 @pytest.mark.parametrize("program, case", ALL, ids=[f"explorer-{case}" for _, case in ALL])
 def test_every_order_is_right(program: str, case: str) -> None:
     done = explore(program, case, WHOLE)

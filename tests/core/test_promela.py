@@ -58,6 +58,7 @@ SEEDED = {
 }
 
 
+@pytest.mark.essential
 @pytest.mark.parametrize("case", HOLDS.values(), ids=HOLDS)
 def test_promela_model_holds(case: str, tmp_path: Path) -> None:
     holds(case, tmp_path)

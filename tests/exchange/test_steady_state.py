@@ -66,6 +66,7 @@ def count(program: Path, *arguments: str) -> tuple[Counts, str]:
     return counts, done.stderr + (names.stdout if names else "")
 
 
+@pytest.mark.essential
 @pytest.mark.parametrize("kind", KINDS, ids="-".join)
 def test_nothing_is_allocated(kind: tuple[str, str]) -> None:
     counts, traces = count(build(), *kind)

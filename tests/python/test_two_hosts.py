@@ -74,7 +74,7 @@ OVER_UCX = {"M2N_TRANSPORT": "ucx", "M2N_INSECURE": "1", "UCX_TLS": "tcp,self"}
     ("attention", "experts", "env"),
     [
         ([0, 0], [1, 2], {}),
-        ([0, 1], [0, 1], {}),
+        pytest.param([0, 1], [0, 1], {}, marks=pytest.mark.essential),
         ([0, 1], [0, 1], LAUNCHES),
         pytest.param([0, 0], [1, 2], OVER_UCX, marks=pytest.mark.ucx),
     ],

@@ -95,6 +95,11 @@ def why_no_model_checker() -> str | None:
     return None if shutil.which(os.environ.get("CC", "gcc")) else "no C compiler for spin (apt-get install -y spin gcc)"
 
 
+def why_no_valgrind() -> str | None:
+    """Why tests with the marker `valgrind` cannot run here; None when they can."""
+    return why_no_explorer() if shutil.which("valgrind") else "no valgrind (apt-get install -y valgrind)"
+
+
 # (tier, the marker that makes a test part of it, why it cannot run here). A test counts for every tier it is in.
 TIERS = (
     ("fast", None, lambda: None),
@@ -104,6 +109,7 @@ TIERS = (
     ("explorer", "explorer", why_no_explorer),
     ("relacy", "relacy", why_no_relacy),
     ("model", "promela", why_no_model_checker),
+    ("instructions", "valgrind", why_no_valgrind),
     ("UCX", "ucx", why_no_ucx),
     ("CUDA compiler", "nvcc", why_no_cuda_compiler),
     ("CUDA device", "cuda", why_no_cuda_device),
