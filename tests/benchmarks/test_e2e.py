@@ -19,6 +19,7 @@ pytest.importorskip("rich")
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
     pytest.skip("this torch has no gloo", allow_module_level=True)
 
+from m2n.benchmarks import cli  # noqa: E402
 from m2n.benchmarks.contenders.torch_verbs import TorchAttentionComm, TorchExpertComm  # noqa: E402
 from m2n.benchmarks.harness.pool import Job, Pool  # noqa: E402
 from m2n.benchmarks.harness.runs import RunFailed  # noqa: E402
