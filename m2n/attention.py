@@ -54,8 +54,8 @@ class AttentionComm(Comm):
         self._borrowed: dict[int, tuple[Any, Route, int]] = {}  # with the version of the placement it went by
         self._shown = placement.version  # what messages tell: see _version_to_show()
         self._num_ranks = placement.num_expert_ranks  # whoever is linked hears of every dispatch
-        common = (shape._native(), self.rank, require_int("max_peers", max_peers, 1), self._transport)
-        native = self._native = self._path.attention(*common, placement)
+        common = (self._native_shape, self.rank, require_int("max_peers", max_peers, 1), self._transport)
+        native = self._native = self._path.attention(common, placement)
         with self._opened(native) as key:
             opened = self._open_store(store, deadline)
             bootstrap.publish(opened, self._identity)
@@ -97,18 +97,13 @@ class AttentionComm(Comm):
                 dtypes. On a GPU what is wrong with values is raised by the next call, nothing is sent, and the results
                 are NaN.
         """
-        lent = () if out is None or self._path.is_launched else list(self._borrowed.values())
-        if any(route is out for _, route, _ in lent):
-            raise ValueError("out: this route is in flight; call combine_recv for its microbatch first")
-        placement, into = self.placement, None if out is None else out._native
-        num_ranks = max(self._num_ranks, placement.num_expert_ranks)
-        hosts = (placement._offsets, placement._ranks, num_ranks, self.rank)
-        tensors = (topk_ids, topk_weights)
-        native = self._path.route(self._native, self.shape._native(), tensors, num_tokens, into, pack, stream, hosts)
-        if out is None:
-            return Route(native, version=placement.version)
-        out._splits, out._version = None, placement.version
-        return out
+        if out is not None:
+            lent = () if self._path.is_launched else list(self._borrowed.values())
+            if any(route is out for _, route, _ in lent):
+                raise ValueError("out: this route is in flight; call combine_recv for its microbatch first")
+            if not isinstance(out._native, self._path.routes):
+                raise ValueError(f"out: it was made for another device than {self.device!r}")
+        return self._path.route(self, topk_ids, topk_weights, num_tokens, out, pack, stream)
 
     def dispatch_send(
         self,
@@ -139,20 +134,21 @@ class AttentionComm(Comm):
             that was made before set_placement brought a newer version is a ValueError.
             On a device the next call raises what a launch has found.
         """
-        launch = self._path.launch(stream)
+        launch = self._path.launch_rows(stream, num_sms)
         if not isinstance(route, Route):
             raise TypeError(f"route: expected m2n.Route, got {type(route).__name__}")
-        native = self._path.prepare(self._native, route, launch)
+        if not isinstance(route._native, self._path.routes):
+            self._path.adopt(self._native, route, launch)
         version = self.placement.version
         if route._version is not None and route._version < version:
             raise ValueError(
                 f"route: it was made for version {route._version} of the placement, and this comm has {version} by now "
                 "(set_placement); make it again with comm.route"
             )
-        options = (self._version_to_show(), *self._path.sms(num_sms, launch))
-        timeout_s = self._path.timeout(self._native, None, self._timeout_s, launch)
+        native: Any = route._native
+        wait_s, shown = self._path.verb_s(None, self._native, launch), self._version_to_show()
         try:
-            self._native.dispatch_send(arrays.exportable(x), native, microbatch, layer, timeout_s, *options)
+            self._native.dispatch_send(arrays.exportable(x), native, microbatch, layer, wait_s, shown, *launch)
         except TypeError:
             self._require_numbers(microbatch, layer)
             raise
@@ -201,7 +197,7 @@ class AttentionComm(Comm):
             ProtocolError: one refused the message (it names the expert) or broke the protocol.
             On a device the next call raises it, and the rows that are missing are NaN in any case.
         """
-        launch = self._path.launch(stream)
+        launch = self._path.launch_rows(stream, num_sms)
         if missing not in ("raise", "nan"):
             raise ValueError(f"missing: expected 'raise' or 'nan', got {missing!r}")
         try:
@@ -212,9 +208,8 @@ class AttentionComm(Comm):
         if out is None:
             out = arrays.empty(num_tokens, self.shape.hidden, self.shape.combine_dtype, self._borrowed[microbatch][0])
         try:
-            timeout_s = self._path.timeout(self._native, timeout, self._timeout_s, launch)
-            options = self._path.sms(num_sms, launch)
-            self._native.combine_recv(arrays.exportable(out, True), microbatch, timeout_s, missing == "nan", *options)
+            wait_s = self._path.verb_s(timeout, self._native, launch)
+            self._native.combine_recv(arrays.exportable(out, True), microbatch, wait_s, missing == "nan", *launch)
         finally:
             # A launched combine may still have to run, or be called again: there the next dispatch ends the loan.
             native = self._native
@@ -256,7 +251,7 @@ class AttentionComm(Comm):
         Of several that are ready it is the first in the given order. None of them may be driven by another thread.
         """
         try:
-            position = self._native.wait_ready(list(microbatches), self._timeout(timeout), *self._path.launch(None))
+            position = self._native.wait_ready(list(microbatches), self._path.wait_s(timeout), *self._path.launch(None))
         except TypeError:
             for microbatch in microbatches:
                 self._require_numbers(microbatch)
@@ -303,4 +298,4 @@ class AttentionComm(Comm):
 
         It sends on every free microbatch: not while other threads drive some of them.
         """
-        self._native.idle(self._timeout_s, self._version_to_show(), *self._path.launch(None))
+        self._native.idle(self._path.timeout_s, self._version_to_show(), *self._path.launch(None))

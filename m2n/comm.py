@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from . import _C, arrays
-from .checks import require_int, require_positive_seconds, require_seconds
+from .checks import require_int, require_positive_seconds
 from .deadline import Deadline
 from .handshake import NETWORKS, Identity
 from .listener import Listener
@@ -100,9 +100,9 @@ class Comm:
         require_placement(placement, shape)
         self.device = arrays.device_name(device)
         self.shape = shape
+        self._native_shape = shape._native()
         self.placement = placement
         self.config = config if config is not None else Config()
-        self._timeout_s = self.config.timeout_s
         self._counters: dict[str, float] = {"rows_gathered": 0}
         if arrays.is_capturing(self.device):
             raise _C.SetupError("a comm cannot be made while a CUDA graph is captured: make it before")
@@ -130,7 +130,7 @@ class Comm:
         # Runs on an error, and at the end of a program that ends meanwhile.
         undo = weakref.finalize(self, _shut_down, native, None, key)
         try:
-            self._path.set_timeout(native, self._timeout_s)
+            self._path.set_timeout(native, self._path.timeout_s)
             yield key
         except BaseException:
             undo()
@@ -154,8 +154,7 @@ class Comm:
     def set_timeout(self, timeout: float) -> None:
         """Another deadline, in seconds, for verbs that are given none; on a device also for those of captured graphs,
         from their next replay on."""
-        self._timeout_s = require_positive_seconds("timeout", timeout)
-        self._path.set_timeout(self._native, timeout)
+        self._path.set_timeout(self._native, require_positive_seconds("timeout", timeout))
 
     def _open_store(self, store: Any, deadline: Deadline) -> Store:
         opened = open_store(store, deadline, self.config.store_timeout_s, str(self._identity))
@@ -174,11 +173,6 @@ class Comm:
 
     def __repr__(self) -> str:
         return f"<m2n {self._identity} of {self.config.job!r}/{self._identity.name!r}>"
-
-    def _timeout(self, timeout: float | None) -> float:
-        if timeout is None:
-            return self._timeout_s
-        return timeout if type(timeout) is float else require_seconds("timeout", timeout)
 
     def check(self) -> None:
         """Raises PeerLost for the first lost peer that recover() was not called for."""

@@ -174,9 +174,9 @@ class ExpertComm(Comm):
         if self.rank >= placement.num_expert_ranks:
             raise ValueError(f"rank: expected below {placement.num_expert_ranks} (the placement's), got {self.rank}")
         self._library = arrays.choose(self.config.arrays, self.device)
-        common = (shape._native(), self.rank, require_int("max_peers", max_peers, 1), self._transport)
+        common = (self._native_shape, self.rank, require_int("max_peers", max_peers, 1), self._transport)
         experts = placement.experts_of(self.rank)
-        native = self._path.expert(*common, experts)
+        native = self._path.expert(common, experts)
         self._experts = [experts]  # all that were ever hosted at one time: a batch says which of them it is for
         with self._opened(native) as key:
             opened = self._open_store(store, Deadline(self.config.connect_timeout_s))
@@ -223,7 +223,7 @@ class ExpertComm(Comm):
             SlotBusy: sync=False, and the last batch of this microbatch is not answered.
             Timeout: strict, and some but not all have sent. ProtocolError: a peer broke the protocol and was dropped.
         """
-        launch = self._path.launch(stream)
+        launch = self._path.launch(stream, sync)
         if (linger_us is None) != (attention_ranks is not None):
             raise ValueError("attention_ranks: give it together with linger_us=None (strict lockstep), and only then")
         if linger_us is not None and not 0 <= linger_us <= 1e9:
@@ -234,16 +234,14 @@ class ExpertComm(Comm):
             layer = require_int("layer", layer, 0, MAX_LAYER)
         if microbatch is not None:
             microbatch = require_int("microbatch", microbatch, 0, self.shape.microbatches - 1)
-        timeout_s = self._timeout(timeout)
-        if not sync:
-            timeout_s = self._path.timeout(self._native, timeout, timeout_s, launch)
+        seconds = self._path.wait_s if sync else self._path.verb_s
         native = self._native.dispatch_recv(
             layer,
             microbatch,
             linger_us or 0.0,
             sorted({require_int("attention_ranks", rank, 0, MAX_RANK) for rank in attention_ranks or ()}),
-            timeout_s,
-            *self._path.received(sync, launch),
+            seconds(timeout, self._native, launch),
+            *launch,
         )
         if native is None:
             return None
@@ -253,7 +251,7 @@ class ExpertComm(Comm):
 
     def wait_work(self, timeout: float | None = None) -> tuple[int, int] | None:
         """Sleeps until a message waits to be received; its (layer, microbatch), or None at the timeout (seconds)."""
-        work: tuple[int, int] | None = self._native.wait_work(self._timeout(timeout), *self._path.launch(None))
+        work: tuple[int, int] | None = self._native.wait_work(self._path.wait_s(timeout), *self._path.launch(None))
         return work
 
     def combine_send(
@@ -271,16 +269,15 @@ class ExpertComm(Comm):
         Raises:
             ValueError, TypeError: naming the argument.
         """
-        launch = self._path.launch(stream)
+        launch = self._path.launch_rows(stream, num_sms)
         if not isinstance(batch, Batch):
             raise TypeError(f"batch: expected m2n.Batch, got {type(batch).__name__}")
-        options = self._path.sms(num_sms, launch)
-        self._native.combine_send(batch._native, arrays.exportable(y), reduced, *options)
+        self._native.combine_send(batch._native, arrays.exportable(y), reduced, *launch)
         batch._window = batch._scales = None
 
     def wait_peer(self, rank: int, timeout: float | None = None) -> bool:
         """Waits until an attention rank has joined; False at the timeout (seconds)."""
-        return bool(self._native.wait_peer(require_int("rank", rank, 0), self._timeout(timeout)))
+        return bool(self._native.wait_peer(require_int("rank", rank, 0), self._path.wait_s(timeout)))
 
     def set_placement(self, placement: Placement) -> None:
         """Hosts from now on what this placement says, on the CPU: messages are taken and refused by it, also those
@@ -336,4 +333,4 @@ class ExpertComm(Comm):
             not shown it; recover(peer) goes on without it. ProtocolError: a peer broke the protocol and was dropped.
             ValueError, TypeError: the version.
         """
-        self._native.wait_placement(require_version(version), self._timeout(timeout), *self._path.launch(None))
+        self._native.wait_placement(require_version(version), self._path.wait_s(timeout), *self._path.launch(None))

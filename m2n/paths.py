@@ -12,6 +12,8 @@ from .handshake import NETWORKS
 from .route import Route
 from .shape import Config, Placement
 
+_Common = tuple[_C.Shape, int, int, str]  # what every native comm is made with: shape, rank, max_peers, transport
+
 
 def path_of(device: str, config: Config) -> HostPath | LaunchedPath:
     """That of "cpu", "emulated" or "cuda:0"."""
@@ -20,100 +22,94 @@ def path_of(device: str, config: Config) -> HostPath | LaunchedPath:
 
 class _Path:
     is_launched: bool  # a verb returns before its work is done
-    routes: type  # what a route is in native code
 
     def __init__(self, device: str, config: Config) -> None:
         self._device, self._config = device, config
+        self.timeout_s = config.timeout_s  # of verbs and waits that are given none
 
-    def _require_route(self, argument: str, native: Any, advice: str = "") -> None:
-        if not isinstance(native, self.routes):
-            raise ValueError(f"{argument}: it was made for another device than {self._device!r}{advice}")
-
-    def _require_no_cuda(self) -> None:
-        if self._config.transport == "cuda":
-            raise ValueError(
-                f"config.transport: device {self._device!r} needs 'auto', 'shm', 'tcp' or 'ucx', got 'cuda'"
-            )
-
-    def _require_no_late_network(self, transport: str) -> None:
-        if self._config.faults is not None and transport in NETWORKS:
-            raise ValueError(
-                f"config.faults: signals over {transport!r} cannot be held back yet; use transport='shm', or no "
-                "faults (M2N_FAULTS)"
-            )
-
-    def _require_direct(self, transport: str, is_possible: bool) -> None:
-        if self._config.gpu_direct and not is_possible:
+    def transport(self) -> tuple[str, str]:
+        """As peers know it, and its native name."""
+        config, device = self._config, self._device
+        # Ranks on GPUs write into each other's memory there; all others share memory of the host.
+        is_on_gpu = device.startswith("cuda")
+        name: str = config.transport
+        if name == "auto":
+            # Ranks on CPUs share memory inside a host, and reach other hosts over a network.
+            name = "cuda" if is_on_gpu else "shm" if self.is_launched or config.faults is not None else "auto"
+        if name == "cuda" and not is_on_gpu:
+            raise ValueError(f"config.transport: device {device!r} needs 'auto', 'shm', 'tcp' or 'ucx', got 'cuda'")
+        if config.gpu_direct and (name != "ucx" or not self.is_launched):
             raise ValueError(
                 "config.gpu_direct: rows in the memory of a GPU that NICs reach need transport='ucx' and a device, not "
-                f"{transport!r} and {self._device!r}"
+                f"{name!r} and {device!r}"
             )
+        if name == "cuda" and config.stream_waits:
+            raise ValueError(
+                "config.stream_waits: the host must be able to end a stream's wait, which it cannot in the memory of a "
+                "GPU; use transport='shm', 'tcp' or 'ucx' on all ranks, or leave out stream_waits (M2N_STREAM_WAITS)"
+            )
+        if config.faults is not None:
+            if name in NETWORKS:
+                raise ValueError(
+                    f"config.faults: signals over {name!r} cannot be held back yet; use transport='shm', or no "
+                    "faults (M2N_FAULTS)"
+                )
+            if self.is_launched:
+                raise ValueError(
+                    f"config.faults: signals of kernels cannot be held back yet, and device {device!r} launches "
+                    "kernels; use device='cpu', or no faults (M2N_FAULTS)"
+                )
+            return name, config.faults._transport(name)
+        if name in ("auto", *NETWORKS):
+            return name, config._network(name, device)
+        return name, name if not is_on_gpu else device if name == "cuda" else f"pinned:{device}"
+
+    def set_timeout(self, native: Any, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+
+    def wait_s(self, timeout: float | None, *_: Any) -> float:
+        """How long the thread that calls waits, in seconds."""
+        if timeout is None:
+            return self.timeout_s
+        return timeout if type(timeout) is float else require_seconds("timeout", timeout)
+
+    def adopt(self, native: Any, route: Route, launch: tuple[Any, ...]) -> None:
+        """Makes a route that was made elsewhere one of this path."""
+        raise ValueError(f"route: it was made for another device than {self._device!r}; use comm.route")
 
 
 class HostPath(_Path):
     """The thread that calls a verb does what it says, and waits in it."""
 
     is_launched, routes = False, _C.Route
+    verb_s = _Path.wait_s
 
-    def transport(self) -> tuple[str, str]:
-        """As peers know it, and its native name. Ranks share memory inside a host, and reach others over a network."""
-        faults, name = self._config.faults, self._config.transport
-        if name == "auto" and faults is not None:
-            name = "shm"
-        self._require_no_cuda()
-        self._require_direct(name, False)
-        self._require_no_late_network(name)
-        if faults is not None:
-            return name, faults._transport(name)
-        return name, self._config._network(name, self._device) if name in ("auto", *NETWORKS) else name
-
-    def attention(self, shape: Any, rank: int, max_peers: int, transport: str, placement: Placement) -> Any:
+    def attention(self, common: _Common, placement: Placement) -> Any:
         """A native attention rank."""
-        return _C.AttentionComm(shape, rank, max_peers, transport)
+        return _C.AttentionComm(*common)
 
-    def expert(self, shape: Any, rank: int, max_peers: int, transport: str, experts: list[int]) -> Any:
+    def expert(self, common: _Common, experts: list[int]) -> Any:
         """A native expert rank."""
-        return _C.ExpertComm(shape, rank, max_peers, transport, experts)
+        return _C.ExpertComm(*common, experts)
 
-    def set_timeout(self, native: Any, timeout: float) -> None:
-        """Each verb is given its own."""
-
-    def launch(self, stream: Any) -> tuple[int, ...]:
+    def launch(self, stream: Any, *options: Any) -> tuple[Any, ...]:
         """The last arguments of what may be launched: none."""
-        if stream is not None:
-            arrays.stream_handle(stream, self._device)  # there is none
-        return ()
+        return () if stream is None else (arrays.stream_handle(stream, self._device),)  # raises: there is none
 
-    def timeout(self, native: Any, timeout: float | None, default: float, launch: tuple[int, ...]) -> float:
-        """Of a verb that may be launched, in seconds."""
-        if timeout is None:
-            return default
-        return timeout if type(timeout) is float else require_seconds("timeout", timeout)
+    launch_rows = launch
 
-    def sms(self, num_sms: int | None, launch: tuple[int, ...]) -> tuple[int, ...]:
-        """The last arguments of verbs that move rows: none."""
-        return ()
-
-    def received(self, is_synchronous: bool, launch: tuple[int, ...]) -> tuple[Any, ...]:
-        """The last arguments of dispatch_recv: none."""
-        return ()
-
-    def route(
-        self, native: Any, shape: Any, tensors: tuple[Any, Any], num_tokens: Any, out: Any, pack: bool, stream: Any,
-        hosts: tuple[Any, ...],
-    ) -> Any:  # fmt: skip
-        """A native route, built here."""
-        topk_ids, topk_weights = tensors if num_tokens is None else (tensor[:num_tokens] for tensor in tensors)
-        target = _C.Route(shape) if out is None else out
-        self._require_route("out", target)
-        target.build_from_topk(arrays.exportable(topk_ids), arrays.exportable(topk_weights), *hosts)
-        target.packs = pack
-        return target
-
-    def prepare(self, native: Any, route: Route, launch: tuple[int, ...]) -> Any:
-        """The native route of a dispatch."""
-        self._require_route("route", route._native, "; use comm.route")
-        return route._native
+    def route(self, comm: Any, ids: Any, weights: Any, num_tokens: Any, out: Route | None, pack: bool, _: Any) -> Route:
+        """A route that is built here."""
+        if num_tokens is not None:
+            ids, weights = ids[:num_tokens], weights[:num_tokens]
+        route = Route(_C.Route(comm._native_shape)) if out is None else out
+        native: Any = route._native
+        placement = comm.placement
+        hosts = (placement._offsets, placement._ranks, max(comm._num_ranks, placement.num_expert_ranks))
+        native.build_from_topk(arrays.exportable(ids), arrays.exportable(weights), *hosts, comm.rank)
+        native.packs = pack
+        route._version = placement.version
+        return route
 
 
 class LaunchedPath(_Path):
@@ -121,90 +117,64 @@ class LaunchedPath(_Path):
 
     is_launched, routes = True, _C.DeviceRoute
 
-    def transport(self) -> tuple[str, str]:
-        """As peers know it, and its native name. Ranks on GPUs write into each other's memory there."""
-        is_on_gpu, name = self._device.startswith("cuda"), self._config.transport
-        if name == "auto":
-            name = "cuda" if is_on_gpu else "shm"
-        if not is_on_gpu:
-            self._require_no_cuda()
-        self._require_direct(name, name == "ucx")
-        if name == "cuda" and self._config.stream_waits:
-            raise ValueError(
-                "config.stream_waits: the host must be able to end a stream's wait, which it cannot in the memory of a "
-                "GPU; use transport='shm', 'tcp' or 'ucx' on all ranks, or leave out stream_waits (M2N_STREAM_WAITS)"
-            )
-        self._require_no_late_network(name)
-        if self._config.faults is not None:
-            raise ValueError(
-                f"config.faults: signals of kernels cannot be held back yet, and device {self._device!r} launches "
-                "kernels; use device='cpu', or no faults (M2N_FAULTS)"
-            )
-        if name in NETWORKS:
-            return name, self._config._network(name, self._device)
-        if name == "cuda":
-            return name, self._device
-        return name, f"pinned:{self._device}" if is_on_gpu else name
-
-    def attention(self, shape: Any, rank: int, max_peers: int, transport: str, placement: Placement) -> Any:
+    def attention(self, common: _Common, placement: Placement) -> Any:
         """A native attention rank; its kernels know the placement from the beginning."""
         hosts = (placement._offsets, placement._ranks, placement.num_expert_ranks, placement.version)
-        return self._made(_C.DeviceAttentionComm(shape, rank, max_peers, transport, self._device, *hosts))
+        return self._made(_C.DeviceAttentionComm(*common, self._device, *hosts))
 
-    def expert(self, shape: Any, rank: int, max_peers: int, transport: str, experts: list[int]) -> Any:
+    def expert(self, common: _Common, experts: list[int]) -> Any:
         """A native expert rank."""
-        return self._made(_C.DeviceExpertComm(shape, rank, max_peers, transport, self._device, experts))
+        return self._made(_C.DeviceExpertComm(*common, self._device, experts))
 
     def _made(self, native: Any) -> Any:
         if self._config.stream_waits:
             native.use_stream_waits()
         return native
 
-    def set_timeout(self, native: Any, timeout: float) -> None:
+    def set_timeout(self, native: Any, timeout_s: float) -> None:
         """Graphs have it from their next replay on."""
-        native.set_timeout(timeout)
+        super().set_timeout(native, timeout_s)
+        native.set_timeout(timeout_s)
 
-    def launch(self, stream: Any) -> tuple[int, ...]:
-        """The last arguments of what is launched: the stream."""
-        return (arrays.stream_handle(stream, self._device),)
+    def launch(self, stream: Any, *options: Any) -> tuple[Any, ...]:
+        """The last arguments of what is launched."""
+        return (*options, arrays.stream_handle(stream, self._device))
 
-    def timeout(self, native: Any, timeout: float | None, default: float, launch: tuple[int, ...]) -> float:
-        """In seconds; below 0 the launch itself reads what set_timeout() has set."""
-        if timeout is None:
-            return -1.0
-        if native.is_capturing(*launch):
+    def launch_rows(self, stream: Any, num_sms: int | None) -> tuple[Any, ...]:
+        """Of verbs that move rows."""
+        num_sms = self._config.num_sms if num_sms is None else require_int("num_sms", num_sms, 1)
+        return (num_sms, arrays.stream_handle(stream, self._device))
+
+    def verb_s(self, timeout: float | None, native: Any, launch: tuple[Any, ...]) -> float:
+        """Below 0 the launch itself reads what set_timeout() has set."""
+        if timeout is not None and native.is_capturing(launch[-1]):
             raise ValueError("timeout: verbs of a captured graph have the comm's; use set_timeout, before any replay")
-        return require_seconds("timeout", timeout)
-
-    def sms(self, num_sms: int | None, launch: tuple[int, ...]) -> tuple[int, ...]:
-        """The last arguments of verbs that move rows."""
-        return (self._config.num_sms if num_sms is None else require_int("num_sms", num_sms, 1), *launch)
-
-    def received(self, is_synchronous: bool, launch: tuple[int, ...]) -> tuple[Any, ...]:
-        """The last arguments of dispatch_recv."""
-        return (is_synchronous, *launch)
+        return -1.0 if timeout is None else require_seconds("timeout", timeout)
 
     def route(
-        self, native: Any, shape: Any, tensors: tuple[Any, Any], num_tokens: Any, out: Any, pack: bool, stream: Any,
-        hosts: tuple[Any, ...],
-    ) -> Any:  # fmt: skip
-        """A native route, built by a launch."""
+        self, comm: Any, ids: Any, weights: Any, num_tokens: Any, out: Route | None, pack: bool, stream: Any
+    ) -> Route:
+        """A route that is built by a launch."""
         if pack:
             raise ValueError(
                 f"pack: the kernels of device {self._device!r} write each row where it belongs in the peer's memory, "
                 "so there is nothing to pack; leave it out"
             )
         if isinstance(num_tokens, int):
-            tensors, num_tokens = (tensors[0][:num_tokens], tensors[1][:num_tokens]), None
-        if out is not None:
-            self._require_route("out", out)
+            ids, weights, num_tokens = ids[:num_tokens], weights[:num_tokens], None
+        handle = arrays.stream_handle(stream, self._device)
         so_far = None if num_tokens is None else arrays.exportable(num_tokens)
-        return native.make_route(*map(arrays.exportable, tensors), [], so_far, out, *self.launch(stream))
+        tensors = (arrays.exportable(ids), arrays.exportable(weights))
+        native = comm._native.make_route(*tensors, [], so_far, None if out is None else out._native, handle)
+        if out is None:
+            return Route(native)
+        out._splits = None
+        return out
 
-    def prepare(self, native: Any, route: Route, launch: tuple[int, ...]) -> Any:
-        """The native route of a dispatch; that of ready-made splits is built by the first one."""
-        if route._splits is not None and not isinstance(route._native, self.routes):
-            splits, *tensors = route._splits
-            route._native = native.make_route(*map(arrays.exportable, tensors), splits, None, None, *launch)
-        self._require_route("route", route._native, "; use comm.route")
-        return route._native
+    def adopt(self, native: Any, route: Route, launch: tuple[Any, ...]) -> None:
+        """Routes of ready-made splits are built by their first dispatch."""
+        if route._splits is None:
+            super().adopt(native, route, launch)
+            return
+        splits, *tensors = route._splits
+        route._native = native.make_route(*map(arrays.exportable, tensors), splits, None, None, launch[-1])
