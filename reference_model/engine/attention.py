@@ -17,7 +17,7 @@ from ..trace import Tracer
 from .batching import Scheduler
 from .layers import Layers
 from .routes import RouteRecorder
-from .schedule import BEGIN, END, POLL, WAIT, Action, attention_schedule
+from .schedule import BEGIN, END, POLL, WAIT, Action, attention_schedule, carry_out
 
 
 class NewToken(NamedTuple):
@@ -64,16 +64,10 @@ class AttentionEngine:
         """Yield the new tokens of each step of a microbatch, until every sequence has left."""
         self.scheduler.add(sequences)
         schedule = attention_schedule(self.decoder.config.moe_layers, self.scheduler.num_microbatches)
-        answer: Any = None
-        while True:
-            try:
-                action = schedule.send(answer)
-            except StopIteration:
-                return
-            answer = self._do[action.kind](action)
+        for action, new_tokens in carry_out(schedule, self._do):
             if action.kind == END:
-                if answer:
-                    yield answer
+                if new_tokens:
+                    yield new_tokens
                 if not self.scheduler.has_work:
                     # Not even to finish a microbatch without tokens: of two ranks that end, each might wait for the
                     # other one's.

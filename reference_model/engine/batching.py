@@ -45,7 +45,7 @@ class Scheduler:
         """The microbatch's next step: its share of the sequences, which schedule at most max_tokens tokens.
 
         Sequences that produce a token now come first, so that a long prompt delays nobody's next token by more than
-        its piece; prompts fill what is left. Nothing where there is nothing to do.
+        its share; prompts fill what is left. Nothing where there is nothing to do.
         """
         num_free = self.num_microbatches - len(self.in_step)  # this one among them
         share = min(-(-len(self.between) // num_free), -(-self.num_running // self.num_microbatches))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers: who carries out what a schedule says of layers, for steps of every kind."""
+"""Layers: what is done for a schedule's actions on layers, in steps of every kind."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -12,14 +12,13 @@ from ..model.decoder import Decoder, Microbatch
 from ..model.experts import EchoExperts, Experts
 from ..trace import Tracer
 from .routes import RouteRecorder
-from .schedule import ATTEND, COMBINE, DISPATCH, Action, walk
+from .schedule import ATTEND, COMBINE, DISPATCH, Action, Schedule, carry_out, walk
 
 
 class Layers:
-    """Carries out ATTEND, DISPATCH and COMBINE on the microbatches that are in a step.
+    """Does ATTEND, DISPATCH and COMBINE for the microbatches that are in a step.
 
-    Args:
-        tracer: None keeps nothing, as of what a CUDA graph records.
+    tracer: None keeps nothing, as of what a CUDA graph records.
     """
 
     def __init__(
@@ -34,10 +33,10 @@ class Layers:
             COMBINE: self._combine,
         }
 
-    def run(self, actions: Iterable[Action]) -> None:
-        """One after the other."""
-        for action in actions:
-            self.do[action.kind](action)
+    def run(self, schedule: Schedule) -> None:
+        """A schedule of nothing but layers."""
+        for _ in carry_out(schedule, self.do):
+            pass
 
     def step(self, batch: Microbatch, layers: Sequence[int] | None = None) -> torch.Tensor:
         """A step of one microbatch alone, or these layers of it: its logits, float32 [B, V]."""

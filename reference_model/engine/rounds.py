@@ -8,6 +8,7 @@ Every microbatch takes part in every round, with no tokens where it has no seque
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -19,12 +20,14 @@ from ..model.decoder import Microbatch
 from ..model.sequence import KVCache, Sequence
 from .attention import AttentionEngine, NewToken
 from .decode import CachePool, DecodeBatch
+from .expert import IDLE_S, ExpertEngine
 from .layers import Layers, pass_through
 from .remote import RemoteExperts
-from .schedule import END, Action, round_schedule
+from .schedule import END, Action, carry_out, expert_schedule, round_schedule, served_in_round
 
 # torch waits for the whole device before it records, which fails while another thread is recording.
 _RECORDING = threading.Lock()
+_LONGEST_LINGER_US = 1e9  # that a verb takes
 
 
 class Repeated:
@@ -127,3 +130,43 @@ class RoundEngine(AttentionEngine):
         assert sequence.cache is not None
         self.pool.give_back(sequence.cache)
         super()._leave(sequence)
+
+
+class RoundExpertEngine(ExpertEngine):
+    """The other side of a RoundEngine: the batches of a round in its order. Made before any rank sends something, too.
+
+    timeout_s: how long a receive waits for an attention rank that is live.
+    """
+
+    def __init__(self, *args: Any, timeout_s: float, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.served = served_in_round(self.weights.config.moe_layers, self.comm.shape.microbatches)
+        # A launched receive waits for whoever has dispatched before and is live, however long: after a round with all
+        # of them it needs no list, which would have to change when one leaves.
+        self.timeout_us = min(1e6 * timeout_s, _LONGEST_LINGER_US)
+        self.num_repeated_pairs = torch.zeros(1, dtype=torch.int64, device=self.weights.device)
+        self._repeat_round = Repeated(self._launch_round, self.weights.device)
+
+    def _launch_round(self) -> None:
+        for layer, microbatch in self.served:
+            batch = self.comm.dispatch_recv(layer, microbatch, linger_us=self.timeout_us, sync=False)
+            assert batch is not None
+            self.num_repeated_pairs.add_(batch.counts[2])
+            self.comm.combine_send(batch, self.weights.outputs_at(layer, batch.gather(), batch.expert_offsets))
+
+    def run(self) -> None:
+        """The first round with all attention ranks, batch by batch, then rounds in one, until all have left."""
+        for _ in itertools.islice(carry_out(expert_schedule(), self.do), 3 * len(self.served)):
+            pass
+        while self.served and self._has_work():
+            began = self.tracer.now()
+            self._repeat_round()
+            self.num_batches += len(self.served)
+            self.tracer.add(trace.ROUND, began, -1, -1, -1)
+        self.num_pairs += int(self.num_repeated_pairs)
+
+    def _has_work(self) -> bool:
+        while self.comm.wait_work(IDLE_S) is None:
+            if self._is_over():
+                return False
+        return True

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ping-pong pipeline as data: what an attention rank and an expert rank do next (MegaScale-Infer, section 4.1).
 
-Both schedules are generators of actions. Whoever carries an action out sends back what it brought; the ranks of the
-reference model and the simulator (simulate.py) run the same ones.
+Schedules are generators of actions, and are sent what each action brought. `carry_out` does that for everybody: the
+engines, which differ in what they do for an action, and the simulator (simulate.py).
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 # Attention ranks.
 BEGIN = "begin"  # Take the tokens of the microbatch's next step; send True if there are any.
@@ -35,12 +35,29 @@ class Action(NamedTuple):
     waiting: tuple[int, ...] = ()
 
 
-Ready = int | bool | None
+Schedule = Generator[Action, Any, None]
+LATER = object()
+
+
+def carry_out(schedule: Schedule, do: Mapping[str, Callable[[Action], Any]]) -> Iterator[tuple[Action, Any]]:
+    """Do what a schedule says, by a function for each kind of action; the schedule is sent what that returns.
+
+    Yields (action, what it brought) after each. LATER: it cannot be done yet, and is tried again next.
+    """
+    answer: Any = None
+    while True:
+        try:
+            action = schedule.send(answer)
+        except StopIteration:
+            return
+        while (answer := do[action.kind](action)) is LATER:
+            yield action, LATER
+        yield action, answer
 
 
 def walk(
     moe_layers: Sequence[bool], microbatch: int = 0, step: int = 0, layers: Sequence[int] | None = None
-) -> Iterator[Action]:
+) -> Schedule:
     """Yield what becomes of one microbatch, layer by layer. All schedules are made of such walks.
 
     layers: these only (default: all).
@@ -58,14 +75,14 @@ class _AttentionSchedule:
     def __init__(self, moe_layers: Sequence[bool], num_microbatches: int) -> None:
         self.moe_layers = moe_layers
         self.step_of = [0] * num_microbatches
-        self.walks: dict[int, Iterator[Action]] = {}  # of those that are in a step
+        self.walks: dict[int, Schedule] = {}  # of those that are in a step
         self.to_begin = deque(range(num_microbatches))
         self.idle: list[int] = []  # had no tokens when it was last asked
         # Attention is computed; the slot may still await the answer to an empty message.
         self.to_dispatch: dict[int, Action] = {}
         self.to_combine: dict[int, Action] = {}  # with the experts, longest ago first
 
-    def compute(self, microbatch: int) -> Generator[Action, Ready, None]:
+    def compute(self, microbatch: int) -> Schedule:
         """Attention until tokens are to go to the experts, or the step ends."""
         for action in self.walks[microbatch]:
             if action.kind == DISPATCH:
@@ -78,7 +95,7 @@ class _AttentionSchedule:
         self.to_begin.extend((microbatch, *self.idle))
         self.idle.clear()
 
-    def go_on(self, microbatch: int) -> Generator[Action, Ready, None]:
+    def go_on(self, microbatch: int) -> Schedule:
         """One that waited is ready."""
         if microbatch in self.to_dispatch:
             yield self.to_dispatch.pop(microbatch)
@@ -87,7 +104,7 @@ class _AttentionSchedule:
         yield self.to_combine.pop(microbatch)
         yield from self.compute(microbatch)
 
-    def run(self) -> Generator[Action, Ready, None]:
+    def run(self) -> Schedule:
         while True:
             # Tokens that are to leave come first: experts that have nothing to do cost most. Then steps that begin: a
             # microbatch that is left behind would run alone at the end.
@@ -110,7 +127,7 @@ class _AttentionSchedule:
                 self.idle.append(microbatch)
 
 
-def attention_schedule(moe_layers: Sequence[bool], num_microbatches: int) -> Generator[Action, Ready, None]:
+def attention_schedule(moe_layers: Sequence[bool], num_microbatches: int) -> Schedule:
     """Yield what an attention rank does, until no microbatch has tokens and none is with the experts.
 
     While the tokens of one microbatch are with the experts the others are computed, across steps too: a microbatch
@@ -131,7 +148,7 @@ def attention_schedule(moe_layers: Sequence[bool], num_microbatches: int) -> Gen
     return _AttentionSchedule(moe_layers, num_microbatches).run()
 
 
-def expert_schedule() -> Generator[Action, tuple[int, int] | None, None]:
+def expert_schedule() -> Schedule:
     """Yield what an expert rank does: it serves whatever is ready, until RECEIVE is answered with None."""
     while True:
         work = yield Action(RECEIVE)
@@ -142,7 +159,7 @@ def expert_schedule() -> Generator[Action, tuple[int, int] | None, None]:
         yield Action(REPLY, layer=layer, microbatch=microbatch)
 
 
-def round_schedule(moe_layers: Sequence[bool], num_microbatches: int, step: int = 0) -> Iterator[Action]:
+def round_schedule(moe_layers: Sequence[bool], num_microbatches: int, step: int = 0) -> Schedule:
     """Yield what an attention rank does in a round: one step of every microbatch, in an order that does not depend on
     when answers come. Expert ranks are asked for (layer, microbatch) in the order of `served_in_round`."""
     walks = [walk(moe_layers, microbatch, step) for microbatch in range(num_microbatches)]

@@ -1,35 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """simulate: how long a ping-pong pipeline takes, from the times of its parts (MegaScale-Infer, section 4.1).
 
-It runs the schedules of schedule.py, those that the ranks run, on a clock of its own. With one attention rank, one step
-and constant times it gives the paper's equation 5 where the pipeline is full, (T_a + T_e + 2 T_c) + T_f (m L - 1), and
+It carries out the schedules of the ranks (schedule.py) on a clock of its own. With one attention rank, one step and
+constant times it gives the paper's equation 5 where the pipeline is full, (T_a + T_e + 2 T_c) + T_f (m L - 1), and
 L (T_a + T_e + 2 T_c) + (m - 1) T_f where it is not; T_f = max(T_a, T_e).
 """
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 import random
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..engine.schedule import (
-    ATTEND,
-    BEGIN,
-    COMBINE,
-    DISPATCH,
-    END,
-    EXPERT,
-    POLL,
-    RECEIVE,
-    REPLY,
-    WAIT,
-    Action,
-    attention_schedule,
-    expert_schedule,
-)
+from ..engine import schedule
+from ..engine.schedule import LATER, Action, attention_schedule, carry_out, expert_schedule
 
 Time = float | Sequence[float]  # a constant, or samples to draw from
 
@@ -114,7 +102,7 @@ class _Simulation:
 
     def run(self) -> Simulated:
         for worker in (*self.experts, *self.attention):
-            worker.resume(None)
+            worker.resume()
         while self._due:
             self.now, _, happen = heapq.heappop(self._due)
             happen()
@@ -133,42 +121,31 @@ class _Worker:
 
     role = ""
 
-    def __init__(self, simulation: _Simulation, rank: int, schedule: Generator[Action, Any, None]) -> None:
-        self.simulation, self.pipeline, self.rank, self.schedule = simulation, simulation.pipeline, rank, schedule
-        self.is_done = False
-        self.waits_for: Action | None = None
+    def __init__(
+        self, simulation: _Simulation, rank: int, actions: schedule.Schedule, do: Mapping[str, Callable[[Action], Any]]
+    ) -> None:
+        self.simulation, self.pipeline, self.rank = simulation, simulation.pipeline, rank
+        self.actions = carry_out(actions, do)
+        self.is_done = self.is_waiting = False
+        self.seconds = 0.0  # that the action takes which was begun last
         simulation.result.busy_s[self.role, rank] = 0.0
 
-    def resume(self, answer: Any) -> None:
-        while True:
-            try:
-                action = self.schedule.send(answer)
-            except StopIteration:
-                self.is_done = True
-                for expert in self.simulation.experts:  # nobody waits for this rank any longer
-                    expert.wake()
-                return
-            seconds, answer = self.carry_out(action)
-            if seconds is None:
-                self.waits_for = action
-                return
+    def resume(self) -> None:
+        for _, answer in self.actions:
+            seconds, self.seconds, self.is_waiting = self.seconds, 0.0, answer is LATER
             if seconds > 0:
                 self.simulation.result.busy_s[self.role, self.rank] += seconds
-                self.simulation.after(seconds, lambda answer=answer: self.resume(answer))
+                self.simulation.after(seconds, self.resume)
+            if seconds > 0 or self.is_waiting:
                 return
+        self.is_done = True
+        for expert in self.simulation.experts:  # nobody waits for this rank any longer
+            expert.wake()
 
     def wake(self) -> None:
         """Something has come: what was waited for may be there."""
-        action = self.waits_for
-        if action is not None:
-            seconds, answer = self.carry_out(action)
-            if seconds is not None:
-                self.waits_for = None
-                self.resume(answer)
-
-    def carry_out(self, action: Action) -> tuple[float | None, Any]:
-        """(the seconds it takes, or None: it has to wait; what it answers)."""
-        raise NotImplementedError
+        if self.is_waiting:
+            self.resume()
 
 
 class _Attention(_Worker):
@@ -176,30 +153,36 @@ class _Attention(_Worker):
 
     def __init__(self, simulation: _Simulation, rank: int) -> None:
         pipeline = simulation.pipeline
-        super().__init__(simulation, rank, attention_schedule([True] * pipeline.layers, pipeline.microbatches))
+        do: dict[str, Callable[[Action], Any]] = {
+            schedule.BEGIN: self._begin,
+            schedule.ATTEND: self._attend,
+            schedule.DISPATCH: self._dispatch,
+            schedule.COMBINE: lambda action: None,
+            schedule.END: lambda action: self.step_ends[action.microbatch].append(simulation.now),
+            schedule.POLL: self._ready,
+            schedule.WAIT: lambda action: LATER if (ready := self._ready(action)) is None else ready,
+        }
+        super().__init__(simulation, rank, attention_schedule([True] * pipeline.layers, pipeline.microbatches), do)
         self.awaited = dict.fromkeys(range(pipeline.microbatches), 0)  # replies on their way
         self.step_ends = [simulation.result.step_ends_s.setdefault((rank, m), []) for m in self.awaited]
 
-    def carry_out(self, action: Action) -> tuple[float | None, Any]:
-        simulation, microbatch = self.simulation, action.microbatch
-        if action.kind == BEGIN:
-            has_tokens = action.step < self.pipeline.steps
-            return (simulation.draw(self.pipeline.t_step) if has_tokens and action.step else 0.0), has_tokens
-        if action.kind == ATTEND:
-            return simulation.draw(self.pipeline.t_a), None
-        if action.kind == DISPATCH:
-            self.awaited[microbatch] = len(simulation.experts)
-            for expert in simulation.experts:
-                send = lambda expert=expert: expert.arrive(self.rank, action.layer, microbatch)  # noqa: E731
-                simulation.after(simulation.draw(self.pipeline.t_c), send)
-        elif action.kind == END:
-            self.step_ends[microbatch].append(simulation.now)
-        elif action.kind in (POLL, WAIT):
-            ready = next((waiting for waiting in action.waiting if not self.awaited[waiting]), None)
-            return (None if ready is None and action.kind == WAIT else 0.0), ready
-        else:
-            assert action.kind == COMBINE
-        return 0.0, None
+    def _begin(self, action: Action) -> bool:
+        has_tokens = action.step < self.pipeline.steps
+        if has_tokens and action.step:
+            self.seconds = self.simulation.draw(self.pipeline.t_step)
+        return has_tokens
+
+    def _attend(self, action: Action) -> None:
+        self.seconds = self.simulation.draw(self.pipeline.t_a)
+
+    def _dispatch(self, action: Action) -> None:
+        self.awaited[action.microbatch] = len(self.simulation.experts)
+        for expert in self.simulation.experts:
+            send = functools.partial(expert.arrive, self.rank, action.layer, action.microbatch)
+            self.simulation.after(self.simulation.draw(self.pipeline.t_c), send)
+
+    def _ready(self, action: Action) -> int | None:
+        return next((waiting for waiting in action.waiting if not self.awaited[waiting]), None)
 
     def reply(self, microbatch: int) -> None:
         self.awaited[microbatch] -= 1
@@ -211,7 +194,8 @@ class _Expert(_Worker):
     role = "expert"
 
     def __init__(self, simulation: _Simulation, rank: int) -> None:
-        super().__init__(simulation, rank, expert_schedule())
+        do = {schedule.RECEIVE: self._receive, schedule.EXPERT: self._expert, schedule.REPLY: self._reply}
+        super().__init__(simulation, rank, expert_schedule(), do)
         self.pending: dict[tuple[int, int], dict[int, float]] = {}  # (layer, microbatch): when it came, by sender
         self.expected: set[tuple[int, int]] = set()  # (attention rank, microbatch): answered, and likely to send again
         self.batch: dict[int, float] = {}
@@ -221,25 +205,25 @@ class _Expert(_Worker):
         self.pending.setdefault((layer, microbatch), {})[attention_rank] = self.simulation.now
         self.wake()
 
-    def carry_out(self, action: Action) -> tuple[float | None, Any]:
-        if action.kind == RECEIVE:
-            complete = [work for work in self.pending if self._is_complete(work)]
-            if not complete:
-                if self.pending and self.pipeline.linger is not None:
-                    until = min(min(came.values()) for came in self.pending.values()) + self.pipeline.linger
-                    self.simulation.after(max(0.0, until - self.simulation.now), self.wake)
-                return None, None
-            work = min(complete, key=lambda work: min(self.pending[work].values()))
-            self.batch = self.pending.pop(work)
-            return 0.0, work
-        if action.kind == EXPERT:
-            return self.simulation.draw(self.pipeline.t_e) * len(self.batch) / self.pipeline.attention_ranks, None
-        assert action.kind == REPLY
+    def _receive(self, action: Action) -> Any:
+        complete = [work for work in self.pending if self._is_complete(work)]
+        if not complete:
+            if self.pending and self.pipeline.linger is not None:
+                until = min(min(came.values()) for came in self.pending.values()) + self.pipeline.linger
+                self.simulation.after(max(0.0, until - self.simulation.now), self.wake)
+            return LATER
+        work = min(complete, key=lambda work: min(self.pending[work].values()))
+        self.batch = self.pending.pop(work)
+        return work
+
+    def _expert(self, action: Action) -> None:
+        self.seconds = self.simulation.draw(self.pipeline.t_e) * len(self.batch) / self.pipeline.attention_ranks
+
+    def _reply(self, action: Action) -> None:
         for rank in self.batch:
             self.expected.add((rank, action.microbatch))
-            reply = lambda rank=rank: self.simulation.attention[rank].reply(action.microbatch)  # noqa: E731
+            reply = functools.partial(self.simulation.attention[rank].reply, action.microbatch)
             self.simulation.after(self.simulation.draw(self.pipeline.t_c), reply)
-        return 0.0, None
 
     def _is_complete(self, work: tuple[int, int]) -> bool:
         """As in csrc/exchange/bodies/inbox.h: everybody who may still send this batch has, or has been waited for."""

@@ -14,19 +14,17 @@ import torch
 import m2n
 
 from .. import trace
-from ..engine import schedule
 from ..engine.attention import AttentionEngine
 from ..engine.batching import Scheduler
+from ..engine.expert import ExpertEngine
 from ..engine.layers import pass_through
 from ..engine.remote import RemoteExperts
-from ..engine.rounds import Repeated, RoundEngine
+from ..engine.rounds import RoundEngine, RoundExpertEngine
 from ..engine.routes import RouteRecorder
-from ..engine.schedule import expert_schedule, served_in_round
 from ..model.checkpoint import Checkpoint, check
 from ..model.config import ModelConfig
 from ..model.decoder import Decoder
 from ..model.experts import ExpertWeights
-from ..model.precision import FLOAT8, dispatch_bytes
 from ..model.sequence import KVCache, Sequence
 from ..run_config import ATTENTION, EXPERT, RunConfig
 from ..trace import Tracer, make_tracer
@@ -35,9 +33,6 @@ Event = dict[str, Any]
 Emit = Callable[[Event], None]
 # What makes the comm of an attention rank, and of an expert rank.
 Comms = tuple[Callable[..., Any], Callable[..., Any]]
-# How often an expert rank without work looks whether every attention rank has left.
-_IDLE_S = 0.05
-_LONGEST_LINGER_US = 1e9  # that a verb takes
 
 
 def load_decoder(directory: str | Path, dtype: torch.dtype, device: str = "cpu") -> Decoder:
@@ -87,124 +82,6 @@ def run_attention(
     _emit_end(comm, tracer, about, emit)
 
 
-class _ExpertWorker:
-    """Carries out expert_schedule."""
-
-    def __init__(self, comm: m2n.ExpertComm, run: RunConfig, weights: ExpertWeights) -> None:
-        self.comm, self.run, self.weights, self.tracer = comm, run, weights, make_tracer(weights.device)
-        self.num_batches, self.num_pairs = 0, 0
-        self.do: dict[str, Callable[[], Any]] = {
-            schedule.RECEIVE: self._receive,
-            schedule.EXPERT: self._expert,
-            schedule.REPLY: self._reply,
-        }
-        # In strict lockstep: whom a batch must have; a rank that is done leaves it.
-        is_strict = run.is_lockstep or run.cuda_graphs
-        self.attention_ranks = list(range(run.attention_ranks)) if is_strict else None
-
-    def serve(self, meet: Callable[[], object]) -> None:
-        """Answer whichever (layer, microbatch) is ready, until every attention rank of the run has left."""
-        meet()
-        actions = expert_schedule()
-        answer: tuple[int, int] | None = None
-        with contextlib.suppress(StopIteration):
-            while True:
-                answer = self.do[actions.send(answer).kind]()
-
-    def _receive(self) -> tuple[int, int] | None:
-        at, batch = self.tracer.now(), self._next_batch(0.0)
-        is_waited_for = batch is None
-        while batch is None:
-            if self._is_over():
-                return None
-            batch = self._next_batch(_IDLE_S)
-        self.batch, self.place = batch, (-1, batch.layer, batch.microbatch)
-        if is_waited_for:
-            at = self.tracer.add(trace.WAIT, at, *self.place)
-        ranks = trace.ALL_RANKS if max(batch.peers) > 62 else sum(1 << rank for rank in batch.peers)
-        num_bytes = batch.num_rows * dispatch_bytes(self.comm.shape)
-        self.tracer.add(trace.DISPATCH_RECV, at, *self.place, num_bytes, ranks)
-        self.num_batches, self.num_pairs = self.num_batches + 1, self.num_pairs + batch.num_pairs
-        return batch.layer, batch.microbatch
-
-    def _next_batch(self, timeout_s: float) -> m2n.Batch | None:
-        if self.attention_ranks is None:
-            return self.comm.dispatch_recv(linger_us=self.run.linger_us, timeout=timeout_s)
-        try:
-            return self.comm.dispatch_recv(linger_us=None, attention_ranks=self.attention_ranks, timeout=timeout_s)
-        except m2n.PeerLost as lost:
-            if lost.peer is None or self._last_states().get(lost.peer) != "left":
-                raise
-            self.attention_ranks.remove(lost.peer)
-        except m2n.Timeout:  # of this look, not of the run: the others are still computing
-            pass
-        return None
-
-    def _is_over(self) -> bool:
-        return list(self._last_states().values()).count("left") >= self.run.attention_ranks
-
-    def _last_states(self) -> dict[int, str]:
-        """By attention rank, of its newest life."""
-        return {peer.rank: peer.state for peer in self.comm.peers()}
-
-    def _expert(self) -> None:
-        batch, began = self.batch, self.tracer.now()
-        if self.run.expert_device == "cpu" and self.run.dispatch_dtype != FLOAT8:
-            # The rows are read where they landed: each expert gathers its own by index.
-            offsets = batch.expert_offsets.tolist()
-            self.y_PH = self.weights.outputs(batch.layer, batch.x, offsets, batch.row_index_by_expert)
-        elif self.weights.can_group:
-            # One launch gathers for all experts; rows of float8 get their scales on the way.
-            self.y_PH = self.weights.outputs_at(batch.layer, batch.gather(), batch.expert_offsets)
-        else:
-            self.y_PH = self.weights.outputs(batch.layer, batch.gather(), batch.expert_offsets.tolist())
-        self.tracer.add(trace.EXPERT, began, *self.place)
-
-    def _reply(self) -> None:
-        began = self.tracer.now()
-        num_rows = self.batch.num_rows if self.run.reduce_at == "expert" else self.batch.num_pairs
-        self.comm.combine_send(self.batch, self.y_PH)
-        num_bytes = num_rows * self.y_PH.shape[1] * self.y_PH.element_size()
-        self.tracer.add(trace.COMBINE_SEND, began, *self.place, num_bytes)
-
-
-class _RoundWorker(_ExpertWorker):
-    """The other side of a RoundEngine: the batches of a round in its order, in a CUDA graph."""
-
-    def serve(self, meet: Callable[[], object]) -> None:
-        served, device = served_in_round(self.weights.config.moe_layers, self.run.microbatches), self.weights.device
-        num_pairs = torch.zeros(1, dtype=torch.int64, device=device)
-        # A launched receive waits for whoever has dispatched before and is live, however long: after a round with all
-        # of them it needs no list, which would have to change when one leaves.
-        linger_us = min(1e6 * self.run.timeout_s, _LONGEST_LINGER_US)
-
-        def launch() -> None:
-            for layer, microbatch in served:
-                batch = self.comm.dispatch_recv(layer, microbatch, linger_us=linger_us, sync=False)
-                assert batch is not None
-                num_pairs.add_(batch.counts[2])
-                self.comm.combine_send(batch, self.weights.outputs_at(layer, batch.gather(), batch.expert_offsets))
-
-        repeat = Repeated(launch, device)
-        meet()
-        for _ in served:
-            if self._receive() is not None:
-                self._expert()
-                self._reply()
-        while served and self._has_work():
-            began = self.tracer.now()
-            repeat()
-            self.num_batches += len(served)
-            self.tracer.add(trace.ROUND, began, -1, -1, -1)
-        self.num_pairs += int(num_pairs)
-
-    def _has_work(self) -> bool:
-        while self.comm.wait_work(_IDLE_S) is None:
-            if self._is_over():
-                return False
-        return True
-
-
 def run_expert(
     comm: m2n.ExpertComm,
     run: RunConfig,
@@ -213,10 +90,17 @@ def run_expert(
     meet: Callable[[], object] = lambda: None,
 ) -> None:
     """Answer what attention ranks send, until every one of the run has left. meet: called before any wait."""
-    worker = (_RoundWorker if run.cuda_graphs else _ExpertWorker)(comm, run, weights)
-    worker.serve(meet)
-    about = {"device": run.expert_device, "batches": worker.num_batches, "pairs": worker.num_pairs}
-    _emit_end(comm, worker.tracer, about, emit)
+    tracer, is_launched = make_tracer(weights.device), run.expert_device != "cpu"
+    engine: ExpertEngine
+    if run.cuda_graphs:
+        common = (comm, weights, run.attention_ranks, None, is_launched, tracer)
+        engine = RoundExpertEngine(*common, timeout_s=run.timeout_s)
+    else:
+        engine = ExpertEngine(comm, weights, run.attention_ranks, run.linger_us, is_launched, tracer)
+    meet()
+    engine.run()
+    about = {"device": run.expert_device, "batches": engine.num_batches, "pairs": engine.num_pairs}
+    _emit_end(comm, tracer, about, emit)
 
 
 def _emit_end(comm: Any, tracer: Tracer, about: dict[str, Any], emit: Emit) -> None:
@@ -231,14 +115,11 @@ def _emit_end(comm: Any, tracer: Tracer, about: dict[str, Any], emit: Emit) -> N
 
 def load_rank(run: RunConfig, role: str, rank: int) -> Decoder | ExpertWeights:
     """The tensors that a rank of this run needs."""
-    loaded: Decoder | ExpertWeights
     device = run.torch_device(role)
     if role == ATTENTION:
-        loaded = load_decoder(run.checkpoint, run.torch_dtype, device)
-    else:
-        placement = run.placement(ModelConfig.from_directory(run.checkpoint))
-        loaded = load_experts(run.checkpoint, list(placement.experts_of(rank)), run.torch_dtype, device)
-    return loaded
+        return load_decoder(run.checkpoint, run.torch_dtype, device)
+    placement = run.placement(ModelConfig.from_directory(run.checkpoint))
+    return load_experts(run.checkpoint, list(placement.experts_of(rank)), run.torch_dtype, device)
 
 
 def settle() -> None:
