@@ -133,6 +133,7 @@ def test_ctrl_c_while_it_starts_is_a_line_and_leaves_nothing(after_s: float) -> 
     with subprocess.Popen(
         [*COMMAND, *ARGUMENTS, "--max-new-tokens", "5000"],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     ) as process:  # fmt: skip
         time.sleep(after_s)
         os.killpg(process.pid, signal.SIGINT)
