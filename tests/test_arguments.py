@@ -5,7 +5,6 @@ host program has set for its own arithmetic."""
 from __future__ import annotations
 
 import ctypes
-import ipaddress
 import mmap
 import re
 import socket
@@ -19,7 +18,7 @@ import pytest
 from bodies import NUMPY, ONE, SMALL, small_attention, small_dispatch, small_expert
 
 import m2n
-from m2n import interfaces, testing
+from m2n import interfaces
 from m2n.checks import flag_of
 from m2n.deadline import Deadline
 from m2n.store import first_line, open_store
@@ -168,7 +167,7 @@ def test_ranks_exchange_over_ipv6(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             answer(expert)
             y = attention.combine_recv()
             (peer,) = attention.peers()
-    assert y.shape == x.shape and peer.state == "live" and ipaddress.ip_address("::1").version == 6
+    assert y.shape == x.shape and peer.state == "live"
 
 
 # ---- 19: words and types
@@ -324,4 +323,3 @@ def test_the_environment_of_the_caller_stays_as_it_was(pair: tuple[m2n.Attention
         answer(expert)
         attention.combine_recv()
         assert LIBM.fegetround() == MODES["up"]
-    assert testing.KINDS
