@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from m2n.reference_model.errors import InputError
+from m2n.reference_model.tables import print_table
 
 PROGRAM_NEEDS = ("torch", "safetensors", "rich", "numpy")
 _ROLES = ("attention", "expert")
@@ -183,7 +184,7 @@ def print_report(about: Mapping[str, Any], console: Any) -> None:
             f"{row['t_e_us']:.0f}",
             " ".join(name for name in ("before", "after") if about[name] == row),
         )
-    console.print(table)
+    print_table(console, table)
     console.print(f"after / before: {about['gain']:.2f} x tokens/s")
 
 

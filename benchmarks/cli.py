@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from m2n.reference_model.command import outlast_stdout, run_command
+from m2n.reference_model.command import Files, outlast_stdout, run_command
 from m2n.reference_model.errors import InputError, missing_packages
 
 from . import balance, connect, copies, e2e, growth, paper, perftest, transport
@@ -61,9 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of m2n-bench; returns the exit status."""
-    args = build_parser().parse_args(argv)
     command = " ".join([PROGRAM, *(sys.argv[1:] if argv is None else argv)])
-    return run_command(PROGRAM, lambda: _run(args, command))
+    return run_command(PROGRAM, lambda: _run(build_parser().parse_args(argv), command))
 
 
 def _run(args: argparse.Namespace, command: str) -> int:
@@ -106,15 +104,13 @@ def _pingpong(args: argparse.Namespace, command: str) -> None:
         options, shape, rounds = pingpong.run_rounds(options, status.update)
     about = {"machine": machine(), "command": command, **report(options, shape, rounds)}
     print_report(about, Console(highlight=False, width=None if sys.stdout.isatty() else 132))
-    if args.json is not None:
-        args.json.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    if args.plot is not None:
-        plot(about, args.plot)
     shown = rounds[-1]["runs"][pingpong.FIXED_MICROBATCH, options.ratios[len(options.ratios) // 2], 3]
-    if args.timeline is not None:
-        draw_timeline(args.timeline, shown.traces, 3)
-    if args.trace is not None:
-        write_trace(args.trace, shown.traces)
+    files = Files()
+    files.write(args.json, lambda: write_json(args.json, about))
+    files.write(args.plot, lambda: plot(about, args.plot))
+    files.write(args.timeline, lambda: draw_timeline(args.timeline, shown.traces, 3))
+    files.write(args.trace, lambda: write_trace(args.trace, shown.traces))
+    files.raise_faults()
 
 
 def _pingpong_links(args: argparse.Namespace, command: str, options: Any) -> None:

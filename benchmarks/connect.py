@@ -15,6 +15,7 @@ import numpy as np
 
 import m2n
 from m2n.reference_model.errors import InputError
+from m2n.reference_model.tables import print_table
 from m2n.reference_model.timeline import check_writable
 
 from . import connect_ranks
@@ -88,7 +89,7 @@ def print_rows(rows: Sequence[dict[str, Any]], console: Any) -> None:
     for row in joins:
         words = [f"{row[name]:.2f}" for name in ("p50_ms", "p99_ms", "max_ms")]
         table.add_row(str(row["n"]), row["direction"], *words, str(row["count"]))
-    console.print(table)
+    print_table(console, table)
     console.print(f"Goal: at most {_GOAL_MS:g} ms a pair.")
     for name in ("quiet", "busy", "joining"):
         console.print(

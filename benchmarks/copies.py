@@ -17,6 +17,7 @@ import numpy as np
 
 from m2n.reference_model.children import python_command
 from m2n.reference_model.errors import InputError
+from m2n.reference_model.tables import print_table
 from m2n.reference_model.timeline import check_writable
 
 from .cases import SHARED_FOLDER
@@ -179,7 +180,7 @@ def print_rows(rows: Sequence[Row], console: Any) -> None:
             size_name(row["bytes"]), row["contender"], row["side"], row["verb"], *words,
             f"{row['copies_per_byte']:.2f}", agrees,
         )  # fmt: skip
-    console.print(table)
+    print_table(console, table)
     for row in rows:
         if "reason" in row:
             console.print(f"{row['contender']}: {row['reason']}")

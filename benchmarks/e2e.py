@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from m2n.reference_model.errors import InputError
+from m2n.reference_model.tables import print_table
 
 PROGRAM_NEEDS = ("torch", "safetensors", "rich", "numpy")
 _CASES = "1x1x1,1x1x2,2x1x2,1x2x2,2x2x2"
@@ -283,7 +284,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]], console: Any) -> None:
             f"{row['tbt_p99_over_m2n']:.2f}",
             row["placement"],
         )
-    console.print(table)
+    print_table(console, table)
     console.print("monolithic, P x T: P processes with T threads. All tokens equal those of the monolithic model.")
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from m2n.reference_model.children import python_command
 from m2n.reference_model.errors import InputError
+from m2n.reference_model.tables import print_table
 from m2n.reference_model.timeline import check_writable
 
 from . import runs, stats
@@ -220,4 +221,4 @@ def print_all(rows: Sequence[Row], slopes: Sequence[dict[str, Any]], console: An
             figures = [f"{p50[x]:,.2f}" for x in xs]
             slope = f"{line['slope']:,.2f} {line['unit']}"
             table.add_row(*key, *figures, slope, f"{line['at_zero_us']:,.2f}", f"{line['r2']:.2f}")
-        console.print(table)
+        print_table(console, table)

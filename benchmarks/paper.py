@@ -14,6 +14,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from m2n.reference_model.tables import print_table
+
 from . import report, runs
 from .cases import Case, make_case, require_memory
 from .transport import add_outputs, prepare
@@ -178,4 +180,4 @@ def _print_figure(figure: Figure, compared: Sequence[report.Row], console: Any) 
             f"{row['p50_us']:,.2f} ({row['p99_us']:,.2f})", f"{row['p50_ratio']:.2f}", f"{row['p99_ratio']:.2f}",
             f"{row['throughput_ratio']:.2f}",
         )  # fmt: skip
-    console.print(table)
+    print_table(console, table)

@@ -16,6 +16,7 @@ from collections import defaultdict
 from typing import Any
 
 from m2n.reference_model.errors import InputError
+from m2n.reference_model.tables import print_table
 from m2n.reference_model.timeline import check_writable
 
 from . import runs
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace, command: str) -> None:
         numbers = (row["one_way_p50_us"], min(row["rounds_us"]), max(row["rounds_us"]), row["over_ucp_am_lat"])
         of_job = "" if row["over_ucx_tcp"] is None else f"{row['over_ucx_tcp']:.2f}"
         table.add_row(str(row["bytes"]), row["what"], *(f"{number:.2f}" for number in numbers), of_job)
-    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
+    print_table(Console(highlight=False, width=None if sys.stdout.isatty() else 120), table)
     if args.json is not None:
         about = {"machine": machine(), "command": command, "environment": _environment(), "tool": _version(tool)}
         options = {"rounds": args.rounds, "iterations": args.iterations, "native_transport": native_transport("ucx")}

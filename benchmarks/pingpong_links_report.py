@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from m2n.reference_model.tables import print_table
+
 from .links import Link
 from .pingpong import MICROBATCHES, Options
 from .pingpong_links import OneLink, message_bytes
@@ -104,10 +106,9 @@ def print_report(about: Row, console: Console) -> None:
         f"messages of {about['message_bytes'] / 1024:.0f} KB; T_a {times['t_a_busy_ms']:.2f} ms and T_e "
         f"{times['t_e_busy_ms']:.2f} ms without m2n, both cores busy"
     )
-    console.print(
-        _table("what each link gives: plain TCP, and m2n with m = 1", ("link",), _LINK_COLUMNS, about["links"])
-    )
-    console.print(_table("m microbatches over each link", ("link", "microbatches"), _COLUMNS, about["rows"]))
+    links = _table("what each link gives: plain TCP, and m2n with m = 1", ("link",), _LINK_COLUMNS, about["links"])
+    print_table(console, links)
+    print_table(console, _table("m microbatches over each link", ("link", "microbatches"), _COLUMNS, about["rows"]))
 
 
 def _table(title: str, keys: tuple[str, ...], columns: dict[str, str], rows: Sequence[Row]) -> Table:

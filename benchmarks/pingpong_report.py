@@ -13,6 +13,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from m2n.reference_model.tables import print_table
+from m2n.reference_model.timeline import save_picture
 from m2n.reference_model.trace import ATTENTION, SAMPLE, Tracer
 
 from .pingpong import FIXED_GLOBAL_BATCH, FIXED_MICROBATCH, MICROBATCHES, Measured, Options
@@ -181,15 +183,15 @@ def print_report(about: dict[str, Any], console: Console) -> None:
             table.add_column(name.replace("gain_", "m = ").replace("_", " "), justify="right")
         for at, ratio in enumerate(about["options"]["ratios"]):
             table.add_row(f"{ratio:.2f}", *(_cell(part[name][at]) for name in _PAIRS))
-        console.print(table)
+        print_table(console, table)
     for title, name in (("fixed microbatch size", "fixed_microbatch"), ("fixed global batch", "fixed_global_batch")):
-        console.print(_rows_table(title, about[name]["rows"]))
+        print_table(console, _rows_table(title, about[name]["rows"]))
     table = Table(title="the same two cores, used otherwise; T_c = 0", box=None, header_style="")
     for column in ("deployment", "tokens/s", "between tokens p50, p99 ms", "first token ms"):
         table.add_column(column, justify="left" if column == "deployment" else "right")
     for row in about["deployments"]:
         table.add_row(row["name"], f"{row['tokens_per_s']:.0f}", *_latency_cells(row))
-    console.print(table)
+    print_table(console, table)
 
 
 def _cell(gain: dict[str, Any]) -> str:
@@ -252,5 +254,5 @@ def plot(about: dict[str, Any], path: Path) -> None:
     axes[0].set_ylim(0.7, 3.0)
     figure.suptitle("What one more microbatch gains: measured (solid, min to max of the rounds), simulated (dashed)")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    save_picture(figure, path, dpi=110)
     pyplot.close(figure)

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from m2n.reference_model.command import Files
 from m2n.reference_model.errors import InputError
+from m2n.reference_model.tables import print_table
+from m2n.reference_model.timeline import save_picture
 
 Row = dict[str, Any]
 _CASE = ("m", "n", "bytes", "placement")  # one table each
@@ -41,17 +44,24 @@ def print_rows(rows: Sequence[Row], console: Any, directions: Sequence[str]) -> 
         for row in rows:
             if tuple(row[name] for name in _CASE) != case:
                 continue
-            if "reason" in row:
-                table.add_row(row["contender"], row["boundary"], f"not run: {row['reason']}")
-            elif row["direction"] in directions:
+            if "reason" not in row and row["direction"] in directions:
                 figures = [f"{row[name]:,.2f}" for name in _COLUMNS]
                 table.add_row(row["contender"], row["boundary"], row["direction"], *figures)
-        console.print(table)
+        print_table(console, table)
+        for row in rows:
+            if tuple(row[name] for name in _CASE) == case and "reason" in row:
+                console.print(f"{row['contender']} ({row['boundary']}): not run: {row['reason']}", markup=False)
 
 
 def write_json(path: Path, about: dict[str, Any]) -> None:
-    """{machine, command, options, rows, ...}."""
-    path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    """{machine, command, options, rows, ...}.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    files = Files()
+    files.write(path, lambda: path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8"))
+    files.raise_faults()
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -106,7 +116,7 @@ def print_comparison(compared: Sequence[Row], console: Any) -> None:
             f"{row['limit_ratio']:.2f}" if "limit_ratio" in row else "", f"{row['old_p99_us']:,.2f}",
             f"{row['new_p99_us']:,.2f}", f"{row['p99_ratio']:.2f}",
         )  # fmt: skip
-    console.print(table)
+    print_table(console, table)
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
@@ -138,5 +148,5 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     for axis in list(axes.flat)[len(panels) :]:
         axis.axis("off")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    save_picture(figure, path, dpi=110)
     pyplot.close(figure)

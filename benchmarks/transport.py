@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from m2n.reference_model.command import Files
 from m2n.reference_model.errors import InputError
 from m2n.reference_model.timeline import check_matplotlib, check_writable
 
@@ -155,9 +156,9 @@ def finish(
     compared = report.compare(old, rows)
     if compared:
         report.print_comparison(compared, console)
-    if args.json is not None:
-        options = {name: str(value) for name, value in vars(args).items() if name not in ("run", "needs", "benchmark")}
-        about = {"machine": machine(), "command": command, "options": options, "rows": rows}
-        report.write_json(args.json, about | ({"compared": compared} if compared else {}))
-    if args.plot is not None:
-        report.plot(rows, args.plot)
+    options = {name: str(value) for name, value in vars(args).items() if name not in ("run", "needs", "benchmark")}
+    about = {"machine": machine(), "command": command, "options": options, "rows": rows}
+    files = Files()
+    files.write(args.json, lambda: report.write_json(args.json, about | ({"compared": compared} if compared else {})))
+    files.write(args.plot, lambda: report.plot(rows, args.plot))
+    files.raise_faults()

@@ -6,11 +6,15 @@ cmakedir` prints the folder of the CMake package of the C++ headers, for -Dm2n_D
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 import threading
 from pathlib import Path
 
-from . import _C, SetupError, features, host_store
+from . import _C, Error, SetupError, features, host_store
+
+_INTERRUPTED, _NOBODY_READS = 130, 141  # as shells have it: 128 and the signal
 
 
 def _print_info() -> None:
@@ -21,7 +25,8 @@ def _print_info() -> None:
 def _serve_store(url: str) -> None:
     with host_store(url) as store:
         print(f"m2n: store at {store.url}; interrupt to end", flush=True)
-        threading.Event().wait()
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
 
 
 def _print_cmake_dir() -> None:
@@ -47,22 +52,42 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.command == "diagnose" and (arguments.role is None) != (arguments.store is None):
         parser.error("diagnose: give --role and --store together, or neither")
     try:
-        if arguments.command == "info":
-            _print_info()
-        elif arguments.command == "cmakedir":
-            _print_cmake_dir()
-        elif arguments.command == "diagnose":
-            from .diagnose import diagnose
-
-            return diagnose(arguments.role, arguments.store)
-        else:
-            _serve_store(arguments.url)
+        status = _run(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
-        pass
-    except (SetupError, ValueError) as error:
-        print(f"m2n: {error}", file=sys.stderr)
-        return 2
+        text, status = "ended by SIGINT", _INTERRUPTED
+    except (Error, ValueError) as error:
+        text, status = str(error), 2
+    except BrokenPipeError:  # nobody reads on
+        _give_up_stdout()
+        return _NOBODY_READS
+    except OSError as error:
+        _give_up_stdout()
+        text, status = str(error), 2
+    print(f"m2n: {text}", file=sys.stderr)
+    return status
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.command == "info":
+        _print_info()
+    elif arguments.command == "cmakedir":
+        _print_cmake_dir()
+    elif arguments.command == "diagnose":
+        from .diagnose import diagnose
+
+        return diagnose(arguments.role, arguments.store)
+    else:
+        _serve_store(arguments.url)
     return 0
+
+
+def _give_up_stdout() -> None:
+    """What could not be written is not tried again at exit."""
+    with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

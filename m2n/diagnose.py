@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import multiprocessing
+import signal
 import statistics
 import tempfile
 import threading
@@ -154,7 +155,12 @@ def diagnose(role: str | None, store: Any) -> int:
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="m2n-"))
         other = multiprocessing.get_context("spawn").Process(target=be_expert, args=(folder,), daemon=True)
-        other.start()
+        # Ctrl-C reaches both processes: this one ends the other. A signal that is ignored stays so in a new program.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            other.start()
+        finally:
+            signal.signal(signal.SIGINT, before)
         num_working = be_attention(folder)
         other.join(_JOIN_S)
     return int(num_working == 0)

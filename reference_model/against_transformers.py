@@ -7,13 +7,13 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from .checkpoint import Checkpoint
 from .errors import brief
 from .monolithic import MonolithicModel
 from .result import RunResult
+from .run_config import free_bytes
 
 # Both sum in float32, in another order each. Of two tokens whose logits are nearer than TIE either one is right.
 LOGIT_TOLERANCE = 1e-3  # times the largest logit, where that is above 1
@@ -105,18 +105,10 @@ def _why_no_logits(result: RunResult) -> str:
     if run.dtype != "float32" or run.dispatch_dtype is not None:
         return f"logits and tokens are compared in float32, and this run computes in {run.dispatch_dtype or run.dtype}"
     needed = 2 * sum(4 * math.prod(entry.shape) for entry in Checkpoint(run.checkpoint).entries.values())
-    free = _free_bytes()
+    free = free_bytes()
     if needed > free:
         return f"two copies of the weights in float32 take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
     return ""
-
-
-def _free_bytes() -> float:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return float("inf")
 
 
 def _compare_tokens(result: RunResult, report: Comparison) -> None:

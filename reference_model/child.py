@@ -11,7 +11,6 @@ import functools
 import json
 import os
 import queue
-import signal
 import sys
 import threading
 import traceback
@@ -34,8 +33,6 @@ def _exit_with_launcher() -> None:
 
 def main() -> int:
     """Run the ranks of the job; exit status 0, 2 for bad input and 1 for any other error."""
-    # Ctrl-C reaches the whole terminal group; the launcher alone decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     events = os.fdopen(int(sys.argv[1]), "w", encoding="utf-8")
     job = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_exit_with_launcher, daemon=True).start()

@@ -7,16 +7,15 @@ import sys
 from typing import Any
 
 from rich.console import Console
-from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from .pipeline import describe
 from .run_config import ATTENTION
+from .tables import print_table
 from .tokenizer import TextStream, Tokenizer
 
 _TAIL = 48
-_WIDE = 1000
 
 
 class Display:
@@ -116,17 +115,11 @@ class Display:
             times = (f"{rank['busy_s']:.3f}", f"{rank['wait_s']:.3f}")
             moved = (f"{rank['bytes_sent'] / 1e6:.3f}", f"{rank['bytes_received'] / 1e6:.3f}")
             table.add_row(f"{rank['role']} {rank['rank']}", *times, *moved, str(work))
-        width = self._console.width
         self._console.print(
             f"{about['tokens']} tokens of {about['sequences']} sequences in {about['seconds']:.2f} s: "
             f"{about['tokens_per_s']:.1f} tokens/s, {about['bytes_moved'] / 1e6:.3f} MB moved"
         )
-        if Measurement.get(self._console, self._console.options.update(width=_WIDE), table).maximum <= width:
-            self._console.print(table)
-        else:
-            names = [str(column.header) for column in table.columns]
-            for row in zip(*(column.cells for column in table.columns)):
-                self.lines([f"{row[0]}: " + ", ".join(f"{name} {cell}" for name, cell in zip(names[1:], row[1:]))])
+        print_table(self._console, table)
         self.lines(describe(about["pipeline"]))
 
     def lines(self, lines: list[str]) -> None:

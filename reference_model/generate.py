@@ -123,8 +123,7 @@ def _add_devices(ranks: Any) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of m2n-generate; returns the exit status."""
-    args = build_parser().parse_args(argv)
-    return run_command(PROGRAM, lambda: _run(args))
+    return run_command(PROGRAM, lambda: _run(build_parser().parse_args(argv)))
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -166,14 +165,15 @@ def _generate(args: argparse.Namespace) -> int:
     tokenizer = Tokenizer(run.checkpoint)
     prompts = [tokenizer.encode(text) for text in texts]
     check_prompts(prompts, config)
+    if any(path is not None for path in _files(args)):
+        outlast_stdout()
     if is_torchrun():
         result = run_under_torchrun(run, prompts)
         if result is None:
             return 0
         assert global_rank() == 0
         return _report(args, result, tokenizer, texts, is_shown=False)
-    if any(path is not None for path in _files(args)):
-        outlast_stdout()
+    run.check_memory(config)
     return _report(args, _launch(run, tokenizer, texts, prompts), tokenizer, texts, is_shown=True)
 
 

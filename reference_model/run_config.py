@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import m2n
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION, EXPERT = "attention", "expert"
+MAX_PEERS = 1024  # of a comm, as the library has it
 
 
 @dataclass(frozen=True)
@@ -197,14 +199,35 @@ class RunConfig:
             self.shape(config)
         except ValueError as error:  # it names the field: more microbatches than a comm has slots, say
             raise InputError(str(error)) from error
+        max_peers = max(self.max_peers(ATTENTION), self.max_peers(EXPERT))
+        if max_peers > MAX_PEERS:
+            raise InputError(f"attention-ranks and expert-ranks must be at most {MAX_PEERS // 2}, not {max_peers // 2}")
         # As the library has it: places of a batch are 24 bits, rows of all peers' windows 31.
-        slots = max(self.max_peers(ATTENTION), self.max_peers(EXPERT)) * (self.microbatches + 1)
+        slots = max_peers * (self.microbatches + 1)
         replies = config.top_k if self.reduce_at == "attention" else 1
         most = min((2**24 - 2) // config.top_k, (2**31 - 1) // (slots * replies))
         if self.max_tokens > most:
             raise InputError(f"max-tokens must be at most {most} for this model and these ranks, not {self.max_tokens}")
         if self.expert_ranks > config.num_experts:
             raise InputError(f"{self.expert_ranks} expert ranks, but the model has {config.num_experts} experts")
+
+    def check_memory(self, config: ModelConfig) -> None:
+        """Refuse windows that this host has no memory for; all of it is taken when ranks link."""
+        if any(self.device(role).startswith("cuda") for role in (ATTENTION, EXPERT)):
+            return
+        from .precision import dispatch_bytes
+
+        shape = self.shape(config)
+        replies = config.top_k if self.reduce_at == "attention" else 1
+        token_bytes = dispatch_bytes(shape) + replies * config.hidden * self.torch_dtype.itemsize
+        token_bytes *= self.attention_ranks * self.expert_ranks * (self.microbatches + 1)
+        free = free_bytes()
+        if self.max_tokens * token_bytes > free:
+            raise InputError(
+                f"max-tokens must be at most {int(free / token_bytes)} for this model and these ranks, not "
+                f"{self.max_tokens}: windows would take {self.max_tokens * token_bytes / 1e9:.1f} GB, and "
+                f"{free / 1e9:.1f} GB are free"
+            )
 
     def shape(self, config: ModelConfig) -> m2n.Shape:
         """What travels between the ranks of this run."""
@@ -231,6 +254,15 @@ class RunConfig:
     def share(self, attention_rank: int, num_prompts: int) -> list[int]:
         """The prompts (by number) that an attention rank takes."""
         return list(range(attention_rank, num_prompts, self.attention_ranks))
+
+
+def free_bytes() -> float:
+    """Memory of this host that is free, or can be made so."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return float("inf")
 
 
 def _device(option: str, name: str) -> str:

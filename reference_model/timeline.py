@@ -167,10 +167,10 @@ def draw_timeline(path: str | Path, traces: Sequence[Trace], microbatches: int, 
     figure.legend(handles=handles, loc="outside lower center", ncols=10, fontsize=8, frameon=False)
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
-    _save(figure, path)
+    save_picture(figure, path)
 
 
-def _save(figure: Any, path: str | Path) -> None:
+def save_picture(figure: Any, path: str | Path, dpi: int = 100) -> None:
     """In the format that the name tells, else PNG; that of few colours, which is a third as large."""
     from PIL import Image
 
@@ -180,7 +180,7 @@ def _save(figure: Any, path: str | Path) -> None:
             figure.savefig(file, format=suffix)
             return
         pixels = io.BytesIO()
-        figure.savefig(pixels, dpi=100, format="png")
+        figure.savefig(pixels, dpi=dpi, format="png")
         with Image.open(pixels) as image:
             image.convert("RGB").quantize(128).save(file, "PNG", optimize=True)
 

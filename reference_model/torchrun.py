@@ -9,12 +9,15 @@ import dataclasses
 import functools
 import json
 import os
+import socket
+import sys
+import time
 from datetime import timedelta
 from typing import Any
 
 import m2n
 
-from .errors import InputError
+from .errors import InputError, brief
 from .launcher import RankFailed
 from .result import RunResult
 from .run_config import ATTENTION, RunConfig
@@ -23,6 +26,7 @@ from .worker import run_rank, settle
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LEAVE_S = 5.0
 _LOOK_S = 1.0
+_TELL_S = 5.0
 
 
 def is_torchrun() -> bool:
@@ -30,8 +34,14 @@ def is_torchrun() -> bool:
     return all(name in os.environ for name in _VARIABLES)
 
 
+def _number(name: str) -> int:
+    if not os.environ[name].isdecimal():
+        raise InputError(f"{name}: expected a number, as torchrun sets it, got {os.environ[name]!r}")
+    return int(os.environ[name])
+
+
 def global_rank() -> int:
-    return int(os.environ["RANK"])
+    return _number("RANK")
 
 
 def run_under_torchrun(run: RunConfig, prompts: list[list[int]]) -> RunResult | None:
@@ -39,12 +49,14 @@ def run_under_torchrun(run: RunConfig, prompts: list[list[int]]) -> RunResult | 
 
     Returns the result of all in the process of rank 0, and None in the others.
     """
-    rank, world_size = global_rank(), int(os.environ["WORLD_SIZE"])
+    rank, world_size = global_rank(), _number("WORLD_SIZE")
     if world_size != len(run.ranks):
         raise InputError(
             f"torchrun started {world_size} processes; {run.attention_ranks} attention ranks and "
             f"{run.expert_ranks} expert ranks need {len(run.ranks)}"
         )
+    if rank >= world_size:
+        raise InputError(f"RANK: expected 0 to {world_size - 1}, as WORLD_SIZE is {world_size}, got {rank}")
     if run.one_process:
         raise InputError(
             "torchrun starts a process for each rank, but with --one-process they are threads of one process: run "
@@ -93,16 +105,35 @@ def _await(store: Any, key: str) -> None:
                 raise RankFailed(f"another rank failed: {store.get('failed').decode()}") from None
 
 
+def _await_server(host: str, port: int, most_s: float) -> None:
+    """Waits for the store's server where a signal can end it: TCPStore waits in native code."""
+    began, is_told = time.monotonic(), False
+    while True:
+        try:
+            return socket.create_connection((host, port), timeout=_LOOK_S).close()
+        except OSError as error:  # it may not be there yet, nor its name
+            waited_s = time.monotonic() - began
+            if waited_s > most_s:
+                raise
+            if waited_s > _TELL_S and not is_told:
+                is_told = True
+                print(f"waits for a store at {host}:{port} (MASTER_ADDR, MASTER_PORT): {error}", file=sys.stderr)
+            time.sleep(0.1)
+
+
 def _store(rank: int, run: RunConfig) -> tuple[Any, Any]:
     """torchrun's own store where it keeps one, or one that rank 0 serves, as long as it keeps the second result."""
     from torch.distributed import PrefixStore, TCPStore
 
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    host, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT")
     served = None
     if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         served = m2n.host_store(f"tcp://{f'[{host}]' if ':' in host else host}:{port}")  # at this address alone
-    store = TCPStore(
-        host, port, is_master=False, timeout=timedelta(seconds=run.connect_timeout_s), wait_for_workers=False
-    )
+    timeout = timedelta(seconds=run.connect_timeout_s)
+    try:
+        _await_server(host, port, run.connect_timeout_s)
+        store = TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+    except (OSError, RuntimeError) as error:
+        raise RankFailed(f"no store at {host}:{port} (MASTER_ADDR, MASTER_PORT): {brief(error)}") from error
     # A restarted run must not find the addresses of the one before.
     return PrefixStore(f"m2n/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store), served

@@ -242,6 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
             _dispatch_as(model, options.dispatch_dtype)
         print(json.dumps(evaluate(model, tokenizer, held_out), indent=2))
         return 0
+    options.output.mkdir(parents=True, exist_ok=True)  # what cannot be written is said now, not in an hour
     config = TrainConfig(**{name: getattr(options, name) for name in asdict(TrainConfig())})
     if options.init is not None:
         model, tokenizer = _load(options.init)
@@ -280,4 +281,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if __package__:
+        from .command import run_command
+
+        sys.exit(run_command("train", main))
     sys.exit(main())

@@ -61,6 +61,17 @@ def test_held_out_chapters_are_not_trained_on() -> None:
     assert 0.04 < len(held_out) / len(chapters) < 0.06
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_trained(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(corpus, "load_chapters", lambda: TEXTS)
+    monkeypatch.setattr(corpus, "split", lambda chapters: (chapters, chapters))
+    monkeypatch.setattr(corpus, "train_tokenizer", lambda texts, size: pytest.fail("it goes on"))
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="file"):
+        train.main(["--output", str(tmp_path / "file"), "--threads", "1"])
+
+
 def test_missing_package_names_the_apt_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
