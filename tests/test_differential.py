@@ -97,7 +97,7 @@ def test_why_less_was_compared_is_said(why: str, monkeypatch: pytest.MonkeyPatch
     if why == "not installed":
         monkeypatch.setitem(sys.modules, "transformers", None)
     elif why == "GB are free":
-        monkeypatch.setattr(against_transformers, "_free_bytes", lambda: 1e6)
+        monkeypatch.setattr(against_transformers, "free_bytes", lambda: 1e6)
     elif why == "cannot: OSError: no":
         monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", Mock(side_effect=OSError("no")))
     report = compare(result_of(SHIPPED, "bfloat16" if "bfloat16" in why else "float32"), OPTIONS[1:2])
