@@ -59,12 +59,17 @@ TopK read_topk(const Shape& shape, const py::object& topk_ids, const py::object&
   return {ids.read_ids(shape.top_k), weights.read_floats(shape.top_k), static_cast<uint32_t>(ids.num_rows())};
 }
 
+// Where experts are, made once a placement: the ranks of expert e are ranks[rank_offsets[e] : rank_offsets[e + 1]].
+struct PlacementTable {
+  std::vector<int32_t> rank_offsets, ranks;
+};
+
 void build_from_topk(Route& route, const py::object& topk_ids, const py::object& topk_weights,
-                     const std::vector<int32_t>& rank_offsets, const std::vector<int32_t>& ranks, uint32_t num_ranks,
-                     uint32_t own_rank) {
+                     const PlacementTable& table, uint32_t num_ranks, uint32_t own_rank, bool packs) {
   const TopK topk = read_topk(route.shape(), topk_ids, topk_weights);
   route.prepare(topk.num_tokens, num_ranks);
-  route.build_from_topk(topk.ids.data(), topk.weights.data(), rank_offsets, ranks, own_rank);
+  route.build_from_topk(topk.ids.data(), topk.weights.data(), table.rank_offsets, table.ranks, own_rank);
+  route.set_packs(packs);
 }
 
 void build_from_splits(Route& route, const std::vector<uint32_t>& splits, const py::object& topk_ids,
@@ -315,12 +320,14 @@ void bind_values(py::module_& module) {
   py::class_<Shape>(module, "Shape")
       .def(py::init(&make_shape), py::arg("hidden"), py::arg("num_experts"), py::arg("top_k"), py::arg("max_tokens"),
            py::arg("microbatches"), py::arg("dispatch_dtype"), py::arg("combine_dtype"), py::arg("reduce_at"));
+  py::class_<PlacementTable>(module, "PlacementTable")
+      .def(py::init<std::vector<int32_t>, std::vector<int32_t>>(), py::arg("rank_offsets"), py::arg("ranks"));
   py::class_<Route, std::shared_ptr<Route>>(module, "Route")
       .def(py::init<const Shape&>(), py::arg("shape"))
-      .def("build_from_topk", &build_from_topk, py::arg("topk_ids"), py::arg("topk_weights"), py::arg("rank_offsets"),
-           py::arg("ranks"), py::arg("num_ranks"), py::arg("own_rank"))
+      .def("build_from_topk", &build_from_topk, py::arg("topk_ids"), py::arg("topk_weights"), py::arg("table"),
+           py::arg("num_ranks"), py::arg("own_rank"), py::arg("packs"))
       .def("build_from_splits", &build_from_splits, py::arg("splits"), py::arg("topk_ids"), py::arg("topk_weights"))
-      .def_property("packs", &Route::packs, &Route::set_packs)
+      .def_property_readonly("packs", &Route::packs)
       .def_property_readonly("num_tokens", [](const Route& route) { return route.view().num_tokens; })
       .def_property_readonly("num_rows", &Route::num_rows)
       .def_property_readonly("rows_per_rank", [](const Route& route) {
@@ -342,12 +349,11 @@ void bind_values(py::module_& module) {
         return bits;
       });
   py::class_<Batch, std::shared_ptr<Batch>>(module, "Batch")
-      .def_readonly("layer", &Batch::layer)
-      .def_readonly("microbatch", &Batch::microbatch)
+      .def_property_readonly("about",
+                             [](const Batch& b) {
+                               return std::tuple(b.layer, b.microbatch, b.num_rows(), b.num_pairs(), b.ranks, true);
+                             })
       .def_readonly("hosting", &Batch::hosting)
-      .def_readonly("ranks", &Batch::ranks)
-      .def_property_readonly("num_rows", &Batch::num_rows)
-      .def_property_readonly("num_pairs", &Batch::num_pairs)
       .def_property_readonly("row_index_by_expert",
                              [](const std::shared_ptr<Batch>& b) {
                                return list_array(b, b->row_index_by_expert.data(), b->row_index_by_expert.size(),

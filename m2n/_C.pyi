@@ -38,19 +38,22 @@ class Shape:
         reduce_at: str,
     ) -> None: ...
 
+class PlacementTable:
+    def __init__(self, rank_offsets: Sequence[int], ranks: Sequence[int]) -> None: ...
+
 class Route:
     def __init__(self, shape: Shape) -> None: ...
     def build_from_topk(
         self,
         topk_ids: Any,
         topk_weights: Any,
-        rank_offsets: Sequence[int],
-        ranks: Sequence[int],
+        table: PlacementTable,
         num_ranks: int,
         own_rank: int,
+        packs: bool,
     ) -> None: ...
     def build_from_splits(self, splits: Sequence[int], topk_ids: Any, topk_weights: Any) -> None: ...
-    packs: bool
+    packs: Final[bool]
     num_tokens: Final[int]
     num_rows: Final[int]
     rows_per_rank: Final[list[int]]
@@ -63,12 +66,8 @@ class Array:
     def bits(self) -> Array: ...
 
 class Batch:
-    layer: Final[int]
-    microbatch: Final[int]
+    about: Final[tuple[int, int, int, int, list[int], bool]]
     hosting: Final[int]
-    ranks: Final[list[int]]
-    num_rows: Final[int]
-    num_pairs: Final[int]
     row_index_by_expert: Final[Array]
     expert_offsets: Final[Array]
     weights: Final[Array]
@@ -194,12 +193,7 @@ class DeviceAttentionComm(Comm):
     def is_capturing(self, stream: int) -> bool: ...
 
 class DeviceBatch:
-    layer: Final[int]
-    microbatch: Final[int]
-    ranks: Final[list[int]]
-    num_rows: Final[int]
-    num_pairs: Final[int]
-    is_counted: Final[bool]
+    about: Final[tuple[int, int, int, int, list[int], bool]]
     hosting: Final[int]
     counts: Final[Array]
     row_index_by_expert: Final[Array]

@@ -24,10 +24,28 @@ class _Readable:
         self.__array_interface__ = {**array.__array_interface__, "data": (array.ctypes.data, False)}
 
 
+@functools.cache
+def _torch_dtype(name: str) -> Any:
+    import torch
+
+    return getattr(torch, name)
+
+
 def is_torch(tensor: Any) -> bool:
     """Is it a torch tensor? Looks without importing torch."""
+    if type(tensor) is _torch_tensor:
+        return True
     torch = sys.modules.get("torch")
-    return torch is not None and isinstance(tensor, torch.Tensor)
+    return torch is not None and _remember(torch) and isinstance(tensor, torch.Tensor)
+
+
+_torch_tensor: Any = None  # torch.Tensor, once somebody has imported torch: to look at a type takes a tenth of the rest
+
+
+def _remember(torch: Any) -> bool:
+    global _torch_tensor
+    _torch_tensor = getattr(torch, "Tensor", None)  # None while torch is being imported
+    return _torch_tensor is not None
 
 
 def is_on_cpu(tensor: Any) -> bool:
@@ -40,6 +58,8 @@ def is_on_cpu(tensor: Any) -> bool:
 
 def exportable(tensor: Any, is_written: bool = False) -> Any:
     """What DLPack can carry: numpy's bfloat16 (ml_dtypes) goes as its bits, and torch's gradient stays behind."""
+    if type(tensor) is _torch_tensor:
+        return tensor.detach() if tensor.requires_grad else tensor
     if _HIDES_READ_ONLY and not is_written and isinstance(tensor, np.ndarray) and not tensor.flags.writeable:
         tensor = np.asarray(_Readable(tensor)).view(tensor.dtype)
     if isinstance(tensor, np.ndarray) and tensor.dtype.type.__name__ == "bfloat16":  # dtype.name takes 2 us
@@ -74,7 +94,10 @@ def empty(rows: int, hidden: int, dtype: str, like: Any) -> Any:
     if library == "torch":
         import torch
 
-        return torch.empty((rows, hidden), dtype=getattr(torch, dtype), device=like.device)
+        kind = _torch_dtype(dtype)
+        if like.dtype is kind and like.shape == (rows, hidden):
+            return torch.empty_like(like)  # in half the time
+        return torch.empty((rows, hidden), dtype=kind, device=like.device)
     if library == "cupy":
         import cupy
 

@@ -54,6 +54,7 @@ class AttentionComm(Comm):
         self._borrowed: dict[int, tuple[Any, Route, int]] = {}  # with the version of the placement it went by
         self._shown = placement.version  # what messages tell: see _version_to_show()
         self._num_ranks = placement.num_expert_ranks  # whoever is linked hears of every dispatch
+        self._placed = (placement._native(), self._num_ranks, placement.version)  # what routes go by
         common = (self._native_shape, self.rank, require_int("max_peers", max_peers, 1), self._transport)
         native = self._native = self._path.attention(common, placement)
         with self._opened(native) as key:
@@ -210,11 +211,13 @@ class AttentionComm(Comm):
         try:
             wait_s = self._path.verb_s(timeout, self._native, launch)
             self._native.combine_recv(arrays.exportable(out, True), microbatch, wait_s, missing == "nan", *launch)
-        finally:
-            # A launched combine may still have to run, or be called again: there the next dispatch ends the loan.
+        except BaseException:
             native = self._native
             if not (self._path.is_launched or native.is_closed or native.is_busy(microbatch)):
                 self._borrowed.pop(microbatch, None)
+            raise
+        if not self._path.is_launched:  # there it may still have to run, or be called again: a dispatch ends the loan
+            self._borrowed.pop(microbatch, None)
         return out
 
     def missing(self, microbatch: int = 0) -> dict[int, list[int]]:
@@ -289,6 +292,7 @@ class AttentionComm(Comm):
                 self.recover(expert_rank)
             bootstrap.connect(self._native, self._identity, self._store, expert_rank, deadline, ended)
         self._num_ranks = max(self._num_ranks, placement.num_expert_ranks)
+        self._placed = (placement._native(), self._num_ranks, placement.version)  # what routes go by
         self._native.set_hosts(placement.hosts)
         self.placement = placement
 

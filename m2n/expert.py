@@ -45,13 +45,13 @@ class Batch:
         self._combine_dtype = combine_dtype
         self._library = library
         self._pid = os.getpid()
-        self.layer: int = native.layer
-        self.microbatch: int = native.microbatch
-        self.num_rows: int = native.num_rows
-        self.num_pairs: int = native.num_pairs
-        self.peers: list[int] = native.ranks
-        self.experts: list[int] = experts
-        self._is_counted = not isinstance(native, _C.DeviceBatch) or native.is_counted
+        self.layer: int
+        self.microbatch: int
+        self.num_rows: int
+        self.num_pairs: int
+        self.peers: list[int]
+        self.layer, self.microbatch, self.num_rows, self.num_pairs, self.peers, self._is_counted = native.about
+        self.experts = experts
 
     @property
     def x(self) -> Any:
@@ -239,7 +239,9 @@ class ExpertComm(Comm):
             layer,
             microbatch,
             linger_us or 0.0,
-            sorted({require_int("attention_ranks", rank, 0, MAX_RANK) for rank in attention_ranks or ()}),
+            ()
+            if attention_ranks is None
+            else sorted({require_int("attention_ranks", r, 0, MAX_RANK) for r in attention_ranks}),
             seconds(timeout, self._native, launch),
             *launch,
         )

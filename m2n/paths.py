@@ -104,11 +104,8 @@ class HostPath(_Path):
             ids, weights = ids[:num_tokens], weights[:num_tokens]
         route = Route(_C.Route(comm._native_shape)) if out is None else out
         native: Any = route._native
-        placement = comm.placement
-        hosts = (placement._offsets, placement._ranks, max(comm._num_ranks, placement.num_expert_ranks))
-        native.build_from_topk(arrays.exportable(ids), arrays.exportable(weights), *hosts, comm.rank)
-        native.packs = pack
-        route._version = placement.version
+        table, num_ranks, route._version = comm._placed
+        native.build_from_topk(arrays.exportable(ids), arrays.exportable(weights), table, num_ranks, comm.rank, pack)
         return route
 
 

@@ -136,6 +136,10 @@ class Placement:
         expert_ranks = require_int("expert_ranks", expert_ranks, 1)
         return cls([[expert * expert_ranks // num_experts] for expert in range(num_experts)], expert_ranks, version)
 
+    def _native(self) -> _C.PlacementTable:
+        """For routes; made once a comm."""
+        return _C.PlacementTable(self._offsets, self._ranks)
+
     @property
     def num_experts(self) -> int:
         """How many experts there are."""
