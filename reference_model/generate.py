@@ -199,33 +199,18 @@ def _run_config(args: argparse.Namespace) -> RunConfig:
 
     num_ranks = max(1, args.attention_ranks + args.expert_ranks)
     share = max(1, len(os.sched_getaffinity(0)) // num_ranks)
-    run = RunConfig(
-        checkpoint=str(args.checkpoint),
-        attention_ranks=args.attention_ranks,
-        expert_ranks=args.expert_ranks,
-        microbatches=args.microbatches,
-        max_new_tokens=args.max_new_tokens,
-        dtype=args.dtype,
-        ignore_eos=args.ignore_eos,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed,
-        max_batch=args.max_batch,
-        max_tokens=args.max_tokens,
-        reduce_at=args.reduce_at,
-        dispatch_dtype=args.dispatch_dtype,
-        linger_us=None if args.lockstep else args.linger_us,
-        delay_us=args.delay_us,
-        jitter_us=args.jitter_us,
-        record_routes=args.record_routes is not None,
-        timeout_s=args.timeout,
-        attention_device=args.attention_device or args.device,
-        expert_device=args.expert_device or args.device,
-        attention_threads=share if args.attention_threads is None else args.attention_threads,
-        expert_threads=share if args.expert_threads is None else args.expert_threads,
-        cuda_graphs=args.cuda_graphs,
-        one_process=args.one_process,
-    )
+    names = {field.name for field in dataclasses.fields(RunConfig)}
+    others = {
+        "checkpoint": str(args.checkpoint),
+        "linger_us": None if args.lockstep else args.linger_us,
+        "record_routes": args.record_routes is not None,
+        "timeout_s": args.timeout,
+    }
+    for role in ("attention", "expert"):
+        threads = getattr(args, f"{role}_threads")
+        others[f"{role}_threads"] = share if threads is None else threads
+        others[f"{role}_device"] = getattr(args, f"{role}_device") or args.device
+    run = RunConfig(**{name: value for name, value in vars(args).items() if name in names} | others)
     _ = run.sampling  # refuses temperature, top-p and seed out of range
     return run
 

@@ -57,16 +57,7 @@ class RunConfig:
     one_process: bool | None = None  # all ranks as threads of one process; None: where all are on one GPU
 
     def __post_init__(self) -> None:
-        counts = (
-            "attention_ranks",
-            "expert_ranks",
-            "microbatches",
-            "max_new_tokens",
-            "max_batch",
-            "max_tokens",
-            "attention_threads",
-            "expert_threads",
-        )
+        counts = [each.name for each in dataclasses.fields(self) if each.type == "int" and each.name != "seed"]
         for name in counts:
             value = getattr(self, name)
             if value < 1:
@@ -174,11 +165,7 @@ class RunConfig:
     def comm_config(self) -> m2n.Config:
         """The settings of this run's comms. Without a delay it is the environment's to imitate a slow network."""
         kinds = {name.partition(":")[0] for name in (self.attention_device, self.expert_device)}
-        config = m2n.Config(
-            job=self.job,
-            timeout_s=self.timeout_s,
-            connect_timeout_s=self.connect_timeout_s,
-        )
+        config = m2n.Config(job=self.job, timeout_s=self.timeout_s, connect_timeout_s=self.connect_timeout_s)
         if len(kinds) != 1 and config.transport == "auto":
             # A GPU and a CPU meet in memory of the host, which both can write.
             config = dataclasses.replace(config, transport="shm")

@@ -69,64 +69,6 @@ def walk(
             yield Action(COMBINE, step, layer, microbatch)
 
 
-class _AttentionSchedule:
-    """The state of attention_schedule: every microbatch is in one of its collections, or being computed."""
-
-    def __init__(self, moe_layers: Sequence[bool], num_microbatches: int) -> None:
-        self.moe_layers = moe_layers
-        self.step_of = [0] * num_microbatches
-        self.walks: dict[int, Schedule] = {}  # of those that are in a step
-        self.to_begin = deque(range(num_microbatches))
-        self.idle: list[int] = []  # had no tokens when it was last asked
-        # Attention is computed; the slot may still await the answer to an empty message.
-        self.to_dispatch: dict[int, Action] = {}
-        self.to_combine: dict[int, Action] = {}  # with the experts, longest ago first
-
-    def compute(self, microbatch: int) -> Schedule:
-        """Attention until tokens are to go to the experts, or the step ends."""
-        for action in self.walks[microbatch]:
-            if action.kind == DISPATCH:
-                self.to_dispatch[microbatch] = action
-                return
-            yield action
-        yield Action(END, self.step_of[microbatch], len(self.moe_layers), microbatch)
-        self.step_of[microbatch] += 1
-        # What this one leaves may be the next step of another.
-        self.to_begin.extend((microbatch, *self.idle))
-        self.idle.clear()
-
-    def go_on(self, microbatch: int) -> Schedule:
-        """One that waited is ready."""
-        if microbatch in self.to_dispatch:
-            yield self.to_dispatch.pop(microbatch)
-            self.to_combine[microbatch] = next(self.walks[microbatch])
-            return
-        yield self.to_combine.pop(microbatch)
-        yield from self.compute(microbatch)
-
-    def run(self) -> Schedule:
-        while True:
-            # Tokens that are to leave come first: experts that have nothing to do cost most. Then steps that begin: a
-            # microbatch that is left behind would run alone at the end.
-            waiting = tuple(self.to_dispatch) if self.to_begin else (*self.to_dispatch, *self.to_combine)
-            if waiting:
-                ready = yield Action(POLL if self.to_begin else WAIT, waiting=waiting)
-                if ready is None and not self.to_begin:
-                    ready = waiting[0]
-                if ready is not None:
-                    yield from self.go_on(ready)
-                    continue
-            if not self.to_begin:
-                return
-            microbatch = self.to_begin.popleft()
-            step = self.step_of[microbatch]
-            if (yield Action(BEGIN, step, 0, microbatch)):
-                self.walks[microbatch] = walk(self.moe_layers, microbatch, step)
-                yield from self.compute(microbatch)
-            else:
-                self.idle.append(microbatch)
-
-
 def attention_schedule(moe_layers: Sequence[bool], num_microbatches: int) -> Schedule:
     """Yield what an attention rank does, until no microbatch has tokens and none is with the experts.
 
@@ -145,7 +87,45 @@ def attention_schedule(moe_layers: Sequence[bool], num_microbatches: int) -> Sch
         raise ValueError("moe_layers: expected at least one layer")
     if num_microbatches < 1:
         raise ValueError(f"num_microbatches: expected at least 1, got {num_microbatches}")
-    return _AttentionSchedule(moe_layers, num_microbatches).run()
+    return _attention_schedule(moe_layers, num_microbatches)
+
+
+def _attention_schedule(moe_layers: Sequence[bool], num_microbatches: int) -> Schedule:
+    step_of, to_begin = [0] * num_microbatches, deque(range(num_microbatches))
+    walks: dict[int, Schedule] = {}  # of those that are in a step
+    # What each of them does next: DISPATCH, but its slot may still await the answer to an empty message, or COMBINE.
+    # Longest ago first.
+    awaited: dict[int, Action] = {}
+    idle: list[int] = []  # had no tokens when it was last asked
+    while True:
+        # Tokens that are to leave come first: experts that have nothing to do cost most. Then steps that begin: a
+        # microbatch that is left behind would run alone at the end.
+        waiting = tuple(microbatch for microbatch, action in awaited.items() if action.kind == DISPATCH)
+        if not to_begin:
+            waiting += tuple(microbatch for microbatch in awaited if microbatch not in waiting)
+        ready = (yield Action(POLL if to_begin else WAIT, waiting=waiting)) if waiting else None
+        if ready is not None or not to_begin:
+            if not waiting:
+                return
+            microbatch = waiting[0] if ready is None else ready
+            yield awaited.pop(microbatch)
+        else:
+            microbatch = to_begin.popleft()
+            if not (yield Action(BEGIN, step_of[microbatch], 0, microbatch)):
+                idle.append(microbatch)
+                continue
+            walks[microbatch] = walk(moe_layers, microbatch, step_of[microbatch])
+        for action in walks[microbatch]:
+            if action.kind != ATTEND:
+                awaited[microbatch] = action
+                break
+            yield action
+        else:
+            yield Action(END, step_of[microbatch], len(moe_layers), microbatch)
+            step_of[microbatch] += 1
+            # What this one leaves may be the next step of another.
+            to_begin.extend((microbatch, *idle))
+            idle.clear()
 
 
 def expert_schedule() -> Schedule:

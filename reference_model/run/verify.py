@@ -43,13 +43,7 @@ def _first_difference(
 ) -> dict[str, Any]:
     shorter = min(len(expected), len(got))
     at = next((i for i in range(shorter) if expected[i] != got[i]), shorter)
-    about: dict[str, Any] = {
-        "sequence": idx,
-        "position": at,
-        "expected": None,
-        "got": None,
-        "logit_gap": None,
-    }
+    about: dict[str, Any] = {"sequence": idx, "position": at, "expected": None, "got": None, "logit_gap": None}
     if at < shorter:
         logits = model.logits(prompt + expected[:at], run.max_tokens, run.dispatch_dtype)
         gap = float(logits[expected[at]] - logits[got[at]])
