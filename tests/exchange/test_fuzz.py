@@ -139,12 +139,12 @@ def build_wrong(mutation: Mutation) -> Path:
     header.parent.mkdir(parents=True, exist_ok=True)
     header.write_text(wrong)
     # What includes the header, directly or not, is compiled again; the rest is the library as it is.
-    right = str(ROOT / "csrc" / mutation.header)
+    right = re.escape(str(ROOT / "csrc" / mutation.header).replace(" ", "\\ "))  # as compilers write dependencies
     again, rest = [ROOT / f"tests/exchange/fuzz/{mutation.target}.cc"], []
     for path in (BUILD / "objects").glob("*.o"):
         if path.stem in TARGETS:
             continue
-        includes_it = right in path.with_suffix(".d").read_text().split()
+        includes_it = re.search(rf"{right}\s", path.with_suffix(".d").read_text()) is not None
         (again if includes_it else rest).append(BUILD / f"{path.stem}.cc" if includes_it else path)
     objects = compile_objects(again, directory / "objects", includes(directory))
     program = directory / mutation.target
