@@ -17,10 +17,10 @@ from m2n.reference_model.console.tables import print_table
 from m2n.reference_model.errors import InputError
 
 from ..harness.cases import SHARED_FOLDER
+from ..harness.options import add_outputs, parse_list
 from ..harness.report import results_console, save_json
 from . import connect_ranks
 from .connect_ranks import Processes, Setup, receive
-from .latency import add_outputs, parse_list
 
 _TIMEOUT_S = 60.0
 _NUM_EXPERTS = 16

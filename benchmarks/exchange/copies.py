@@ -19,10 +19,10 @@ from m2n.reference_model.console.tables import print_table
 from m2n.reference_model.errors import InputError
 
 from ..harness.cases import SHARED_FOLDER
+from ..harness.options import add_outputs, parse_list
 from ..harness.report import Row, results_console, save_json, size_name
 from ..harness.routing import make_topk
 from ..harness.runs import RunFailed, run_processes
-from .latency import add_outputs, parse_list
 
 ROW_BYTES = 2048
 _TIMEOUT_S = 60.0

@@ -20,8 +20,8 @@ from m2n.reference_model.errors import InputError
 
 from ..harness import runs, stats
 from ..harness.cases import SHARED_FOLDER, Case, require_memory
+from ..harness.options import add_outputs, parse_list
 from ..harness.report import Row, results_console, save_json, size_name
-from .latency import add_outputs, parse_list
 
 # What grows: (the unit of a slope, how many of it are in one us).
 _UNITS = {

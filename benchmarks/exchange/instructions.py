@@ -21,9 +21,9 @@ from typing import Any
 from m2n.reference_model.console.tables import print_table
 from m2n.reference_model.errors import InputError
 
+from ..harness.options import add_outputs
 from ..harness.report import results_console, save_json, size_name
 from ..harness.runs import RunFailed
-from .latency import add_outputs
 
 SOURCE = Path(__file__).with_suffix(".cc")
 COMPILE = ("-std=c++20", "-O2", "-w", "-ffp-contract=off", "-DM2N_HAS_CUDA=0", "-pthread")

@@ -4,19 +4,17 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import itertools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from m2n.reference_model.console.files import Files
 from m2n.reference_model.errors import InputError
 
 from ..harness import report, runs
-from ..harness.cases import DTYPE_BYTES, Case, make_case, require_memory
-from ..harness.routing import ROUTINGS
+from ..harness.cases import make_case
+from ..harness.options import add_options, parse_list
 
-LIMITS = "memcpy,non-temporal,hop"
 _SWEEP = ",".join(str(1024 << i) for i in range(14))
 
 _COMMANDS = {  # what it measures, and the default sizes
@@ -46,50 +44,6 @@ _BOUNDARY = """One boundary of time for all contenders: from before the call tha
 receiver has read every line of the rows (dispatch), or has their sum in y (combine)."""
 
 
-def add_options(parser: argparse.ArgumentParser, sizes: str) -> None:
-    """What all transport benchmarks take."""
-    add = parser.add_argument
-    add("--sizes", default=sizes, metavar="BYTES,...", help="per pair of ranks (default %(default)s)")
-    known = ",".join(runs.known_contenders())
-    add("--baselines", default=LIMITS, metavar="NAME,...", help=f"of {known} (default %(default)s; '' for none)")
-    add("--python", action="store_true", help="m2n at the Python boundary too, as with any contender there")
-    add("--hidden", type=int, metavar="H", help="elements of a row (default: rows of at most 8 KB)")
-    add("--dtype", choices=sorted(DTYPE_BYTES), default="bfloat16", help="of rows, both ways (default bfloat16)")
-    add("--top-k", type=int, default=2, metavar="K", help="experts of a token (default 2)")
-    add("--experts", type=int, metavar="E", help="default: at least 8, as many on each rank")
-    add("--reduce-at", choices=("expert", "attention"), default="expert", help="where sums are made (default expert)")
-    add("--routing", default="balanced", metavar="HOW", help=f"{', '.join(ROUTINGS)}, or a file of --record-routes")
-    add("--transport", default="shm", choices=("shm", "tcp", "ucx"), help="of m2n (default shm), by loopback")
-    add(
-        "--pin",
-        default="auto",
-        metavar="auto|none|C,...",
-        help="cores by process, attention ranks first (default auto)",
-    )
-    add("--starts", type=int, default=8, metavar="N", help="process starts per case (default 8)")
-    add("--seconds", type=float, default=0.3, metavar="S", help="of each contender in a start (default 0.3)")
-    add_outputs(parser)
-    add("--plot", type=Path, metavar="FILE.png", help="draw p50 and p99 against bytes (needs matplotlib)")
-    add("--compare", type=Path, metavar="OLD.json", help="against the results of an earlier run")
-
-
-def add_outputs(parser: argparse.ArgumentParser) -> None:
-    """Where results go."""
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results")
-
-
-def parse_list(option: str, text: str) -> list[int]:
-    """Whole numbers with commas between them.
-
-    Raises:
-        InputError: naming the option.
-    """
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise InputError(f"{option}: expected whole numbers with commas between them, got {text!r}") from None
-
-
 def parse_ranks(text: str) -> list[tuple[int, int]]:
     """As in "1x2,8x8".
 
@@ -109,26 +63,9 @@ def run(args: argparse.Namespace, command: str) -> None:
     ranks = parse_ranks(args.ranks) if is_grid else [(args.attention_ranks, args.expert_ranks)]
     cases = [make_case(m, n, size, args) for m, n in ranks for size in parse_list("--sizes", args.sizes)]
     plan = runs.make_plan([name for name in args.baselines.split(",") if name], args.starts, args.seconds, args.python)
-    rows = measure_all(cases, plan)
+    rows = list(itertools.chain(*runs.measure_all([("", case, plan) for case in cases])))
     directions = ("roundtrip",) if args.benchmark == "roundtrip" else runs.DIRECTIONS
     finish(args, command, rows, old, directions)
-
-
-def measure_all(cases: Sequence[Case], plan: runs.Plan) -> list[report.Row]:
-    """The rows of all cases, with a progress bar where somebody looks."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    runs.program()
-    for case in cases:
-        require_memory(case, len(plan.native) + len(plan.python))
-    rows = []
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as progress:
-        task = progress.add_task("", total=len(cases) * plan.starts)
-        for case in cases:
-            progress.update(task, description=f"{case.m} x {case.n}, {report.size_name(case.num_bytes)}")
-            rows += runs.measure(case, plan, lambda: progress.advance(task))
-    return rows
 
 
 def finish(

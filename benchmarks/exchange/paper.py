@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from m2n.reference_model.console.tables import print_table
 
 from ..harness import report, runs
-from ..harness.cases import Case, make_case, require_memory
-from .latency import add_outputs
+from ..harness.cases import Case, make_case
+from ..harness.options import add_outputs
 
 KB, MB = 1 << 10, 1 << 20
 _NATIVE = "memcpy,non-temporal,hop,ucx-shm,mpi"
@@ -80,25 +79,11 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace, command: str) -> None:
     """Measures all figures, prints them beside the paper's, writes the JSON."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     figures = _QUICK if args.quick else FIGURES
-    work = [
-        (figure, case, plan)
-        for figure in figures
-        for case in (_case(figure, numbers, args) for numbers in figure.cases)
-        for plan in (_plan(case, figure.starts, args.seconds),)
-    ]
-    runs.program()
-    for _, case, plan in work:
-        require_memory(case, len(plan.native) + len(plan.python))
-    rows: list[report.Row] = []
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as progress:
-        task = progress.add_task("", total=sum(plan.starts for _, _, plan in work))
-        for figure, case, plan in work:
-            progress.update(task, description=f"{figure.name}: {case.m} x {case.n}, {report.size_name(case.num_bytes)}")
-            rows += [{"figure": figure.name, **row} for row in runs.measure(case, plan, lambda: progress.advance(task))]
+    of_figures = [(figure, _case(figure, numbers, args)) for figure in figures for numbers in figure.cases]
+    work = [(f"{figure.name}: ", case, _plan(case, figure.starts, args.seconds)) for figure, case in of_figures]
+    measured = zip(of_figures, runs.measure_all(work))
+    rows = [{"figure": figure.name, **row} for (figure, _), found in measured for row in found]
     comparison = compare_contenders(rows)
     console = report.results_console(140)
     for figure in figures:

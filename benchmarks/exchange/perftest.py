@@ -19,9 +19,9 @@ from m2n.reference_model.errors import InputError
 
 from ..harness import runs
 from ..harness.cases import make_case
+from ..harness.options import add_options, parse_list
 from ..harness.plugins import native_transport
 from ..harness.report import results_console, save_json
-from .latency import add_options, parse_list
 
 _ABOUT = """One way over TCP on loopback, medians of rounds in which ucx_perftest, m2n and UCX's tagged messages
 (ucx-tcp) take turns, pinned to the same two cores. ucx_perftest sends one piece in a loop and does not read it. m2n and

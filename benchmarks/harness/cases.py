@@ -109,7 +109,7 @@ class Case:
 
 
 def make_case(m: int, n: int, num_bytes: int, args: Any) -> Case:
-    """A case from the command line's options (see transport.add_options).
+    """A case from the command line's options (see options.add_options).
 
     Raises:
         InputError: naming the option.

@@ -12,6 +12,7 @@ import importlib.metadata
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -27,7 +28,8 @@ from m2n.reference_model.errors import InputError
 
 from ..contenders.python import PYTHON_CONTENDERS, why_not
 from . import plugins, stats
-from .cases import SHARED_FOLDER, Case
+from .cases import SHARED_FOLDER, Case, require_memory
+from .report import size_name
 
 NATIVE = (
     "m2n", "memcpy", "non-temporal", "hop", "socket", "m2n-pack", "m2n-tcp", "m2n-ucx", "ucx-shm", "ucx-tcp", "mpi",
@@ -242,4 +244,25 @@ def measure(case: Case, plan: Plan, tick: Callable[[], None]) -> list[dict[str, 
     for name, reason in plan.reasons.items():
         boundary = "python" if name in PYTHON_CONTENDERS else "cpp"
         rows.append({"contender": name, "direction": "all", "boundary": boundary, **about, "reason": reason})
+    return rows
+
+
+def measure_all(work: Sequence[tuple[str, Case, Plan]]) -> list[list[dict[str, Any]]]:
+    """The rows of each case, with a progress bar where somebody looks; each has words before its name there.
+
+    Raises:
+        InputError: no program, or no memory for one of them. RunFailed: with what the ranks have said.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    program()
+    for _, case, plan in work:
+        require_memory(case, len(plan.native) + len(plan.python))
+    rows = []
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as progress:
+        task = progress.add_task("", total=sum(plan.starts for _, _, plan in work))
+        for words, case, plan in work:
+            progress.update(task, description=f"{words}{case.m} x {case.n}, {size_name(case.num_bytes)}")
+            rows.append(measure(case, plan, lambda: progress.advance(task)))
     return rows

@@ -130,6 +130,7 @@ BAD = [
     ("public_names_only", "reference_model/engine/rounds.py", "from ..run.rank import run_rank"),
     ("public_names_only", "benchmarks/harness/runs.py", "from ..exchange import latency"),
     ("public_names_only", "benchmarks/exchange/latency.py", "from m2n.reference_model.report import timeline"),
+    ("public_names_only", "benchmarks/exchange/growth.py", "from .latency import parse_list"),
     ("public_names_only", "reference_model/console/files.py", "from ..model import config"),
     ("public_names_only", "reference_model/model/decoder.py", "from ...benchmarks import cli"),
     ("public_names_only", "benchmarks/cli.py", "def f():\n    from m2n._C import Shape"),
@@ -162,8 +163,12 @@ def test_the_rule_finds_it(name: str, path: str, text: str) -> None:
 def test_no_module_imports_itself_by_way_of_others() -> None:
     product = {path: text for path, text in PYTHON.items() if not path.startswith("tests/")}
     assert not rules.circles(product)
-    beside = "from . import b\n", "def f():\n    from .a import x\n"
-    assert rules.circles({"m2n/a.py": beside[0], "m2n/b.py": beside[1]}), "this was to be found"
+    beside = {"m2n/a.py": "from . import b\n", "m2n/b.py": "def f():\n    from .a import x\n"}
+    around = {"benchmarks/a.py": "from .b.c import x", "benchmarks/b/c.py": "import m2n.benchmarks.b.d",
+              "benchmarks/b/d.py": "from ..a import y"}  # fmt: skip
+    for files_that_import in (beside, around):
+        assert rules.circles(files_that_import), "this was to be found"
+    assert not rules.circles({**around, "benchmarks/b/d.py": "from ..e import y", "benchmarks/e.py": ""})
 
 
 GOOD = [

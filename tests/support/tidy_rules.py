@@ -255,7 +255,7 @@ PYTHON_FLOORS = {
     "reference_model/": ("reference_model",),
     "benchmarks/contenders/": ("benchmarks.contenders", *_CONSOLE),
     "benchmarks/harness/": _HARNESS,
-    "benchmarks/exchange/": (*_HARNESS, "benchmarks.exchange"),
+    "benchmarks/exchange/": (*_HARNESS, "benchmarks.exchange.connect_ranks"),  # no command knows another one
     "benchmarks/pipeline/": (*_HARNESS, "benchmarks.pipeline", "reference_model"),
     "benchmarks/gpu/": (*_HARNESS, "benchmarks.gpu", "reference_model"),
     "benchmarks/": ("benchmarks", "reference_model"),
