@@ -144,13 +144,8 @@ def _print_figure(figure: Figure, compared: Sequence[report.Row], console: Any) 
     table = Table("m x n", "size", "cores", "contender", "boundary", "direction", "m2n p50 us (p99)", "its p50 (p99)",
                   "p50 / m2n's", "p99 / m2n's", "m2n's GB/s / its", title=title, title_justify="left")  # fmt: skip
     for row in compared:
-        where = [
-            f"{row['m']} x {row['n']}",
-            report.size_name(row["bytes"]),
-            row["placement"],
-            row["contender"],
-            row["boundary"],
-        ]
+        size, names = report.size_name(row["bytes"]), ("placement", "contender", "boundary")
+        where = [f"{row['m']} x {row['n']}", size, *(row[name] for name in names)]
         if "reason" in row:
             table.add_row(*where, f"not run: {row['reason']}")
             continue
