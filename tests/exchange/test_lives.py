@@ -263,7 +263,7 @@ def test_late_writes_of_an_old_life_land_where_nobody_reads(tmp_path: Path, tran
             ours.recv()
             with attention(tmp_path):  # displaces it, at the second index
                 pass
-            until(lambda: server.peers()[-1].state == "left")
+            until(lambda: [peer.state for peer in server.peers()][-1:] == ["left"])
             with attention(tmp_path) as comm:  # at the index that the process had
                 expected = exchange(comm, server)
                 dispatch(comm)
@@ -274,6 +274,7 @@ def test_late_writes_of_an_old_life_land_where_nobody_reads(tmp_path: Path, tran
                 assert np.array_equal(exchange(comm, server), expected)
         finally:
             ours.send("end")
+            ours.close()  # ends it wherever it is
             process.join()
 
 
