@@ -167,11 +167,10 @@ void bind_device_attention(py::module_& module) {
 void bind_device_expert(py::module_& module) {
   using BatchPtr = std::shared_ptr<DeviceBatch>;
   py::class_<DeviceBatch, BatchPtr>(module, "DeviceBatch")
-      .def_property_readonly(
-          "about",
-          [](const DeviceBatch& b) {
-            return std::tuple(b.layer, b.microbatch, b.num_rows, b.num_pairs, b.ranks, b.is_counted);
-          })
+      .def_property_readonly("about",
+                             [](const DeviceBatch& b) {
+                               return std::tuple(b.layer, b.microbatch, b.num_rows, b.num_pairs, b.ranks, b.is_counted);
+                             })
       .def_property_readonly("hosting", [](const DeviceBatch&) { return 0; })  // its placement is fixed
       .def_property_readonly("counts",
                              [](const BatchPtr& batch) {

@@ -349,10 +349,9 @@ void bind_values(py::module_& module) {
         return bits;
       });
   py::class_<Batch, std::shared_ptr<Batch>>(module, "Batch")
-      .def_property_readonly("about",
-                             [](const Batch& b) {
-                               return std::tuple(b.layer, b.microbatch, b.num_rows(), b.num_pairs(), b.ranks, true);
-                             })
+      .def_property_readonly(
+          "about",
+          [](const Batch& b) { return std::tuple(b.layer, b.microbatch, b.num_rows(), b.num_pairs(), b.ranks, true); })
       .def_readonly("hosting", &Batch::hosting)
       .def_property_readonly("row_index_by_expert",
                              [](const std::shared_ptr<Batch>& b) {
