@@ -190,7 +190,7 @@ class FakeExpert:
             self.native.dispatch_send(X, route, 0, 5, SOON_S, 0, 1, 0)
         else:
             route = _C.Route(shape)
-            route.build_from_topk(IDS, WEIGHTS, *hosts, 0)
+            route.build_from_topk(IDS, WEIGHTS, ONE._native(), 1, 0, False)
             self.native.dispatch_send(X, route, 0, 5, SOON_S, 0)
 
     def reply(self, layer: int, microbatch: int, num_rows: int) -> None:
