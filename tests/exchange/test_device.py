@@ -6,7 +6,6 @@ On `emulated` the launches run on CPU threads; on `cuda:0` they are kernels.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import multiprocessing
 import threading
@@ -20,71 +19,22 @@ import numpy as np
 import pytest
 import torch
 import virtual_ranks
-from bodies import is_nan
+from bodies import ONE, SMALL, is_nan
 from conftest import over
-from test_faults import IDS, ONE, SHAPE, SOON_S, TWO, WEIGHTS, X
+from launched import Pair, config, on_devices
+from small_case import IDS, TWO, WEIGHTS, X
+from waits import SOON_S
 
 import m2n
 from m2n import arrays, testing
 from m2n.testing import expert_outputs
 
 pytestmark = over("auto", "stream-waits", "tcp", "ucx")
-on_devices = pytest.mark.parametrize("device", ("emulated", pytest.param("cuda:0", marks=pytest.mark.cuda)))
-
-
-def config() -> m2n.Config:
-    return dataclasses.replace(bodies.NUMPY, arrays="torch")
-
-
-class Pair:
-    """An attention rank and the expert ranks of a placement, on one device, in this thread."""
-
-    def __init__(self, store: Path, on: str, placed: m2n.Placement = ONE, **of_attention: Any) -> None:
-        self.where = on if on.startswith("cuda") else "cpu"
-        self.options = {"shape": SHAPE, "placement": placed, "store": store, "config": config(), "device": on}
-        shared = {**self.options, **{key: of_attention[key] for key in ("name", "shape") if key in of_attention}}
-        self.experts = [m2n.ExpertComm(i, **shared) for i in range(placed.num_expert_ranks)]
-        self.comm = m2n.AttentionComm(0, **{**self.options, **of_attention})
-
-    def __enter__(self) -> Pair:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        for comm in (self.comm, *self.experts):
-            comm.close()
-
-    def tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.where)
-
-    def dispatch(self, microbatch: int = 0, layer: int = 0) -> None:
-        route = self.comm.route(self.tensor(IDS), self.tensor(WEIGHTS))
-        self.comm.dispatch_send(self.tensor(X), route, microbatch, layer)
-
-    def answer(self, **options: Any) -> None:
-        for comm in self.experts:
-            batch = comm.dispatch_recv(**options)
-            assert batch is not None
-            comm.combine_send(batch, expert_outputs(batch, comm.placement.experts_of(comm.rank)))
-
-    def sync(self) -> None:
-        """Until everything that was launched has run."""
-        if self.where != "cpu":
-            torch.cuda.synchronize()
-
-    def check_past_a_timeout(self) -> None:
-        """check() until it raises something else: that another rank is late may be told first."""
-        for _ in range(2):
-            with contextlib.suppress(m2n.Timeout):
-                self.comm.check()
-
-    def expected(self) -> torch.Tensor:
-        workload = testing.Workload(torch.from_numpy(X), torch.from_numpy(IDS), torch.from_numpy(WEIGHTS))
-        return testing.oracle_combine(workload, SHAPE, self.options["placement"])
 
 
 @on_devices
 def test_all_ranks_in_one_thread_equal_the_oracle(device: str) -> None:
-    shape = dataclasses.replace(SHAPE, hidden=72, microbatches=3)
+    shape = dataclasses.replace(SMALL, hidden=72, microbatches=3)
     assert virtual_ranks.run(device, shape, m2n.Placement.block(4, 2), 3, 12, config()) == 36
 
 
@@ -148,10 +98,10 @@ def test_a_lost_rank_leaves_nan_in_its_rows_and_the_others_go_on(device: str, tm
 def test_a_killed_process_is_lost_to_a_launched_wait(to_do: str, is_lost: bool, tmp_path: Path) -> None:
     # On the CPU: it need not be of our kind.
     process = multiprocessing.get_context("spawn").Process(
-        target=bodies.expert_main, args=(0, str(tmp_path), SHAPE, ONE, to_do)
+        target=bodies.expert_main, args=(0, str(tmp_path), SMALL, ONE, to_do)
     )
     process.start()
-    with m2n.AttentionComm(0, SHAPE, ONE, tmp_path, device="emulated", config=config()) as comm:
+    with m2n.AttentionComm(0, SMALL, ONE, tmp_path, device="emulated", config=config()) as comm:
         comm.dispatch_send(torch.from_numpy(X), comm.route(torch.from_numpy(IDS), torch.from_numpy(WEIGHTS)))
         process.join()
         y = comm.combine_recv(timeout=SOON_S)
@@ -166,10 +116,10 @@ def test_a_killed_process_is_lost_to_a_launched_wait(to_do: str, is_lost: bool, 
 def test_a_dispatch_that_gives_up_sends_nothing_and_its_combine_is_nan(device: str, tmp_path: Path) -> None:
     late = dataclasses.replace(config(), timeout_s=0.05)
     with Pair(tmp_path, device, config=late) as pair:
-        nothing = torch.empty(0, SHAPE.top_k)
+        nothing = torch.empty(0, SMALL.top_k)
         route = pair.comm.route(nothing.int().to(pair.where), nothing.to(pair.where))
-        pair.comm.dispatch_send(torch.empty(0, SHAPE.hidden, device=pair.where), route)
-        assert pair.comm.combine_recv().shape == (0, SHAPE.hidden)  # the reply to no rows is not awaited
+        pair.comm.dispatch_send(torch.empty(0, SMALL.hidden, device=pair.where), route)
+        assert pair.comm.combine_recv().shape == (0, SMALL.hidden)  # the reply to no rows is not awaited
         pair.dispatch()  # but by the next dispatch
         pair.sync()
         with pytest.raises(m2n.Timeout, match="has not answered the last message on this slot; nothing was sent"):
@@ -185,7 +135,7 @@ def test_a_dispatch_that_gives_up_sends_nothing_and_its_combine_is_nan(device: s
 @on_devices
 @pytest.mark.parametrize("reduce_at, num_replied", [("expert", 4), ("attention", 6)])
 def test_what_was_moved_is_counted(device: str, reduce_at: Any, num_replied: int, tmp_path: Path) -> None:
-    shape = dataclasses.replace(SHAPE, reduce_at=reduce_at)
+    shape = dataclasses.replace(SMALL, reduce_at=reduce_at)
     with Pair(tmp_path, device, TWO, shape=shape) as pair:
         pair.dispatch()
         pair.answer()
@@ -240,7 +190,7 @@ def test_a_batch_keeps_its_slot_until_it_is_answered(device: str, tmp_path: Path
         server.combine_send(second, second.gather())
         assert not any(is_nan(late.combine_recv().cpu())) and not any(is_nan(pair.comm.combine_recv().cpu()))
         with pytest.raises(ValueError, match="already called"):
-            server.combine_send(second, torch.zeros(6, SHAPE.hidden, device=pair.where))
+            server.combine_send(second, torch.zeros(6, SMALL.hidden, device=pair.where))
 
 
 @on_devices
@@ -267,13 +217,13 @@ def test_aborting_ends_a_launched_wait(device: str, tmp_path: Path) -> None:
 def test_ready_made_splits(device: str, tmp_path: Path) -> None:
     with Pair(tmp_path, device, TWO) as pair:
         ids, weights = pair.tensor(np.array([[0, 1], [2, 3], [3, -1]], np.int64)), pair.tensor(WEIGHTS)
-        route = m2n.Route.from_splits([1, 2], ids, weights, shape=SHAPE)
+        route = m2n.Route.from_splits([1, 2], ids, weights, shape=SMALL)
         pair.comm.dispatch_send(pair.tensor(X), route)
         assert route.rows_per_rank == [1, 2]
         pair.answer()
         workload = testing.Workload(torch.from_numpy(X), ids.cpu(), weights.cpu())
-        assert torch.equal(pair.comm.combine_recv().cpu(), testing.oracle_combine(workload, SHAPE, TWO))
-        wrong = m2n.Route.from_splits([1, 2], ids[[0, 1, 0]], weights, shape=SHAPE)
+        assert torch.equal(pair.comm.combine_recv().cpu(), testing.oracle_combine(workload, SMALL, TWO))
+        wrong = m2n.Route.from_splits([1, 2], ids[[0, 1, 0]], weights, shape=SMALL)
         pair.comm.dispatch_send(pair.tensor(X), wrong, microbatch=1)  # rank 1 is asked for experts 0 and 1
         assert pair.experts[1].dispatch_recv(timeout=0.2) is None
 
@@ -322,7 +272,7 @@ def test_verbs_go_to_the_stream_that_is_named(kind: str, tmp_path: Path) -> None
         torch.cuda.synchronize()
         # Launched before anything was sent: the default stream would never come to the send.
         pair.comm.dispatch_send(x, pair.comm.route(ids, weights, stream=sends), stream=sends)
-        out = torch.zeros(3, SHAPE.hidden, device="cuda:0")
+        out = torch.zeros(3, SMALL.hidden, device="cuda:0")
         torch.cuda.synchronize()
         pair.comm.combine_recv(out=out, stream=sends)
         assert not streams[0].query()  # it waits
@@ -338,7 +288,7 @@ def test_verbs_go_to_the_stream_that_is_named(kind: str, tmp_path: Path) -> None
 def test_cupy_in_cupy_out(tmp_path: Path) -> None:
     cupy = pytest.importorskip("cupy", reason="cupy is not installed")
     in_cupy = dataclasses.replace(config(), arrays="cupy")
-    options = {"shape": SHAPE, "placement": ONE, "store": tmp_path, "config": in_cupy, "device": "cuda:0"}
+    options = {"shape": SMALL, "placement": ONE, "store": tmp_path, "config": in_cupy, "device": "cuda:0"}
     with m2n.ExpertComm(0, **options) as server, m2n.AttentionComm(0, **options) as comm:
         comm.dispatch_send(cupy.asarray(X), comm.route(cupy.asarray(IDS), cupy.asarray(WEIGHTS)))
         torch.cuda.synchronize()

@@ -4,99 +4,20 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from typing import Any
 
-import bodies
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from oracle import FLOAT8, OWN_MEMORY, REPLICAS, SHAPE, all_kinds, check, of_dtype
 
 import m2n
 from m2n import testing
-from m2n.ranks import run_ranks
 
-SHAPE = m2n.Shape(
-    hidden=72, num_experts=8, top_k=3, max_tokens=17, microbatches=2, dispatch_dtype="float32", combine_dtype="float32"
-)
-# The host's own verbs; the same over UCX, by messages and by puts; kernels on CPU threads; and kernels.
+# UCX by messages and by puts.
 NETWORKS = ("tcp", *(pytest.param(name, marks=pytest.mark.ucx) for name in ("ucx", "ucx-put")))
-OWN_MEMORY = ("cpu", "emulated", pytest.param("cuda:0", marks=pytest.mark.cuda))
 DEVICES = (*OWN_MEMORY, *NETWORKS)
 DTYPES = ("float32", "bfloat16", "float16")
-FLOAT8 = "float8_e4m3fn"
-# Replicated experts, uneven ranks.
-REPLICAS = m2n.Placement([[0], [0, 1], [2], [1, 2], [0, 1, 2], [2], [1], [0, 2]])
-
-
-def as_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """bfloat16 as ml_dtypes has it."""
-    if tensor.dtype == torch.bfloat16:
-        import ml_dtypes
-
-        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
-
-
-def of_dtype(shape: m2n.Shape, dtype: str) -> m2n.Shape:
-    """With rows of `dtype` both ways; replies to float8 are bfloat16."""
-    return dataclasses.replace(shape, dispatch_dtype=dtype, combine_dtype="bfloat16" if dtype == FLOAT8 else dtype)
-
-
-def to_numpy(workload: testing.Workload) -> testing.Workload:
-    return testing.Workload(as_numpy(workload.x), workload.topk_ids.numpy(), workload.topk_weights.numpy())
-
-
-def to_device(workload: testing.Workload, device: str) -> testing.Workload:
-    if not device.startswith("cuda"):
-        device = "cpu"
-    return testing.Workload(*(getattr(workload, f.name).to(device) for f in dataclasses.fields(workload)))
-
-
-def check(
-    shape: m2n.Shape,
-    placement: m2n.Placement,
-    workloads: list[list[testing.Workload]],
-    processes: bool = False,
-    in_numpy: bool = False,
-    device: str = "cpu",
-    faults: m2n.Faults | None = None,
-    **options: Any,
-) -> None:
-    """Runs the workloads [rank][layer] through the library and compares every result with the oracle."""
-    place = to_numpy if in_numpy else functools.partial(to_device, device=device)
-    given_workloads = [[place(w) for w in layers] for layers in workloads]
-    is_network = device.startswith(("tcp", "ucx"))
-    config = bodies.config_of(device) if is_network else bodies.NUMPY
-    config = dataclasses.replace(config, arrays="numpy" if in_numpy else "torch", faults=faults)
-    results = run_ranks(
-        bodies.pair(given_workloads, **options),
-        len(workloads),
-        placement.num_expert_ranks,
-        shape=shape,
-        placement=placement,
-        processes=processes,
-        device="cpu" if is_network else device,
-        config=config,
-    )
-    for rank, layers in enumerate(workloads):
-        for layer, workload in enumerate(layers):
-            expected = testing.oracle_combine(workload, shape, placement, rank)
-            y = results["attention", rank][layer]
-            y = torch.from_numpy(y.view(np.uint16) if y.dtype.name == "bfloat16" else y) if in_numpy else y
-            y = y.view(torch.bfloat16) if y.dtype == torch.uint16 else y.cpu()
-            assert torch.equal(y, expected), f"attention rank {rank}, layer {layer}: differs from the oracle"
-
-
-def all_kinds(shape: m2n.Shape, num_ranks: int) -> list[list[testing.Workload]]:
-    """Every kind of workload as a layer, at a different layer on each rank."""
-    kinds = testing.KINDS
-    return [
-        [testing.make_workload(shape, kinds[(i + rank) % len(kinds)], 10 * i + rank) for i in range(len(kinds))]
-        for rank in range(num_ranks)
-    ]
 
 
 @pytest.mark.parametrize("reduce_at", ["expert", "attention"])

@@ -7,15 +7,12 @@ import contextlib
 import dataclasses
 import gc
 import json
-import multiprocessing
 import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,67 +20,24 @@ import bodies
 import numpy as np
 import psutil
 import pytest
+from bodies import ONE, SMALL, small_attention, small_expert
 from conftest import Leftovers, over
+from processes import program
+from small_case import IDS, TWO, WEIGHTS, X, answer, dispatch, start
+from waits import SOON_S
 
 import m2n
 from m2n import _C
 from m2n.ranks import run_ranks
 from m2n.testing import expert_outputs
 
-# From where a program of a test imports this file.
-IMPORTED = [str(Path(__file__).resolve().parents[1] / name) for name in ("support", ".", "exchange")]
+__all__ = ["start"]
 pytestmark = over("auto", "tcp", "ucx")
-SHAPE = m2n.Shape(
-    hidden=64, num_experts=4, top_k=2, max_tokens=8, microbatches=2, dispatch_dtype="float32", combine_dtype="float32"
-)
-ONE = m2n.Placement.block(4, 1)
-TWO = m2n.Placement.block(4, 2)
-IDS = np.array([[0, 1], [2, 3], [0, 3]], np.int32)
-WEIGHTS = np.full((3, 2), 0.5, np.float32)
-X = np.arange(3 * 64, dtype=np.float32).reshape(3, 64)
-# A loss is noticed in milliseconds; these machines are busy, and 6x says nothing under a second.
-SOON_S = 5.0
-
-context = multiprocessing.get_context("spawn")
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Any]:
-    """start(main, rank, placement, to_do) starts a process on the store in tmp_path; all are ended afterwards."""
-    processes = []
-
-    def begin(main: Any, rank: int, placement: m2n.Placement, to_do: str) -> Any:
-        process = context.Process(target=main, args=(rank, str(tmp_path), SHAPE, placement, to_do))
-        process.start()
-        processes.append(process)
-        return process
-
-    yield begin
-    for process in processes:
-        process.kill()
-        process.join()
-
-
-def attention(tmp_path: Path, placement: m2n.Placement = ONE, rank: int = 0, **options: Any) -> m2n.AttentionComm:
-    return m2n.AttentionComm(rank, SHAPE, placement, tmp_path, config=bodies.NUMPY, **options)
-
-
-def expert(tmp_path: Path, placement: m2n.Placement = ONE, rank: int = 0, **options: Any) -> m2n.ExpertComm:
-    return m2n.ExpertComm(rank, SHAPE, placement, tmp_path, config=bodies.NUMPY, **options)
-
-
-def dispatch(comm: m2n.AttentionComm, microbatch: int = 0) -> None:
-    comm.dispatch_send(X, comm.route(IDS, WEIGHTS), microbatch=microbatch)
-
-
-def answer(comm: m2n.ExpertComm) -> None:
-    batch = comm.dispatch_recv()
-    comm.combine_send(batch, expert_outputs(batch, comm.placement.experts_of(comm.rank)))
 
 
 def test_killed_expert_process_is_peer_lost_and_the_others_go_on(start: Any, tmp_path: Path) -> None:
     start(bodies.expert_main, 1, TWO, "die")
-    with expert(tmp_path, TWO, 0) as survivor, attention(tmp_path, TWO) as comm:
+    with small_expert(tmp_path, TWO, 0) as survivor, small_attention(tmp_path, TWO) as comm:
         dispatch(comm)
         answer(survivor)
         began = time.monotonic()
@@ -111,7 +65,7 @@ def test_killed_expert_process_is_peer_lost_and_the_others_go_on(start: Any, tmp
 
 def test_a_complete_reply_of_a_dead_peer_counts(start: Any, tmp_path: Path) -> None:
     process = start(bodies.expert_main, 0, ONE, "answer_and_die")
-    with attention(tmp_path) as comm:
+    with small_attention(tmp_path) as comm:
         dispatch(comm)
         process.join()
         while comm.peers()[0].state == "live":
@@ -122,7 +76,7 @@ def test_a_complete_reply_of_a_dead_peer_counts(start: Any, tmp_path: Path) -> N
 
 
 def test_killed_attention_process_is_peer_lost_and_the_others_are_served(start: Any, tmp_path: Path) -> None:
-    with expert(tmp_path) as comm:
+    with small_expert(tmp_path) as comm:
         process = start(bodies.attention_main, 7, ONE, "hold")
         batch = comm.dispatch_recv()
         process.kill()
@@ -132,14 +86,14 @@ def test_killed_attention_process_is_peer_lost_and_the_others_are_served(start: 
         assert time.monotonic() - began < SOON_S
         comm.combine_send(batch, batch.gather())  # into memory that is still mapped: harmless
         comm.recover(7)
-        with attention(tmp_path) as other:
+        with small_attention(tmp_path) as other:
             dispatch(other)
             answer(comm)
             assert np.isfinite(other.combine_recv()).all()
 
 
 def test_strict_lockstep_ends_when_a_listed_rank_dies(start: Any, tmp_path: Path) -> None:
-    with expert(tmp_path) as comm:
+    with small_expert(tmp_path) as comm:
         start(bodies.attention_main, 1, ONE, "die")
         with pytest.raises(m2n.PeerLost, match="attention rank 1"):
             comm.dispatch_recv(linger_us=None, attention_ranks=[0, 1])
@@ -147,17 +101,16 @@ def test_strict_lockstep_ends_when_a_listed_rank_dies(start: Any, tmp_path: Path
 
 def test_a_stopped_launcher_of_children_leaves_no_orphan_link(start: Any, tmp_path: Path) -> None:
     """A forked child holds the dead rank's socket open: the pidfd tells all the same."""
-    with expert(tmp_path) as comm:
+    with small_expert(tmp_path) as comm:
         code = (
-            "import os, sys, time; sys.path[:0] = sys.argv[2:]; import bodies, m2n\n"
-            "from test_faults import SHAPE, ONE\n"
-            "comm = m2n.AttentionComm(0, SHAPE, ONE, sys.argv[1], config=bodies.NUMPY)\n"
+            "import os, sys, time, bodies\n"
+            "comm = bodies.small_attention(sys.argv[1])\n"
             "child = os.fork()\n"
             "if child == 0: time.sleep(30); os._exit(0)\n"
             "print(child, flush=True); os.kill(os.getpid(), 9)\n"
         )
         process = subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path), *IMPORTED],
+            program(code, tmp_path),
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -173,7 +126,11 @@ def test_a_stopped_launcher_of_children_leaves_no_orphan_link(start: Any, tmp_pa
 
 def test_the_verdict_on_a_lost_rank_is_kept(tmp_path: Path) -> None:
     """A rank that is cut off may still be alive: what it writes after it was found gone does not count."""
-    with expert(tmp_path, TWO, 0) as kept, expert(tmp_path, TWO, 1) as cut, attention(tmp_path, TWO) as comm:
+    with (
+        small_expert(tmp_path, TWO, 0) as kept,
+        small_expert(tmp_path, TWO, 1) as cut,
+        small_attention(tmp_path, TWO) as comm,
+    ):
         dispatch(comm)
         batch = cut.dispatch_recv()
         cut._native.drop_peer(0)
@@ -187,8 +144,8 @@ def test_the_verdict_on_a_lost_rank_is_kept(tmp_path: Path) -> None:
 
 
 def test_leaving_is_no_loss_unless_a_reply_is_owed(tmp_path: Path) -> None:
-    server = expert(tmp_path)
-    with attention(tmp_path) as comm:
+    server = small_expert(tmp_path)
+    with small_attention(tmp_path) as comm:
         dispatch(comm)
         answer(server)
         comm.combine_recv()
@@ -201,8 +158,8 @@ def test_leaving_is_no_loss_unless_a_reply_is_owed(tmp_path: Path) -> None:
 
 
 def test_an_attention_rank_that_left_is_not_an_error(tmp_path: Path) -> None:
-    with expert(tmp_path) as comm:
-        with attention(tmp_path) as other:
+    with small_expert(tmp_path) as comm:
+        with small_attention(tmp_path) as other:
             dispatch(other)
         # It may have come and gone before this side made the link live.
         while not comm.peers() or comm.peers()[0].state == "live":
@@ -213,7 +170,7 @@ def test_an_attention_rank_that_left_is_not_an_error(tmp_path: Path) -> None:
 
 
 def test_a_late_peer_is_a_timeout_and_the_call_can_be_repeated(tmp_path: Path) -> None:
-    with expert(tmp_path) as server, attention(tmp_path) as comm:
+    with small_expert(tmp_path) as server, small_attention(tmp_path) as comm:
         dispatch(comm)
         with pytest.raises(m2n.Timeout, match="expert rank 0 is alive but has not replied") as caught:
             comm.combine_recv(timeout=0.05)
@@ -223,7 +180,7 @@ def test_a_late_peer_is_a_timeout_and_the_call_can_be_repeated(tmp_path: Path) -
 
 
 def test_strict_lockstep_names_who_is_late(tmp_path: Path) -> None:
-    with expert(tmp_path) as server, attention(tmp_path, rank=0) as comm, attention(tmp_path, rank=1):
+    with small_expert(tmp_path) as server, small_attention(tmp_path, rank=0) as comm, small_attention(tmp_path, rank=1):
         dispatch(comm)
         with pytest.raises(m2n.Timeout, match="attention rank 1 has not dispatched"):
             server.dispatch_recv(linger_us=None, attention_ranks=[0, 1], timeout=0.1)
@@ -232,7 +189,7 @@ def test_strict_lockstep_names_who_is_late(tmp_path: Path) -> None:
 
 def test_an_unanswered_empty_message_is_a_timeout_of_the_next_dispatch(tmp_path: Path) -> None:
     config = dataclasses.replace(bodies.NUMPY, timeout_s=0.2)
-    with expert(tmp_path), m2n.AttentionComm(0, SHAPE, ONE, tmp_path, config=config) as comm:
+    with small_expert(tmp_path), m2n.AttentionComm(0, SMALL, ONE, tmp_path, config=config) as comm:
         comm.dispatch_send(X[:0], comm.route(IDS[:0], WEIGHTS[:0]))
         assert comm.combine_recv().shape == (0, 64)  # not awaited here
         with pytest.raises(m2n.Timeout, match="has not answered the last, empty message"):
@@ -242,7 +199,11 @@ def test_an_unanswered_empty_message_is_a_timeout_of_the_next_dispatch(tmp_path:
 def test_an_expert_that_is_not_hosted_is_refused_by_name(tmp_path: Path) -> None:
     """Two sides with different placements: until failover exists, a refusal is an error, and the slot is free again."""
     wrong = m2n.Placement([[0], [0], [0], [1]])
-    with expert(tmp_path, wrong, 0) as server, expert(tmp_path, wrong, 1) as other, attention(tmp_path, TWO) as comm:
+    with (
+        small_expert(tmp_path, wrong, 0) as server,
+        small_expert(tmp_path, wrong, 1) as other,
+        small_attention(tmp_path, TWO) as comm,
+    ):
         dispatch(comm)  # thinks that expert 2 is on rank 1
         threads = [threading.Thread(target=c.dispatch_recv, kwargs={"timeout": 1.0}) for c in (other,)]
         for thread in threads:
@@ -259,7 +220,7 @@ def test_an_expert_that_is_not_hosted_is_refused_by_name(tmp_path: Path) -> None
 
 
 def test_closing_ends_a_wait_in_another_thread(tmp_path: Path) -> None:
-    comm = expert(tmp_path)
+    comm = small_expert(tmp_path)
     errors: list[BaseException] = []
 
     def wait() -> None:
@@ -280,7 +241,7 @@ def test_closing_ends_a_wait_in_another_thread(tmp_path: Path) -> None:
 
 
 def test_a_peer_that_joins_a_comm_that_closes_meanwhile_hears_the_goodbye() -> None:
-    native = _C.ExpertComm(SHAPE._native(), 0, 1, "shm", [0])
+    native = _C.ExpertComm(SMALL._native(), 0, 1, "shm", [0])
     for fd, _ in native.offer(0, 1)["objects"]:
         os.close(fd)
     native.close()
@@ -292,7 +253,7 @@ def test_a_peer_that_joins_a_comm_that_closes_meanwhile_hears_the_goodbye() -> N
 
 
 def test_views_outlive_the_comm(tmp_path: Path) -> None:
-    with expert(tmp_path) as server, attention(tmp_path) as comm:
+    with small_expert(tmp_path) as server, small_attention(tmp_path) as comm:
         dispatch(comm)
         batch = server.dispatch_recv()
         window, index = batch.x, batch.row_index_by_expert
@@ -302,7 +263,7 @@ def test_views_outlive_the_comm(tmp_path: Path) -> None:
 
 
 def test_use_after_fork_is_refused_and_says_no_goodbye(tmp_path: Path) -> None:
-    with expert(tmp_path) as server, attention(tmp_path) as comm:
+    with small_expert(tmp_path) as server, small_attention(tmp_path) as comm:
         pid = os.fork()
         if pid == 0:
             status = 3
@@ -314,7 +275,7 @@ def test_use_after_fork_is_refused_and_says_no_goodbye(tmp_path: Path) -> None:
             server.close()
             os._exit(status)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-        with attention(tmp_path, rank=1):  # the child's close() did not close the parent's door
+        with small_attention(tmp_path, rank=1):  # the child's close() did not close the parent's door
             pass
         dispatch(comm)
         answer(server)
@@ -323,16 +284,15 @@ def test_use_after_fork_is_refused_and_says_no_goodbye(tmp_path: Path) -> None:
 
 def test_ctrl_c_ends_a_wait(tmp_path: Path) -> None:
     code = (
-        "import signal, sys; sys.path[:0] = sys.argv[2:]; import bodies, m2n\n"
-        "from test_faults import SHAPE, ONE\n"
+        "import signal, sys, bodies\n"
         # A shell starts what runs in its background with SIGINT ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "comm = m2n.ExpertComm(0, SHAPE, ONE, sys.argv[1], config=bodies.NUMPY)\n"
+        "comm = bodies.small_expert(sys.argv[1])\n"
         "print('ready', flush=True)\n"
         "comm.dispatch_recv(timeout=60)\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path), *IMPORTED],
+        program(code, tmp_path),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -348,10 +308,10 @@ def test_ctrl_c_ends_a_wait(tmp_path: Path) -> None:
 
 
 def test_a_new_life_of_a_rank_replaces_the_old_one(start: Any, tmp_path: Path) -> None:
-    with expert(tmp_path) as comm:
+    with small_expert(tmp_path) as comm:
         start(bodies.attention_main, 0, ONE, "hold")
         assert comm.wait_peer(0)
-        with attention(tmp_path) as newer:  # the old process is still there
+        with small_attention(tmp_path) as newer:  # the old process is still there
             while comm.peers()[0].state == "live":
                 time.sleep(0.01)
             assert [peer.cause for peer in comm.peers()][0] == "a newer life of the same rank has joined"
@@ -372,10 +332,10 @@ def open_files() -> list[str]:
 
 def test_nothing_is_left_behind(start: Any, tmp_path: Path) -> None:
     """No descriptor, mapping, shared-memory name or abstract socket, whether ranks close or are killed."""
-    run_ranks(bodies.pair([[]]), 1, 1, shape=SHAPE, config=bodies.NUMPY)  # the watcher's own descriptors stay
+    run_ranks(bodies.pair([[]]), 1, 1, shape=SMALL, config=bodies.NUMPY)  # the watcher's own descriptors stay
     gc.collect()
     files_before, shared_memory = open_files(), Leftovers()
-    with expert(tmp_path) as comm:
+    with small_expert(tmp_path) as comm:
         address = json.loads(next(tmp_path.iterdir()).read_text())["address"]
         assert f"@{address}" in Path("/proc/net/unix").read_text()
         process = start(bodies.attention_main, 0, ONE, "die")

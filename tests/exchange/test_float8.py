@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from libraries import CXX
-from test_exchange import OWN_MEMORY, as_numpy
+from oracle import OWN_MEMORY, as_numpy
 from tiers import needs_compiler
 
 import m2n

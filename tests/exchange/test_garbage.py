@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_faults import IDS, ONE, SHAPE, SOON_S, WEIGHTS, X, answer, attention, dispatch, expert
+from bodies import ONE, SMALL, small_attention, small_expert
+from small_case import IDS, WEIGHTS, X, answer, dispatch
+from waits import SOON_S
 
 import m2n
 from m2n import _C, bootstrap
@@ -27,8 +29,8 @@ class FakePeer:
     """An attention rank that writes what it likes into an expert rank's window."""
 
     def __init__(self, server: m2n.ExpertComm, store: Path) -> None:
-        self._native = _C.AttentionComm(SHAPE._native(), 0, 4, "shm")
-        identity = bootstrap.Identity("default", "default", "attention", 0, SHAPE)
+        self._native = _C.AttentionComm(SMALL._native(), 0, 4, "shm")
+        identity = bootstrap.Identity("default", "default", "attention", 0, SMALL)
         entry = bootstrap.json.loads(
             bootstrap.look_up(PathStore(store), identity.store_key("expert", 0), Deadline(5.0))
         )
@@ -57,7 +59,7 @@ class FakePeer:
         ids: tuple[int, ...] = (0, 1),
         weights: tuple[float, ...] = (0.5, 0.5),
     ) -> None:
-        num_slots = SHAPE.microbatches + 1
+        num_slots = SMALL.microbatches + 1
         header_rows = num_rows if header_rows is None else header_rows
         struct.pack_into("<6I", self.small, num_slots * 128, 0, microbatch, 0, flags, header_rows, 0)
         ids_at = 2 * num_slots * 128
@@ -89,7 +91,7 @@ class FakePeer:
 def test_garbage_from_a_peer_is_a_protocol_error_and_the_peer_is_told(
     device: str, garbage: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
-    with expert(tmp_path, device=device) as server:
+    with small_expert(tmp_path, device=device) as server:
         fake = FakePeer(server, tmp_path)
         fake.write(**garbage)
         with pytest.raises(m2n.ProtocolError, match=words) as caught:
@@ -101,7 +103,7 @@ def test_garbage_from_a_peer_is_a_protocol_error_and_the_peer_is_told(
         assert fake.connection.recv(1) == b""
         fake.connection.close()
         server.recover(0)
-        with attention(tmp_path, rank=1, device=device) as comm:  # the others go on
+        with small_attention(tmp_path, rank=1, device=device) as comm:  # the others go on
             dispatch(comm)
             answer(server)
             assert np.isfinite(comm.combine_recv()).all()
@@ -109,7 +111,7 @@ def test_garbage_from_a_peer_is_a_protocol_error_and_the_peer_is_told(
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
 def test_a_message_before_the_reply_is_a_protocol_error(device: str, tmp_path: Path) -> None:
-    with expert(tmp_path, device=device) as server:
+    with small_expert(tmp_path, device=device) as server:
         fake = FakePeer(server, tmp_path)
         fake.write()
         batch = server.dispatch_recv()
@@ -121,14 +123,14 @@ def test_a_message_before_the_reply_is_a_protocol_error(device: str, tmp_path: P
 
 
 def introduced(**changes: Any) -> bytes:
-    identity = bootstrap.Identity("default", "default", "attention", 0, SHAPE)
+    identity = bootstrap.Identity("default", "default", "attention", 0, SMALL)
     offer = {"process": 1, "device": "", "wakes": True, "objects": [(0, 1), (0, 2), (0, 3)], "address": b"", "link": 1}
     return json.dumps({**bootstrap.introduction(identity, offer, "shm"), **changes}).encode()
 
 
 def test_garbage_at_the_listener_keeps_nobody_out(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with expert(tmp_path) as server:
-        identity = bootstrap.Identity("default", "default", "attention", 0, SHAPE)
+    with small_expert(tmp_path) as server:
+        identity = bootstrap.Identity("default", "default", "attention", 0, SMALL)
         entry = bootstrap.json.loads(
             bootstrap.look_up(PathStore(tmp_path), identity.store_key("expert", 0), Deadline(5.0))
         )
@@ -160,7 +162,7 @@ def test_garbage_at_the_listener_keeps_nobody_out(tmp_path: Path, capfd: pytest.
             connection.close()
         stuck = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         stuck.connect("\0" + entry["address"])
-        with attention(tmp_path) as comm:
+        with small_attention(tmp_path) as comm:
             dispatch(comm)
             answer(server)
             assert np.isfinite(comm.combine_recv()).all()
@@ -172,7 +174,7 @@ class FakeExpert:
     """An expert rank that writes what it likes into an attention rank's window, after a dispatch of layer 5."""
 
     def __init__(self, device: str) -> None:
-        shape, hosts = SHAPE._native(), (ONE._offsets, ONE._ranks, 1)
+        shape, hosts = SMALL._native(), (ONE._offsets, ONE._ranks, 1)
         self.is_launched = device != "cpu"
         self.memory: Any = _C.ExpertComm(shape, 0, 1, "shm", [0, 1, 2, 3])  # which the messages go into
         self.native: Any = _C.AttentionComm(shape, 0, 1, "shm")
@@ -194,7 +196,7 @@ class FakeExpert:
             self.native.dispatch_send(X, route, 0, 5, SOON_S, 0)
 
     def reply(self, layer: int, microbatch: int, num_rows: int) -> None:
-        header_at = (SHAPE.microbatches + 1) * 128
+        header_at = (SMALL.microbatches + 1) * 128
         struct.pack_into("<6I", self.small, header_at, layer, microbatch, 0, 0, num_rows, 0)
         struct.pack_into("<Q", self.small, 0, num_rows << 32 | 1)
 

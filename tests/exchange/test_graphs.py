@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_device import config, is_nan
-from test_faults import SOON_S
-from test_launches import outputs_at_capacity
+from bodies import is_nan
+from launched import config, outputs_at_capacity
+from waits import SOON_S
 
 import m2n
 from m2n import testing

@@ -11,21 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import virtual_ranks
-from bodies import is_nan
-from test_device import Pair, on_devices
-from test_faults import IDS, SHAPE, SOON_S, TWO, WEIGHTS, X
+from bodies import SMALL, is_nan
+from launched import Pair, on_devices, outputs_at_capacity
+from small_case import IDS, TWO, WEIGHTS, X
+from waits import SOON_S
 
 import m2n
-
-
-def outputs_at_capacity(batch: m2n.Batch, experts: range) -> torch.Tensor:
-    """expert_outputs() without a look at the host: what lies behind the last pair is computed too; it means nothing."""
-    index, offsets = batch.row_index_by_expert, batch.expert_offsets
-    pairs = torch.arange(len(index), device=index.device)
-    expert = (torch.searchsorted(offsets[1:], pairs, right=True) + experts[0]).clamp(max=experts[-1])
-    scale, bias = 0.5 + 0.25 * (expert % 5), 0.125 * expert
-    x = batch.x[index]
-    return (x.float() * scale.float()[:, None] + bias.float()[:, None]).to(x.dtype)
 
 
 @on_devices
@@ -36,7 +27,7 @@ def test_a_receive_may_be_launched_without_a_wait_on_the_host(device: str, tmp_p
             pair.dispatch(layer=layer)
             for comm in pair.experts:
                 batch = comm.dispatch_recv(layer, 0, linger_us=None, attention_ranks=[0], sync=False)
-                assert batch.num_pairs == len(batch.row_index_by_expert) == 64 * SHAPE.max_tokens * 2
+                assert batch.num_pairs == len(batch.row_index_by_expert) == 64 * SMALL.max_tokens * 2
                 addresses.add(batch.row_index_by_expert.data_ptr())
                 with pytest.raises(ValueError, match="'padded' needs counts on the host"):
                     batch.gather("padded")

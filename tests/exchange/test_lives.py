@@ -10,7 +10,6 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,21 +17,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bodies import ONE, small_attention, small_expert
 from conftest import over
-from test_faults import IDS, ONE, SOON_S, WEIGHTS, X, answer, attention, dispatch, expert
+from small_case import IDS, WEIGHTS, X, answer, dispatch
+from waits import SOON_S, until
 
 import m2n
 from m2n.testing import expert_outputs, serve
 
 pytestmark = over("auto", "ucx")
 context = multiprocessing.get_context("spawn")
-
-
-def until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + SOON_S
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def objects_mapped() -> list[tuple[int, int]]:
@@ -53,9 +47,9 @@ def exchange(comm: m2n.AttentionComm, server: m2n.ExpertComm) -> np.ndarray:
 
 
 def test_a_rank_comes_back_more_often_than_there_are_peer_indices(tmp_path: Path) -> None:
-    with expert(tmp_path, max_peers=2) as server:
+    with small_expert(tmp_path, max_peers=2) as server:
         for life in range(9):
-            with attention(tmp_path, max_peers=1) as comm:
+            with small_attention(tmp_path, max_peers=1) as comm:
                 exchange(comm, server)
                 assert [peer.state for peer in server.peers()] == ["left"] * life + ["live"]
             until(lambda: server.peers()[-1].state == "left")
@@ -63,20 +57,20 @@ def test_a_rank_comes_back_more_often_than_there_are_peer_indices(tmp_path: Path
 
 
 def test_an_expert_rank_comes_back_more_often_than_there_are_peer_indices(tmp_path: Path) -> None:
-    first = expert(tmp_path)
-    with attention(tmp_path, max_peers=1) as comm:
+    first = small_expert(tmp_path)
+    with small_attention(tmp_path, max_peers=1) as comm:
         expected = exchange(comm, first)
         first.close()
         for _ in range(5):
             until(lambda: comm.peers()[-1].state == "left")
-            with expert(tmp_path) as server:
+            with small_expert(tmp_path) as server:
                 comm.set_placement(ONE, timeout=SOON_S)
                 assert np.array_equal(exchange(comm, server), expected)
         assert len(comm.peers()) == 6
 
 
 def dispatch_and_stay(store: Path) -> None:
-    comm = attention(store)
+    comm = small_attention(store)
     dispatch(comm)
     time.sleep(60)
 
@@ -84,11 +78,11 @@ def dispatch_and_stay(store: Path) -> None:
 def test_an_older_life_whose_batch_is_held_is_not_lost_again_once_a_newer_one_has_left(tmp_path: Path) -> None:
     child = context.Process(target=dispatch_and_stay, args=(tmp_path,))
     child.start()
-    with expert(tmp_path) as server:
+    with small_expert(tmp_path) as server:
         batch = server.dispatch_recv(timeout=60)
         child.kill()  # once its message is here
         child.join()
-        attention(tmp_path).close()  # its next life
+        small_attention(tmp_path).close()  # its next life
         until(lambda: server.peers()[-1].state == "left")
         assert server.dispatch_recv(timeout=0) is None  # looks for indices to give back
         server.check()
@@ -96,10 +90,10 @@ def test_an_older_life_whose_batch_is_held_is_not_lost_again_once_a_newer_one_ha
 
 
 def test_the_memory_of_a_life_that_is_gone_goes_back(tmp_path: Path) -> None:
-    with expert(tmp_path) as server:
+    with small_expert(tmp_path) as server:
         before = set(objects_mapped())  # those of earlier tests too, which may still go
         for _ in range(3):
-            with attention(tmp_path) as comm:
+            with small_attention(tmp_path) as comm:
                 exchange(comm, server)
                 assert set(objects_mapped()) - before
             until(lambda: server.peers()[-1].state == "left")
@@ -110,49 +104,49 @@ def test_the_memory_of_a_life_that_is_gone_goes_back(tmp_path: Path) -> None:
 
 
 def test_rows_that_are_not_answered_stay_though_their_rank_has_left(tmp_path: Path) -> None:
-    with expert(tmp_path, max_peers=1) as server:
-        with attention(tmp_path) as comm:
+    with small_expert(tmp_path, max_peers=1) as server:
+        with small_attention(tmp_path) as comm:
             dispatch(comm)
             batch = server.dispatch_recv(timeout=SOON_S)
             assert batch is not None
         del comm
         until(lambda: server.peers()[0].state == "left")
         with pytest.raises(m2n.SetupError, match="max_peers=1 peer indices in use, 1 by peers that are gone but sent"):
-            attention(tmp_path)
+            small_attention(tmp_path)
         assert np.array_equal(batch.x[batch.row_index_by_expert], X[[0, 2, 0, 1, 1, 2]])
         server.combine_send(batch, expert_outputs(batch, batch.experts))
-        with attention(tmp_path) as comm:
+        with small_attention(tmp_path) as comm:
             exchange(comm, server)
 
 
 def test_a_batch_that_nobody_will_answer_keeps_nothing(tmp_path: Path) -> None:
-    with expert(tmp_path, max_peers=1) as server:
-        with attention(tmp_path) as comm:
+    with small_expert(tmp_path, max_peers=1) as server:
+        with small_attention(tmp_path) as comm:
             dispatch(comm)
             batch = server.dispatch_recv(timeout=SOON_S)
             assert batch is not None
         until(lambda: server.peers()[0].state == "left")
         del batch, comm
-        with attention(tmp_path) as comm:
+        with small_attention(tmp_path) as comm:
             exchange(comm, server)
 
 
 def test_an_index_of_a_lost_rank_is_free_once_the_caller_knows(tmp_path: Path) -> None:
-    with expert(tmp_path, max_peers=1) as server:
-        comm = attention(tmp_path)
+    with small_expert(tmp_path, max_peers=1) as server:
+        comm = small_attention(tmp_path)
         assert server.wait_peer(0, SOON_S)
         comm._native.drop_peer(0)
         until(lambda: server.peers()[0].state == "lost")
         comm.close()
         with pytest.raises(m2n.SetupError, match=r"1 by peers that are lost: call recover\(\) for each"):
-            attention(tmp_path, rank=1)
+            small_attention(tmp_path, rank=1)
         server.recover(0)
-        with attention(tmp_path, rank=1) as other:
+        with small_attention(tmp_path, rank=1) as other:
             exchange(other, server)
 
 
 def test_of_two_overlapping_handshakes_of_a_rank_the_later_one_wins(tmp_path: Path) -> None:
-    with expert(tmp_path) as server:
+    with small_expert(tmp_path) as server:
         native = server._native
         older, newer = native.offer(0, 11), native.offer(0, 12)
         ends = [socket.socketpair() for _ in range(4)]
@@ -176,7 +170,7 @@ def test_of_two_overlapping_handshakes_of_a_rank_the_later_one_wins(tmp_path: Pa
 
 
 def test_a_link_whose_number_is_not_newer_is_refused(tmp_path: Path) -> None:
-    with expert(tmp_path) as server:
+    with small_expert(tmp_path) as server:
         native = server._native
         first = native.offer(0, 11)
         assert first["link"] == 1
@@ -193,9 +187,9 @@ def test_a_link_whose_number_is_not_newer_is_refused(tmp_path: Path) -> None:
 
 def test_a_life_on_an_emulated_device_gives_its_index_back(tmp_path: Path) -> None:
     options: dict[str, Any] = {"device": "emulated", "max_peers": 2}
-    with expert(tmp_path, **options) as server:
+    with small_expert(tmp_path, **options) as server:
         for _ in range(5):
-            with attention(tmp_path, **options) as comm:
+            with small_attention(tmp_path, **options) as comm:
                 dispatch(comm)
                 batch = server.dispatch_recv(timeout=SOON_S)
                 assert batch is not None
@@ -216,9 +210,9 @@ def test_lives_come_and_go_while_others_exchange(tmp_path: Path) -> None:
         y: np.ndarray = comm.combine_recv(timeout=SOON_S)
         return y
 
-    with expert(tmp_path, max_peers=3) as server, ThreadPoolExecutor(2) as pool:
+    with small_expert(tmp_path, max_peers=3) as server, ThreadPoolExecutor(2) as pool:
         serving = pool.submit(serve, server, 2, answers, until=is_over.is_set)
-        with attention(tmp_path) as steady:
+        with small_attention(tmp_path) as steady:
             expected = ask(steady)
 
             def go_on() -> int:
@@ -231,7 +225,7 @@ def test_lives_come_and_go_while_others_exchange(tmp_path: Path) -> None:
             going_on = pool.submit(go_on)
             try:
                 for _ in range(12):
-                    with attention(tmp_path, rank=1) as comm:
+                    with small_attention(tmp_path, rank=1) as comm:
                         assert np.array_equal(ask(comm), expected)
             finally:
                 is_over.set()
@@ -241,7 +235,7 @@ def test_lives_come_and_go_while_others_exchange(tmp_path: Path) -> None:
 
 def late_writer(store: str, connection: Connection) -> None:
     """An attention rank that writes where it may long after another life has taken its place."""
-    comm = attention(Path(store))
+    comm = small_attention(Path(store))
     connection.send("joined")
     connection.recv()
     for address, num_bytes in objects_mapped():
@@ -256,15 +250,15 @@ def test_late_writes_of_an_old_life_land_where_nobody_reads(tmp_path: Path, tran
         pytest.skip("nothing of the peer is mapped there: a message of an ended link is nobody's")
     ours, theirs = context.Pipe()
     process = context.Process(target=late_writer, args=(str(tmp_path), theirs))
-    with expert(tmp_path, max_peers=2) as server:
+    with small_expert(tmp_path, max_peers=2) as server:
         process.start()
         try:
             assert ours.poll(60)
             ours.recv()
-            with attention(tmp_path):  # displaces it, at the second index
+            with small_attention(tmp_path):  # displaces it, at the second index
                 pass
             until(lambda: [peer.state for peer in server.peers()][-1:] == ["left"])
-            with attention(tmp_path) as comm:  # at the index that the process had
+            with small_attention(tmp_path) as comm:  # at the index that the process had
                 expected = exchange(comm, server)
                 dispatch(comm)
                 ours.send("write")
@@ -292,7 +286,7 @@ TOLD_AT = (RESTARTS // 5, RESTARTS - 1)
 def restart_attention(store: str, connection: Connection) -> None:
     """Attention rank 0 with many lives, which tells its resources twice."""
     for life in range(RESTARTS):
-        with attention(Path(store)) as comm:
+        with small_attention(Path(store)) as comm:
             comm.dispatch_send(X, comm.route(IDS, WEIGHTS))
             comm.combine_recv(timeout=SOON_S)
         if life in TOLD_AT:
@@ -303,7 +297,7 @@ def restart_attention(store: str, connection: Connection) -> None:
 def restart_expert(store: str, connection: Connection) -> None:
     """Likewise expert rank 0."""
     for life in range(RESTARTS):
-        with expert(Path(store)) as server:
+        with small_expert(Path(store)) as server:
             answer(server)
             connection.recv()  # it is combined
         connection.send(resources() if life in TOLD_AT else None)
@@ -312,7 +306,7 @@ def restart_expert(store: str, connection: Connection) -> None:
 def serve_restarts(store: Path, connection: Connection) -> list[tuple[Any, Any]]:
     """As expert rank 0, which lives on: what both sides had, twice."""
     seen = []
-    with expert(store, max_peers=2) as server:
+    with small_expert(store, max_peers=2) as server:
         while len(seen) < 2:
             batch = server.dispatch_recv(timeout=0.05)
             if batch is not None:
@@ -326,7 +320,7 @@ def serve_restarts(store: Path, connection: Connection) -> list[tuple[Any, Any]]
 def join_restarts(store: Path, connection: Connection) -> list[tuple[Any, Any]]:
     """As attention rank 0, which lives on."""
     seen = []
-    with attention(store, max_peers=1) as comm:
+    with small_attention(store, max_peers=1) as comm:
         for life in range(RESTARTS):
             comm.set_placement(ONE, timeout=SOON_S)
             dispatch(comm)

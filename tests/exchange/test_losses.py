@@ -8,15 +8,16 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import bodies
 import numpy as np
 import pytest
+from bodies import ONE, SMALL, small_attention, small_expert
 from conftest import over
-from test_faults import IDS, ONE, SHAPE, SOON_S, TWO, WEIGHTS, X, answer, dispatch, start
+from small_case import IDS, TWO, WEIGHTS, X, answer, dispatch, start
+from waits import SOON_S, WAIT_S, until
 
 import m2n
 from m2n.ranks import serve
@@ -33,23 +34,8 @@ def config(**changes: Any) -> m2n.Config:
     return dataclasses.replace(bodies.NUMPY, **changes)
 
 
-def expert(store: Path, placement: m2n.Placement = ONE, rank: int = 0, **options: Any) -> m2n.ExpertComm:
-    return m2n.ExpertComm(rank, SHAPE, placement, store, **{"config": config(), **options})
-
-
-def attention(store: Path, placement: m2n.Placement = ONE, rank: int = 0, **options: Any) -> m2n.AttentionComm:
-    return m2n.AttentionComm(rank, SHAPE, placement, store, **{"config": config(), **options})
-
-
 def send(comm: m2n.AttentionComm, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, microbatch: int = 0) -> None:
     comm.dispatch_send(x, comm.route(ids, weights), microbatch)
-
-
-def until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 4 * SOON_S  # processes may have to start before
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def last_states(comm: Any) -> dict[int, str]:
@@ -66,7 +52,11 @@ def reply(comm: m2n.ExpertComm, batch: Any) -> None:
 
 
 def test_rows_that_will_not_come_are_told_by_number_and_nan_only_where_it_is_asked_for(tmp_path: Path) -> None:
-    with expert(tmp_path, TWO, 0) as kept, expert(tmp_path, TWO, 1) as gone, attention(tmp_path, TWO) as comm:
+    with (
+        small_expert(tmp_path, TWO, 0) as kept,
+        small_expert(tmp_path, TWO, 1) as gone,
+        small_attention(tmp_path, TWO) as comm,
+    ):
         for microbatch in (0, 1):
             dispatch(comm, microbatch)
             answer(kept)
@@ -97,7 +87,11 @@ def test_rows_that_will_not_come_are_told_by_number_and_nan_only_where_it_is_ask
 
 
 def test_all_others_are_waited_for_before_nan_is_given(tmp_path: Path) -> None:
-    with expert(tmp_path, TWO, 0) as kept, expert(tmp_path, TWO, 1) as gone, attention(tmp_path, TWO) as comm:
+    with (
+        small_expert(tmp_path, TWO, 0) as kept,
+        small_expert(tmp_path, TWO, 1) as gone,
+        small_attention(tmp_path, TWO) as comm,
+    ):
         dispatch(comm)
         gone.close()
         with pytest.raises(m2n.Timeout, match="expert rank 0 is alive"):
@@ -107,29 +101,29 @@ def test_all_others_are_waited_for_before_nan_is_given(tmp_path: Path) -> None:
 
 
 def test_a_whole_reply_counts_after_recover_too(tmp_path: Path) -> None:
-    server = expert(tmp_path)
-    with attention(tmp_path) as comm:
+    server = small_expert(tmp_path)
+    with small_attention(tmp_path) as comm:
         dispatch(comm, 0)
         answer(server)
         dispatch(comm, 1)
         server.close()
-        until(lambda: last_states(comm) == {0: "left"})
+        until(lambda: last_states(comm) == {0: "left"}, within_s=WAIT_S)
         comm.recover(0)
         assert np.isfinite(comm.combine_recv(0)).all()
         assert comm.missing(1) == {0: [0, 1, 2]}
 
 
 def test_recover_may_be_called_again_and_leaves_a_new_life_alone(tmp_path: Path) -> None:
-    with expert(tmp_path) as old, attention(tmp_path) as comm:
+    with small_expert(tmp_path) as old, small_attention(tmp_path) as comm:
         dispatch(comm)
-        until(lambda: last_states(old) == {0: "live"})
+        until(lambda: last_states(old) == {0: "live"}, within_s=WAIT_S)
         old.drop(0)
         with pytest.raises(m2n.PeerLost, match="expert rank 0 is lost"):
             comm.combine_recv()
         old.close()
-        with expert(tmp_path) as new:
+        with small_expert(tmp_path) as new:
             comm.set_placement(ONE)
-            until(lambda: last_states(new) == {0: "live"})
+            until(lambda: last_states(new) == {0: "live"}, within_s=WAIT_S)
             for _ in range(2):
                 comm.recover(0)
                 assert last_states(comm) == last_states(new) == {0: "live"}
@@ -146,8 +140,8 @@ def test_a_stopped_rank_is_dropped_and_learns_why(rows_only_here: bool, start: A
     said = tmp_path / "said"
     process = start(bodies.expert_that_is_dropped, 1, TWO, str(said))
     late = config(timeout_s=0.2)
-    with expert(tmp_path, TWO, 0) as kept, attention(tmp_path, TWO, config=late) as comm:
-        until(said.exists)
+    with small_expert(tmp_path, TWO, 0) as kept, small_attention(tmp_path, TWO, config=late) as comm:
+        until(said.exists, within_s=WAIT_S)
         os.kill(process.pid, signal.SIGSTOP)
         if rows_only_here:
             send(comm, *HERE)
@@ -179,9 +173,13 @@ def test_a_stopped_rank_is_dropped_and_learns_why(rows_only_here: bool, start: A
 
 
 def test_an_expert_rank_drops_an_attention_rank(tmp_path: Path) -> None:
-    with expert(tmp_path) as server, attention(tmp_path) as comm, attention(tmp_path, rank=1) as other:
+    with (
+        small_expert(tmp_path) as server,
+        small_attention(tmp_path) as comm,
+        small_attention(tmp_path, rank=1) as other,
+    ):
         dispatch(comm)
-        until(lambda: last_states(server) == {0: "live", 1: "live"})
+        until(lambda: last_states(server) == {0: "live", 1: "live"}, within_s=WAIT_S)
         server.drop(0, "too many requests")
         server.check()
         assert server.peers()[0].cause == "this rank dropped it: too many requests"
@@ -198,8 +196,11 @@ def test_nobody_waits_for_a_rank_that_hosts_nothing(device: str, tmp_path: Path)
     nothing_on_1 = m2n.Placement(FIRST.ranks_of_expert, num_expert_ranks=2)
     placed = nothing_on_1 if device != "cpu" else TWO
     late = config(timeout_s=SOON_S)
-    with expert(tmp_path, FIRST, 0, device=device) as server, expert(tmp_path, placed, 1, device=device) as silent:
-        with attention(tmp_path, placed, config=late, device=device) as comm:
+    with (
+        small_expert(tmp_path, FIRST, 0, device=device) as server,
+        small_expert(tmp_path, placed, 1, device=device) as silent,
+    ):
+        with small_attention(tmp_path, placed, config=late, device=device) as comm:
             if device == "cpu":
                 send(comm, *HERE)
                 answer(server)
@@ -213,18 +214,18 @@ def test_nobody_waits_for_a_rank_that_hosts_nothing(device: str, tmp_path: Path)
                     assert np.isfinite(comm.combine_recv(microbatch)).all()
             assert time.monotonic() - began < SOON_S
             # Where its slot was free it has heard of it all the same.
-            until(lambda: silent.placement_versions() == {0: 1 if device == "cpu" else 0})
+            until(lambda: silent.placement_versions() == {0: 1 if device == "cpu" else 0}, within_s=WAIT_S)
             # It may get rows of ready-made splits, and is waited for then.
             if device == "cpu":
-                route = m2n.Route.from_splits([0, 3], IDS, WEIGHTS, shape=SHAPE)
+                route = m2n.Route.from_splits([0, 3], IDS, WEIGHTS, shape=SMALL)
                 comm.set_timeout(0.05)
                 with pytest.raises(m2n.Timeout, match="expert rank 1 has not answered the last, empty message"):
                     comm.dispatch_send(X, route)
 
 
 def test_a_comm_gives_up_a_rank_that_owes_a_reply(tmp_path: Path) -> None:
-    with expert(tmp_path, TWO, 0) as kept, expert(tmp_path, TWO, 1) as silent:
-        with attention(tmp_path, TWO, config=config(give_up_s=0.1)) as comm:
+    with small_expert(tmp_path, TWO, 0) as kept, small_expert(tmp_path, TWO, 1) as silent:
+        with small_attention(tmp_path, TWO, config=config(give_up_s=0.1)) as comm:
             dispatch(comm)
             answer(kept)
             with pytest.raises(m2n.Timeout):  # not before
@@ -242,8 +243,8 @@ def test_a_comm_gives_up_a_rank_that_owes_a_reply(tmp_path: Path) -> None:
 
 
 def test_a_comm_gives_up_a_rank_that_owes_the_answer_to_an_empty_message(tmp_path: Path) -> None:
-    with expert(tmp_path, TWO, 0) as kept, expert(tmp_path, TWO, 1):
-        with attention(tmp_path, TWO, config=config(give_up_s=0.1)) as comm:
+    with small_expert(tmp_path, TWO, 0) as kept, small_expert(tmp_path, TWO, 1):
+        with small_attention(tmp_path, TWO, config=config(give_up_s=0.1)) as comm:
             for _ in range(3):
                 send(comm, *HERE)
                 answer(kept)
@@ -254,9 +255,12 @@ def test_a_comm_gives_up_a_rank_that_owes_the_answer_to_an_empty_message(tmp_pat
 
 @on_both
 def test_an_expert_rank_in_lockstep_gives_up_who_does_not_send(device: str, tmp_path: Path) -> None:
-    with expert(tmp_path, device=device, config=config(give_up_s=0.1)) as server:
-        with attention(tmp_path, device=device) as comm, attention(tmp_path, rank=1, device=device) as silent:
-            until(lambda: last_states(server) == {0: "live", 1: "live"})
+    with small_expert(tmp_path, device=device, config=config(give_up_s=0.1)) as server:
+        with (
+            small_attention(tmp_path, device=device) as comm,
+            small_attention(tmp_path, rank=1, device=device) as silent,
+        ):
+            until(lambda: last_states(server) == {0: "live", 1: "live"}, within_s=WAIT_S)
             assert strictly(server, [0, 1], timeout=0.2) is None  # nobody has sent: nobody is late
             dispatch(comm)
             with pytest.raises(m2n.PeerLost, match="attention rank 1 .*did not answer expert rank 0 for 0.1 s"):
@@ -264,17 +268,17 @@ def test_an_expert_rank_in_lockstep_gives_up_who_does_not_send(device: str, tmp_
             server.recover(1)
             reply(server, strictly(server, [0]))
             assert np.isfinite(comm.combine_recv()).all()
-            until(lambda: "did not answer expert rank 0" in silent.peers()[0].cause)
+            until(lambda: "did not answer expert rank 0" in silent.peers()[0].cause, within_s=WAIT_S)
 
 
 @on_both
 def test_a_message_that_came_whole_before_its_sender_left_counts(device: str, tmp_path: Path) -> None:
-    with expert(tmp_path, device=device) as server, attention(tmp_path, rank=0, device=device) as comm:
-        other = attention(tmp_path, rank=1, device=device)
+    with small_expert(tmp_path, device=device) as server, small_attention(tmp_path, rank=0, device=device) as comm:
+        other = small_attention(tmp_path, rank=1, device=device)
         dispatch(comm)
         dispatch(other)
         other.close()
-        until(lambda: last_states(server).get(1) == "left")
+        until(lambda: last_states(server).get(1) == "left", within_s=WAIT_S)
         batch = strictly(server, [0, 1])
         assert batch.peers == [0, 1]
         reply(server, batch)
@@ -295,15 +299,17 @@ def test_a_message_that_came_whole_before_its_sender_left_counts(device: str, tm
 def test_a_message_of_a_dead_process_counts_until_it_is_given_up(
     device: str, start: Any, transport: str, tmp_path: Path
 ) -> None:
-    with expert(tmp_path, device=device) as server:
+    with small_expert(tmp_path, device=device) as server:
         # What is under way over a network when a process is killed may be lost with it.
         to_do = "die" if transport == "auto" else "hold"
         processes = [start(bodies.attention_main, rank, ONE, to_do) for rank in (3, 4)]
         if to_do == "hold":
-            until(lambda: server.wait_work(0.01) is not None and server.stats()["messages_received"] == 2)
+            until(
+                lambda: server.wait_work(0.01) is not None and server.stats()["messages_received"] == 2, within_s=WAIT_S
+            )
             for process in processes:
                 process.kill()
-        until(lambda: last_states(server) == {3: "lost", 4: "lost"})
+        until(lambda: last_states(server) == {3: "lost", 4: "lost"}, within_s=WAIT_S)
         reply(server, strictly(server, [3]))
         for _ in range(2):
             with pytest.raises(m2n.PeerLost, match="attention rank [34] is lost: its process died"):
@@ -316,24 +322,24 @@ def test_a_message_of_a_dead_process_counts_until_it_is_given_up(
 
 
 def test_a_displaced_process_learns_that_another_one_took_its_place(start: Any, tmp_path: Path) -> None:
-    with expert(tmp_path) as server:
-        with attention(tmp_path) as old:
+    with small_expert(tmp_path) as server:
+        with small_attention(tmp_path) as old:
             start(bodies.attention_main, 0, ONE, "hold")
-            until(lambda: last_states(old) == {0: "lost"})
+            until(lambda: last_states(old) == {0: "lost"}, within_s=WAIT_S)
             with pytest.raises(m2n.PeerLost, match="it dropped this link: .*attention rank 0"):
                 dispatch(old)
         assert server.peers()[0].cause == "a newer life of the same rank has joined"
 
 
 def test_serving_goes_on_while_a_rank_has_a_life(tmp_path: Path) -> None:
-    with expert(tmp_path) as server:
+    with small_expert(tmp_path) as server:
         served = threading.Thread(target=serve, args=(server, 2, lambda batch: batch.x[batch.row_index_by_expert]))
         served.start()
-        first, other = attention(tmp_path), attention(tmp_path, rank=1)
+        first, other = small_attention(tmp_path), small_attention(tmp_path, rank=1)
         first.close()
-        first = attention(tmp_path)
+        first = small_attention(tmp_path)
         other.close()
-        until(lambda: [peer.state for peer in server.peers()].count("left") == 2)
+        until(lambda: [peer.state for peer in server.peers()].count("left") == 2, within_s=WAIT_S)
         served.join(0.5)  # longer than one of its looks
         assert served.is_alive()
         dispatch(first)

@@ -4,18 +4,17 @@ move, new lives of expert ranks."""
 
 from __future__ import annotations
 
-import contextlib
 import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from bodies import ONE, SMALL, small_attention, small_expert
 from conftest import over
-from test_exchange import to_numpy
-from test_faults import IDS, ONE, SHAPE, SOON_S, TWO, WEIGHTS, X, attention, expert
+from small_case import IDS, TWO, WEIGHTS, X
+from traffic import drain_and_leave, meet, traffic
+from waits import SOON_S, until
 
 import m2n
 from m2n import testing
@@ -34,18 +33,6 @@ def exchange(comm: m2n.AttentionComm, *servers: m2n.ExpertComm) -> np.ndarray:
     return finish(comm, *servers)
 
 
-def until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + SOON_S
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
-def meet(servers: list[m2n.ExpertComm], comms: list[m2n.AttentionComm]) -> None:
-    """The expert ranks know that all are there, which takes a moment longer than it takes the attention ranks."""
-    assert all(server.wait_peer(comm.rank, SOON_S) for server in servers for comm in comms)
-
-
 def finish(comm: m2n.AttentionComm, *servers: m2n.ExpertComm) -> np.ndarray:
     """The answers to what was dispatched; the result."""
     for server in servers:
@@ -57,8 +44,8 @@ def finish(comm: m2n.AttentionComm, *servers: m2n.ExpertComm) -> np.ndarray:
 
 
 def test_the_next_life_of_an_expert_rank_is_joined_while_the_others_go_on(tmp_path: Path) -> None:
-    with expert(tmp_path, TWO, rank=1) as other:
-        with expert(tmp_path, TWO) as first, attention(tmp_path, TWO) as comm:
+    with small_expert(tmp_path, TWO, rank=1) as other:
+        with small_expert(tmp_path, TWO) as first, small_attention(tmp_path, TWO) as comm:
             expected = exchange(comm, first, other)
             first.close()
             until(lambda: comm.peers()[0].state == "left")  # the goodbye takes a moment
@@ -67,7 +54,7 @@ def test_the_next_life_of_an_expert_rank_is_joined_while_the_others_go_on(tmp_pa
             with pytest.raises(m2n.SetupError, match="the life that it has published has left"):
                 comm.set_placement(TWO, timeout=0.5)
             assert comm.placement is TWO
-            with expert(tmp_path, TWO) as second:
+            with small_expert(tmp_path, TWO) as second:
                 comm.set_placement(TWO, timeout=SOON_S)
                 assert [(peer.rank, peer.state) for peer in comm.peers()] == [(0, "left"), (1, "live"), (0, "live")]
                 for _ in range(3):
@@ -75,10 +62,10 @@ def test_the_next_life_of_an_expert_rank_is_joined_while_the_others_go_on(tmp_pa
 
 
 def test_experts_move_to_a_rank_that_came_later(tmp_path: Path) -> None:
-    with expert(tmp_path) as first, attention(tmp_path) as comm:
+    with small_expert(tmp_path) as first, small_attention(tmp_path) as comm:
         expected = exchange(comm, first)
         joined: list[m2n.ExpertComm] = []
-        thread = threading.Timer(0.1, lambda: joined.append(expert(tmp_path, LATER, rank=1)))
+        thread = threading.Timer(0.1, lambda: joined.append(small_expert(tmp_path, LATER, rank=1)))
         thread.start()
         comm.set_placement(LATER, timeout=SOON_S)  # it waits for the new rank
         thread.join()
@@ -91,96 +78,12 @@ def test_experts_move_to_a_rank_that_came_later(tmp_path: Path) -> None:
 
 
 def test_a_placement_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    with expert(tmp_path), attention(tmp_path) as comm:
+    with small_expert(tmp_path), small_attention(tmp_path) as comm:
         with pytest.raises(ValueError, match="placement: places 3 experts, the shape has 4"):
             comm.set_placement(m2n.Placement.block(3, 1))
         with pytest.raises(m2n.SetupError, match="expert rank 1 could not be joined within .* not published"):
             comm.set_placement(TWO, timeout=0.2)
-        assert comm.placement is ONE and SHAPE.num_experts == 4
-
-
-class Traffic:
-    """Two attention ranks, threads that keep two microbatches in flight each, and what they must get."""
-
-    def __init__(self, tmp_path: Path, placement: m2n.Placement) -> None:
-        self.experts = [expert(tmp_path, placement, rank) for rank in range(placement.num_expert_ranks)]
-        self.comms = [attention(tmp_path, placement, rank) for rank in range(2)]
-        meet(self.experts, self.comms)
-        self.placement = placement  # what the attention ranks take before their next dispatch
-        self.rounds = [0, 0]
-        self.is_over = False
-        self.futures: list[Future[None]] = []
-        workloads = [testing.make_workload(SHAPE, "uniform", seed) for seed in range(3)]
-        self.workloads = [(workload, to_numpy(workload)) for workload in workloads]
-        self.expected: dict[tuple[m2n.Placement, int, int], np.ndarray] = {}
-
-    def send(self, comm: m2n.AttentionComm, number: int) -> np.ndarray:
-        """What combine_recv must give for it."""
-        which = number % len(self.workloads)
-        by_torch, workload = self.workloads[which]
-        comm.dispatch_send(workload.x, comm.route(workload.topk_ids, workload.topk_weights), number % 2, number)
-        key = (comm.placement, which, comm.rank)
-        if key not in self.expected:
-            self.expected[key] = testing.oracle_combine(by_torch, SHAPE, comm.placement, comm.rank).numpy()
-        return self.expected[key]
-
-    def attend(self, comm: m2n.AttentionComm) -> None:
-        with comm:  # whoever fails leaves, so that the others come to their end
-            number, in_flight = 0, [self.send(comm, 0)]
-            while in_flight:
-                if comm.placement is not self.placement:
-                    comm.set_placement(self.placement, timeout=SOON_S)  # the other microbatch went by the old one
-                if not self.is_over:
-                    in_flight.append(self.send(comm, number + 1))
-                y = comm.combine_recv(number % 2)
-                assert np.array_equal(y, in_flight.pop(0)), f"round {number} with {comm.placement}"
-                number += 1
-                self.rounds[comm.rank] = number
-            comm.check()
-
-    def serve(self, comm: m2n.ExpertComm, is_done: Callable[[], bool]) -> None:
-        with comm:
-            while not is_done():
-                batch = comm.dispatch_recv(timeout=0.02)
-                if batch is not None:
-                    comm.combine_send(batch, expert_outputs(batch, batch.experts))
-
-    def serve_to_the_end(self, comm: m2n.ExpertComm) -> None:
-        self.serve(comm, lambda: self.is_over and all(peer.state == "left" for peer in comm.peers()))
-
-    def go_on(self, num_rounds: int = 5) -> None:
-        """Until every attention rank has gone on by some rounds."""
-        until, deadline = [count + num_rounds for count in self.rounds], time.monotonic() + 4 * SOON_S
-        while any(count < end for count, end in zip(self.rounds, until)):
-            assert time.monotonic() < deadline, f"stuck at {self.rounds}, wanted {until}"
-            for future in self.futures:
-                if future.done():
-                    future.result()
-            time.sleep(0.001)
-
-
-@contextlib.contextmanager
-def traffic(tmp_path: Path, placement: m2n.Placement, *leavers: tuple[int, int]) -> Iterator[Traffic]:
-    """`leavers`: (expert rank, the placement version from when on nobody needs it, which it waits for and leaves)."""
-    load, version_of = Traffic(tmp_path, placement), dict(leavers)
-
-    def leave(comm: m2n.ExpertComm) -> None:
-        load.serve(comm, lambda: min(comm.placement_versions().values()) >= version_of[comm.rank])
-
-    with contextlib.ExitStack() as stack, ThreadPoolExecutor() as pool:
-        for comm in (*load.experts, *load.comms):
-            stack.enter_context(comm)
-        load.futures += [pool.submit(load.attend, comm) for comm in load.comms]
-        for server in load.experts:
-            load.futures.append(pool.submit(leave if server.rank in version_of else load.serve_to_the_end, server))
-        try:
-            load.go_on()
-            yield load
-            load.go_on()
-        finally:
-            load.is_over = True  # with two microbatches in flight every thread comes to its end, or to its deadline
-        for future in load.futures:
-            future.result()
+        assert comm.placement is ONE and SMALL.num_experts == 4
 
 
 @pytest.mark.sanitize
@@ -211,27 +114,14 @@ def test_a_rank_drains_and_leaves_while_others_go_on(tmp_path: Path, leaver: int
     drain_and_leave(tmp_path, leaver)
 
 
-def drain_and_leave(tmp_path: Path, leaver: int) -> None:
-    stayer = 1 - leaver
-    with traffic(tmp_path, TWO, (leaver, 1)) as load:
-        load.experts[stayer].set_placement(m2n.Placement([sorted({rank, stayer}) for (rank,) in TWO.ranks_of_expert]))
-        load.placement = m2n.Placement([[stayer]] * 4, num_expert_ranks=2, version=1)
-        load.futures[2 + leaver].result(SOON_S)
-        states = lambda comm: {peer.rank: peer.state for peer in comm.peers()}  # noqa: E731
-        until(lambda: all(states(comm)[leaver] == "left" for comm in load.comms))  # the goodbye takes a moment
-        load.go_on()  # attend() calls check() at its end
-        # Whoever comes later does not wait for the rank that has left, nor do those that it has left.
-        late = load.placement = m2n.Placement([[stayer]] * 4, num_expert_ranks=2, version=2)
-        assert late.members == [stayer]
-        with attention(tmp_path, late, rank=2) as comm:
-            load.send(comm, 0)
-            assert np.array_equal(comm.combine_recv(0), load.expected[late, 0, 2])
-
-
 @pytest.mark.sanitize
 def test_wait_placement_names_the_rank_that_has_not_switched(tmp_path: Path) -> None:
     new = m2n.Placement.block(4, 1, version=7)
-    with expert(tmp_path) as server, attention(tmp_path) as first, attention(tmp_path, rank=1) as second:
+    with (
+        small_expert(tmp_path) as server,
+        small_attention(tmp_path) as first,
+        small_attention(tmp_path, rank=1) as second,
+    ):
         meet([server], [first, second])
         assert server.placement_versions() == {0: 0, 1: 0}
         server.wait_placement(0, timeout=0)
@@ -257,7 +147,7 @@ def test_wait_placement_names_the_rank_that_has_not_switched(tmp_path: Path) -> 
 
 def test_a_rank_shows_a_version_once_nothing_older_is_under_way(tmp_path: Path) -> None:
     """Else a message that overtakes another would let an expert go that the other one needs."""
-    with expert(tmp_path) as server, attention(tmp_path) as comm:
+    with small_expert(tmp_path) as server, small_attention(tmp_path) as comm:
         expected = exchange(comm, server)
         comm.dispatch_send(X, comm.route(IDS, WEIGHTS), microbatch=1)
         comm.set_placement(m2n.Placement.block(4, 1, version=3))
@@ -275,7 +165,11 @@ def test_a_rank_shows_a_version_once_nothing_older_is_under_way(tmp_path: Path) 
 
 
 def test_a_lost_rank_ends_a_wait_for_another_one(tmp_path: Path) -> None:
-    with expert(tmp_path) as server, attention(tmp_path) as first, attention(tmp_path, rank=1) as second:
+    with (
+        small_expert(tmp_path) as server,
+        small_attention(tmp_path) as first,
+        small_attention(tmp_path, rank=1) as second,
+    ):
         meet([server], [first, second])
         server._native.drop_peer(0)
         with pytest.raises(m2n.PeerLost, match=r"wait_placement\(1\): attention rank 0 is lost"):
@@ -289,7 +183,11 @@ def test_a_lost_rank_ends_a_wait_for_another_one(tmp_path: Path) -> None:
 
 def test_an_expert_rank_changes_what_it_hosts(tmp_path: Path) -> None:
     """Batches that were received keep their experts; what comes later, or waits, goes by the new ones."""
-    with expert(tmp_path, TWO, 0) as server, attention(tmp_path) as comm, attention(tmp_path, rank=1) as other:
+    with (
+        small_expert(tmp_path, TWO, 0) as server,
+        small_attention(tmp_path) as comm,
+        small_attention(tmp_path, rank=1) as other,
+    ):
         comm.dispatch_send(X[:1], comm.route(IDS[:1], WEIGHTS[:1]))  # experts 0 and 1
         open_batch = server.dispatch_recv(timeout=SOON_S)
         assert open_batch is not None and open_batch.experts == [0, 1]
@@ -323,7 +221,7 @@ def exchange_alone(x: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 def test_an_older_version_is_refused(tmp_path: Path) -> None:
     new, old = m2n.Placement.block(4, 1, version=2), m2n.Placement.block(4, 1, version=1)
-    with expert(tmp_path, new) as server, attention(tmp_path, new) as comm:
+    with small_expert(tmp_path, new) as server, small_attention(tmp_path, new) as comm:
         meet([server], [comm])
         for rank in (server, comm):
             with pytest.raises(ValueError, match="placement: its version 1 is older than 2, which .* has"):

@@ -13,7 +13,7 @@ from typing import Any
 import bodies
 import numpy as np
 import pytest
-from test_exchange import REPLICAS, SHAPE, all_kinds, to_numpy
+from oracle import REPLICAS, SHAPE, all_kinds, to_numpy
 
 import m2n
 from m2n import bootstrap, testing

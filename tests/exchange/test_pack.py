@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from bodies import ONE, SMALL, small_answer, small_attention, small_expert
-from test_exchange import FLOAT8, as_numpy, of_dtype
+from oracle import FLOAT8, as_numpy, of_dtype
 
 import m2n
 from m2n import testing

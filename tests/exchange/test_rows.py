@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_verbs import run_one
+from oracle import run_one
 
 import m2n
 

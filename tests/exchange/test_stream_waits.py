@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from bodies import is_nan
+from bodies import SMALL, is_nan
 from conftest import over
-from test_device import Pair, config, on_devices
-from test_faults import IDS, SHAPE, SOON_S, TWO, WEIGHTS, X
-from test_launches import outputs_at_capacity
+from launched import Pair, config, on_devices, outputs_at_capacity
+from small_case import IDS, TWO, WEIGHTS, X
+from waits import SOON_S
 
 import m2n
 from m2n import testing
@@ -38,7 +38,7 @@ def counts_of(comm: Any) -> tuple[int, int]:
 def test_streams_wait_for_what_comes_next(device: str, first_seq: int) -> None:
     """Launched ahead by all ranks at once, across the wrap of the numbers: no wait is for too much, which the host
     would have to end."""
-    shape = dataclasses.replace(SHAPE, hidden=72)
+    shape = dataclasses.replace(SMALL, hidden=72)
     placement, num_attention, num_layers = m2n.Placement.block(4, 2), 2, 12
     microbatches = range(shape.microbatches)
     where = "cpu" if device == "emulated" else device
@@ -105,9 +105,9 @@ def test_what_the_host_ends_is_not_lost(device: str, tmp_path: Path) -> None:
 def test_a_dispatch_that_gave_up_makes_no_wait_longer(device: str, tmp_path: Path) -> None:
     """Its stream would wait for the answer to what was never sent."""
     with Pair(tmp_path, device) as pair:
-        nothing = torch.empty(0, SHAPE.top_k)
+        nothing = torch.empty(0, SMALL.top_k)
         route = pair.comm.route(nothing.int().to(pair.where), nothing.to(pair.where))
-        pair.comm.dispatch_send(torch.empty(0, SHAPE.hidden, device=pair.where), route)
+        pair.comm.dispatch_send(torch.empty(0, SMALL.hidden, device=pair.where), route)
         pair.comm.set_timeout(0.05)
         pair.comm.combine_recv()  # of no rows, whose answer is late
         pair.dispatch()  # waits for that answer, and gives up
@@ -167,4 +167,4 @@ def test_windows_in_the_memory_of_a_gpu_are_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(m2n.arrays, "device_name", str)
     monkeypatch.setattr(m2n.arrays, "is_capturing", lambda device: False)
     with pytest.raises(ValueError, match="config.stream_waits: the host must be able to end.*transport='shm'"):
-        m2n.AttentionComm(0, SHAPE, TWO, "/nowhere", "cuda:0", config=m2n.Config(transport="auto", stream_waits=True))
+        m2n.AttentionComm(0, SMALL, TWO, "/nowhere", "cuda:0", config=m2n.Config(transport="auto", stream_waits=True))

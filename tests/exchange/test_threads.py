@@ -14,28 +14,13 @@ from typing import Any
 import bodies
 import numpy as np
 import pytest
-from bodies import NUMPY, SMALL, small_attention, small_dispatch, small_expert
-from test_exchange import REPLICAS, SHAPE, all_kinds, as_numpy, check, to_numpy
+from bodies import NEAR_THE_END, NUMPY, SMALL, small_attention, small_dispatch, small_expert
+from oracle import REPLICAS, SHAPE, all_kinds, are_equal, as_numpy, check, drive_and_serve, oracles, to_numpy
+from waits import WAIT_S
 
 import m2n
 from m2n import testing
-from m2n.ranks import run_ranks, serve
-
-# The first numbers are 2^32 - 2 and 2^32 - 1, then 0.
-NEAR_THE_END = 2**32 - 3
-WAIT_S = 20.0
-
-
-def oracles(workloads: list[list[testing.Workload]], shape: m2n.Shape, placement: m2n.Placement) -> list[list[Any]]:
-    return [
-        [as_numpy(testing.oracle_combine(workload, shape, placement, rank)) for workload in layers]
-        for rank, layers in enumerate(workloads)
-    ]
-
-
-def are_equal(results: list[Any], expected: list[Any]) -> bool:
-    return len(results) == len(expected) and all(map(np.array_equal, results, expected))
-
+from m2n.ranks import run_ranks
 
 # Message numbers
 
@@ -85,41 +70,6 @@ def test_start_seq_at_reaches_both_roles(of_server: int, of_client: int, near_th
 @pytest.mark.sanitize
 def test_microbatches_driven_and_served_by_different_threads() -> None:
     drive_and_serve(NUMPY)
-
-
-def drive_and_serve(config: m2n.Config) -> None:
-    """A thread for each microbatch of each of two attention ranks; three that receive on each of two expert ranks."""
-    shape = dataclasses.replace(SHAPE, microbatches=4)
-    placement = m2n.Placement.block(8, 2)
-    given = [[testing.make_workload(shape, "uniform", 4 * rank + i) for i in range(4)] for rank in range(2)]
-    expected = oracles(given, shape, placement)
-    workloads = [list(map(to_numpy, layers)) for layers in given]
-
-    def attend(comm: m2n.AttentionComm) -> None:
-        def drive(microbatch: int) -> None:
-            workload, y = workloads[comm.rank][microbatch], expected[comm.rank][microbatch]
-            for layer in range(20):
-                route = comm.route(workload.topk_ids, workload.topk_weights)
-                comm.dispatch_send(workload.x, route, microbatch, layer)
-                if layer % 3 == 0:
-                    assert comm.wait_ready([microbatch]) == microbatch
-                assert np.array_equal(comm.combine_recv(microbatch), y)
-
-        with ThreadPoolExecutor(4) as pool:
-            list(pool.map(drive, range(4)))
-
-    def serve_all(comm: m2n.ExpertComm) -> int:
-        experts = comm.placement.experts_of(comm.rank)
-
-        def loop(_: int) -> int:
-            return serve(comm, 2, lambda batch: testing.expert_outputs(batch, experts))
-
-        with ThreadPoolExecutor(3) as pool:
-            return sum(pool.map(loop, range(3)))
-
-    results = run_ranks((attend, serve_all), 2, 2, shape=shape, placement=placement, config=config)
-    for rank in range(2):  # a batch is one layer of one microbatch, from one attention rank or from both
-        assert 80 <= results["expert", rank] <= 160
 
 
 def test_a_route_is_used_again_while_other_threads_send() -> None:

@@ -13,16 +13,11 @@ import bodies
 import numpy as np
 import pytest
 import torch
-from test_exchange import SHAPE, all_kinds, as_numpy, to_numpy
+from oracle import SHAPE, all_kinds, as_numpy, run_one, to_numpy
 
 import m2n
 from m2n import testing
 from m2n.ranks import run_ranks, serve
-
-
-def run_one(attention: Any, expert: Any, shape: m2n.Shape = SHAPE, m: int = 1, n: int = 1) -> Any:
-    config = dataclasses.replace(bodies.NUMPY, arrays="torch", timeout_s=10.0)
-    return run_ranks((attention, expert), m, n, shape=shape, config=config, timeout=40)
 
 
 def answer_all(comm: m2n.ExpertComm) -> int:

@@ -14,14 +14,7 @@ pytest.importorskip("transformers")
 
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
-from test_disaggregated import (  # noqa: E402
-    EMULATED,
-    FAMILIES,
-    PROMPTS,
-    checkpoint_and_tokens,
-    make_run,
-    run_on_devices,
-)
+from tiny_runs import EMULATED, FAMILIES, PROMPTS, checkpoint_and_tokens, make_run, run_on_devices  # noqa: E402
 
 from m2n.reference_model import trace  # noqa: E402
 from m2n.reference_model.engine.decode import CachePool, DecodeBatch  # noqa: E402

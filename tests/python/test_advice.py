@@ -14,16 +14,14 @@ import bodies
 import numpy as np
 import pytest
 from advice import ELSEWHERE, all_advice
-from bodies import ONE
-from bodies import SMALL as SHAPE
-from test_faults import TWO
-from test_membership import until
+from bodies import ONE, SMALL
+from small_case import IDS, TWO, WEIGHTS
+from waits import until
 
 import m2n
 from m2n.testing import expert_outputs
 
-IDS, WEIGHTS = np.array([[0, 1], [2, 3], [0, 3]], np.int32), np.full((3, 2), 0.5, np.float32)
-X = np.ones((3, SHAPE.hidden), np.float32)
+X = np.ones((3, SMALL.hidden), np.float32)
 ALSO_1 = m2n.Placement([[0], [0], [0], [1]])
 
 
@@ -39,12 +37,12 @@ class Ranks:
         until(lambda: all(len(server.peers()) == 1 for server in self.experts))
 
     def expert(self, rank: int = 0, placement: m2n.Placement | None = None, **options: Any) -> m2n.ExpertComm:
-        common = (SHAPE, placement or self.placement, self.store)
+        common = (SMALL, placement or self.placement, self.store)
         return self.stack.enter_context(m2n.ExpertComm(rank, *common, config=self.config, **options))
 
     def attention(self, rank: int = 0, **options: Any) -> m2n.AttentionComm:
         options = {"config": self.config, **options}
-        return self.stack.enter_context(m2n.AttentionComm(rank, SHAPE, self.placement, self.store, **options))
+        return self.stack.enter_context(m2n.AttentionComm(rank, SMALL, self.placement, self.store, **options))
 
     def __enter__(self) -> Ranks:
         return self
@@ -74,13 +72,13 @@ def told(error: type[BaseException], words: str) -> Any:
 
 
 def larger_max_peers(store: Path) -> None:
-    with m2n.ExpertComm(0, SHAPE, ONE, store, max_peers=1, config=bodies.NUMPY):
-        with m2n.AttentionComm(0, SHAPE, ONE, store, config=bodies.NUMPY):
+    with m2n.ExpertComm(0, SMALL, ONE, store, max_peers=1, config=bodies.NUMPY):
+        with m2n.AttentionComm(0, SMALL, ONE, store, config=bodies.NUMPY):
             with told(m2n.SetupError, "make it with a larger max_peers"):
-                m2n.AttentionComm(1, SHAPE, ONE, store, config=bodies.NUMPY)
-    with m2n.ExpertComm(0, SHAPE, ONE, store, max_peers=2, config=bodies.NUMPY), contextlib.ExitStack() as stack:
+                m2n.AttentionComm(1, SMALL, ONE, store, config=bodies.NUMPY)
+    with m2n.ExpertComm(0, SMALL, ONE, store, max_peers=2, config=bodies.NUMPY), contextlib.ExitStack() as stack:
         for rank in range(2):
-            stack.enter_context(m2n.AttentionComm(rank, SHAPE, ONE, store, config=bodies.NUMPY))
+            stack.enter_context(m2n.AttentionComm(rank, SMALL, ONE, store, config=bodies.NUMPY))
 
 
 def smaller_windows(store: Path) -> None:
@@ -93,7 +91,7 @@ def smaller_windows(store: Path) -> None:
 
 def chunks(store: Path) -> None:
     with told(ValueError, "; send larger ones in chunks"):
-        m2n.ExpertComm(0, dataclasses.replace(SHAPE, max_tokens=2**23), ONE, store, config=bodies.NUMPY)
+        m2n.ExpertComm(0, dataclasses.replace(SMALL, max_tokens=2**23), ONE, store, config=bodies.NUMPY)
     with Ranks(store) as ranks:
         many = np.tile(IDS, (4, 1))
         with told(ValueError, "; send them in several dispatches"):
@@ -159,7 +157,7 @@ def next_life_or_other_placement(store: Path) -> None:
 
 def check_the_placement(store: Path) -> None:
     with Ranks(store) as ranks:
-        route = m2n.Route.from_splits([2, 1], IDS, WEIGHTS, shape=SHAPE)
+        route = m2n.Route.from_splits([2, 1], IDS, WEIGHTS, shape=SMALL)
         with told(m2n.PeerLost, ", which this rank never connected to; check the placement"):
             ranks.comm.dispatch_send(X, route)
         ranks.works()
@@ -220,7 +218,7 @@ def answer_first(store: Path) -> None:
             server.dispatch_recv(0, 0, sync=False)
         with told(ValueError, "layout: 'padded' needs counts on the host; receive with sync=True, or use"):
             batch.gather("padded")
-        server.combine_send(batch, np.zeros((batch.num_pairs, SHAPE.hidden), np.float32))
+        server.combine_send(batch, np.zeros((batch.num_pairs, SMALL.hidden), np.float32))
         ranks.comm.combine_recv()
         ranks.dispatch()
         again = server.dispatch_recv()
@@ -231,7 +229,7 @@ def answer_first(store: Path) -> None:
 
 def contiguous(store: Path) -> None:
     with Ranks(store) as ranks:
-        x, route = np.ones((3, 2 * SHAPE.hidden), np.float32)[:, ::2], ranks.comm.route(IDS, WEIGHTS)
+        x, route = np.ones((3, 2 * SMALL.hidden), np.float32)[:, ::2], ranks.comm.route(IDS, WEIGHTS)
         with told(ValueError, "; make it contiguous first"):
             ranks.comm.dispatch_send(x, route)
         ranks.comm.dispatch_send(np.ascontiguousarray(x), route)
@@ -283,7 +281,7 @@ def copy_before(store: Path) -> None:
             ranks.dispatch()
             batch = ranks.experts[0].dispatch_recv()
             copy = batch.gather() if copies else None
-            ranks.experts[0].combine_send(batch, np.zeros((6, SHAPE.hidden), np.float32))
+            ranks.experts[0].combine_send(batch, np.zeros((6, SMALL.hidden), np.float32))
             ranks.comm.combine_recv()
             with told(m2n.Error, "; copy before it what is needed later"):
                 _ = batch.x
@@ -309,14 +307,14 @@ def lists_and_lingering(store: Path) -> None:
 def settings(store: Path) -> None:
     key = "0123456789abcdef"
     with told(m2n.SetupError, "give all ranks the same Config(job_key=...) or M2N_JOB_KEY, or Config(insecure=True)"):
-        m2n.ExpertComm(0, SHAPE, ONE, store, config=m2n.Config(bind="127.0.0.1"))
+        m2n.ExpertComm(0, SMALL, ONE, store, config=m2n.Config(bind="127.0.0.1"))
     for changes in ({"job_key": key}, {"insecure": True}):
-        m2n.ExpertComm(0, SHAPE, ONE, store, config=m2n.Config(bind="127.0.0.1", **changes)).close()
+        m2n.ExpertComm(0, SMALL, ONE, store, config=m2n.Config(bind="127.0.0.1", **changes)).close()
     slow = m2n.Faults(delay_us=1)
     with told(ValueError, "; use device='cpu', or no faults (M2N_FAULTS)"):
-        m2n.ExpertComm(0, SHAPE, ONE, store, device="emulated", config=m2n.Config(faults=slow))
-    m2n.ExpertComm(0, SHAPE, ONE, store, config=m2n.Config(faults=slow)).close()
-    m2n.ExpertComm(0, SHAPE, ONE, store, device="emulated", config=m2n.Config(faults=None)).close()
+        m2n.ExpertComm(0, SMALL, ONE, store, device="emulated", config=m2n.Config(faults=slow))
+    m2n.ExpertComm(0, SMALL, ONE, store, config=m2n.Config(faults=slow)).close()
+    m2n.ExpertComm(0, SMALL, ONE, store, device="emulated", config=m2n.Config(faults=None)).close()
 
 
 def torch_ops(store: Path) -> None:

@@ -4,23 +4,22 @@ ranks whose memory stays where it is."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import re
 import socket
-import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_faults import SHAPE
+from bodies import SMALL
+from handshakes import KEY, FakeNative, between, frame, greet, identity, listener, read_frame
+from waits import SOON_S
 
 import m2n
 from m2n import bootstrap, interfaces
@@ -28,81 +27,14 @@ from m2n import listener as listener_module
 from m2n.bootstrap import Address
 from m2n.channel import PROTOCOL_VERSION, Refused, TcpChannel, join_address, split_address
 from m2n.deadline import Deadline
-from m2n.handshake import Identity
 from m2n.listener import Listener
 from m2n.store import PathStore
-
-KEY = "a key of sixteen characters"
-SOON_S = 5.0
-
-
-class FakeNative:
-    """A comm that shares no memory."""
-
-    def __init__(self, is_over_network: bool = True) -> None:
-        self.is_over_network = is_over_network
-        self.offered: list[tuple[int, int]] = []
-        self.watched: list[tuple[int, float, float]] = []
-        self.withdrawn: list[int] = []
-        self.displaces: list[str] = []
-        self.cannot_attach = ""
-        self.is_watched = threading.Event()
-
-    def offer(self, rank: int, life: int, is_over_network: bool, link: int) -> dict[str, Any]:
-        assert is_over_network == self.is_over_network
-        self.offered.append((rank, life))
-        return {
-            "link": link,
-            "peer_idx": 0,
-            "process": 5,
-            "device": "",
-            "wakes": True,
-            "objects": [(-1, 1), (-1, 2), (-1, 3)],
-            "address": b"",
-        }
-
-    def attach(self, *about: Any) -> None:
-        if self.cannot_attach:
-            raise m2n.SetupError(self.cannot_attach)
-        if about[-1] >= 0:
-            self.data = socket.socket(fileno=about[-1])
-
-    def withdraw(self, peer_idx: int) -> None:
-        self.withdrawn.append(peer_idx)
-
-    def watch(
-        self, peer_idx: int, fd: int, pidfd: int, send_every_s: float, lost_after_s: float, displaces: str
-    ) -> None:
-        socket.socket(fileno=fd).close()
-        self.displaces.append(displaces)
-        self.watched.append((pidfd, send_every_s, lost_after_s))
-        self.is_watched.set()
-
-
-def identity(role: str, **about: Any) -> Identity:
-    return Identity("default", "default", role, 0, SHAPE, **{"transport": "auto", **about})
 
 
 @pytest.fixture(autouse=True)
 def is_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everybody else is on another host."""
     monkeypatch.setattr(bootstrap, "host_name", lambda: "here")
-
-
-@contextlib.contextmanager
-def listener(bind: str = "127.0.0.1", **about: Any) -> Iterator[tuple[Listener, FakeNative, Address]]:
-    native, who = FakeNative(), identity("expert", **about)
-    listening = Listener(native, who, bind)
-    try:
-        yield listening, native, Address(who.life, listening.address, "there", listening.network_address)
-    finally:
-        listening.close()
-
-
-def greet(address: Address, **about: Any) -> FakeNative:
-    native = FakeNative()
-    bootstrap._greet(native, identity("attention", **about), address, 0, Deadline(SOON_S))
-    return native
 
 
 @pytest.mark.parametrize(
@@ -152,56 +84,6 @@ def test_a_rank_that_listens_nowhere_is_named(capfd: pytest.CaptureFixture[str])
 
 
 # ---- what goes over the wire
-
-
-def read_frame(connection: socket.socket) -> bytes:
-    (size,) = struct.unpack(">I", connection.recv(4, socket.MSG_WAITALL))
-    return connection.recv(size, socket.MSG_WAITALL)
-
-
-def frame(data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + data
-
-
-NEAR_SPEAKS = (True, False, True, False, False, True)  # hello, hello, introduction, token, introduction, "joined"
-
-
-@contextlib.contextmanager
-def between(address: Address, change: Callable[[int, bytes], bytes]) -> Iterator[tuple[Address, list[bytes]]]:
-    """Somebody on the way who passes on frames, changed by change(number, frame); the address to use, what was seen:
-    those of NEAR_SPEAKS, then the hello of the data connection."""
-    seen: list[bytes] = []
-    there = split_address(address.network_address)
-
-    def pass_on_data(near: socket.socket, far: socket.socket) -> bytes:
-        hello = near.recv(52, socket.MSG_WAITALL)
-        far.sendall(change(len(NEAR_SPEAKS), hello))
-        near.sendall(far.recv(32, socket.MSG_WAITALL))
-        return hello
-
-    with socket.create_server(("127.0.0.1", 0)) as server:
-
-        def pass_on() -> None:
-            with server.accept()[0] as near, socket.create_connection(there) as far:
-                hello = b""
-                for number, near_speaks in enumerate(NEAR_SPEAKS):
-                    source, to = (near, far) if near_speaks else (far, near)
-                    seen.append(read_frame(source))
-                    to.sendall(frame(change(number, seen[-1])))
-                    if number == 3:
-                        with server.accept()[0] as near_data, socket.create_connection(there) as far_data:
-                            hello = pass_on_data(near_data, far_data)
-                seen.append(hello)
-
-        def run() -> None:
-            with contextlib.suppress(OSError, struct.error):
-                pass_on()
-
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        yield dataclasses.replace(address, network_address=join_address(*server.getsockname()[:2])), seen
-        server.shutdown(socket.SHUT_RDWR)  # it may still wait for a data connection
-        thread.join(SOON_S)
 
 
 @pytest.mark.parametrize("number", [2, 3, 4, 5], ids=["introduction", "token", "reply", "joined"])
@@ -309,10 +191,10 @@ def test_a_peer_that_says_nothing_is_left_alone(monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_a_bind_that_is_wrong_is_named_at_once(bind: str, error: type[Exception], words: str, tmp_path: Path) -> None:
-    placement = m2n.Placement.block(SHAPE.num_experts, 1)
+    placement = m2n.Placement.block(SMALL.num_experts, 1)
     before = threading.active_count()
     with pytest.raises(error, match=words):
-        m2n.ExpertComm(0, SHAPE, placement, tmp_path, config=m2n.Config(bind=bind, job_key=KEY))
+        m2n.ExpertComm(0, SMALL, placement, tmp_path, config=m2n.Config(bind=bind, job_key=KEY))
     assert threading.active_count() <= before  # those of tests before may end meanwhile
 
 
@@ -346,7 +228,7 @@ def test_an_address_that_cannot_be_reached_is_named_within_5_s(tmp_path: Path, m
     with pytest.raises(
         m2n.SetupError, match="expert rank 0 listens at 203.0.113.1:4711, which cannot be reached.*bind"
     ):
-        m2n.AttentionComm(0, SHAPE, m2n.Placement.block(SHAPE.num_experts, 1), tmp_path, config=config)
+        m2n.AttentionComm(0, SMALL, m2n.Placement.block(SMALL.num_experts, 1), tmp_path, config=config)
     assert time.monotonic() - began < 7  # 5, and a busy machine
 
 
@@ -355,7 +237,7 @@ def test_a_port_where_nobody_listens_is_looked_up_again(tmp_path: Path) -> None:
         publish(tmp_path, join_address(*free.getsockname()[:2]))
     config = m2n.Config(job_key=KEY, connect_timeout_s=1)
     with pytest.raises(m2n.SetupError, match=r"its address 127.0.0.1:\d+ is stale \(.*refused"):
-        m2n.AttentionComm(0, SHAPE, m2n.Placement.block(SHAPE.num_experts, 1), tmp_path, config=config)
+        m2n.AttentionComm(0, SMALL, m2n.Placement.block(SMALL.num_experts, 1), tmp_path, config=config)
 
 
 def test_settings_of_the_wire_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,8 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 from bodies import NUMPY, ONE, SMALL, small_answer, small_attention, small_dispatch, small_expert
-from test_channel import KEY, SOON_S, FakeNative, identity
-from test_joins import in_this_host, published, until
+from handshakes import KEY, FakeNative, identity, in_this_host, published
+from processes import program
+from waits import SOON_S, until
 
 import m2n
 from m2n import bootstrap
@@ -31,8 +31,6 @@ from m2n.deadline import Deadline
 from m2n.handshake import link_transport
 from m2n.interfaces import host_name
 from m2n.store import PathStore
-
-TESTS = Path(__file__).resolve().parents[1] / "support"
 
 
 def publish(store: Path, address: Address) -> None:
@@ -120,7 +118,7 @@ comm.close()
 
 @pytest.mark.parametrize("why", ["denied", "in another pid namespace"])
 def test_a_link_lives_on_where_one_side_alone_is_told_of_the_others_death(why: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(TESTS)!r})\n{WITHOUT_PIDFD}"]
+    command = program(WITHOUT_PIDFD, tmp_path, why)
     if why != "denied":
         apart = [shutil.which("unshare") or "", "--pid", "--fork", "--kill-child"]
         if not apart[0] or subprocess.run([*apart, "true"], capture_output=True).returncode != 0:
@@ -128,7 +126,7 @@ def test_a_link_lives_on_where_one_side_alone_is_told_of_the_others_death(why: s
         command = [*apart, *command]
     config = dataclasses.replace(NUMPY, heartbeat_s=0.05)
     with m2n.ExpertComm(0, SMALL, ONE, tmp_path, config=config) as server:
-        process = subprocess.Popen([*command, str(tmp_path), why], stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         while process.poll() is None:
             small_answer(server, timeout=0.1)
         assert process.stderr is not None

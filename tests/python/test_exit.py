@@ -4,19 +4,17 @@
 from __future__ import annotations
 
 import subprocess
-import sys
-from pathlib import Path
 
 import exits
 import pytest
+from processes import program
 
-TESTS = Path(__file__).resolve().parents[1] / "support"
 # Most of these ended otherwise, one in a few processes not: by an abort, or where the lock was missing by a bad access.
 PROCESSES = {exits.in_traffic: 6, exits.in_python_code_that_a_verb_calls: 6}
 
 
 @pytest.mark.parametrize(
-    "program",
+    "body",
     [
         exits.in_traffic,
         exits.in_long_waits,
@@ -26,13 +24,13 @@ PROCESSES = {exits.in_traffic: 6, exits.in_python_code_that_a_verb_calls: 6}
         exits.in_connects,
         exits.in_python_code_that_a_verb_calls,
     ],
-    ids=lambda program: program.__name__,
+    ids=lambda body: body.__name__,
 )
-def test_a_program_ends_well_while_daemon_threads_are(program: object) -> None:
-    command = [sys.executable, "-c", f"import exits; exits.{program.__name__}()"]
+def test_a_program_ends_well_while_daemon_threads_are(body: object) -> None:
+    command = program(f"import exits; exits.{body.__name__}()")
     processes = [
-        subprocess.Popen(command, cwd=TESTS, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for _ in range(PROCESSES.get(program, 3))
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(PROCESSES.get(body, 3))
     ]
     try:
         # The verbs' own deadlines are far later.

@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bodies import SMALL, small_attention, small_expert
+from handshakes import KEY, frame, greet, listener
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
-from test_channel import KEY, frame, greet, listener
-from test_faults import SHAPE, SOON_S, answer, attention, dispatch, expert
+from small_case import answer, dispatch
+from waits import SOON_S, until
 
 import m2n
 from m2n import _C, bootstrap
@@ -63,7 +65,7 @@ json_values = st.recursive(
 
 def introduction(role: str) -> dict[str, Any]:
     """What a proper peer of that role says; another process, so that its descriptors are looked at."""
-    identity = bootstrap.Identity("default", "default", role, 0, SHAPE, life=LIFE)
+    identity = bootstrap.Identity("default", "default", role, 0, SMALL, life=LIFE)
     offer = {"process": 1, "device": "", "wakes": True, "objects": [(0, 1), (0, 2), (0, 3)], "address": b"", "link": 1}
     return {**bootstrap.introduction(identity, offer, "shm"), "to_life": LIFE}
 
@@ -128,8 +130,8 @@ def sizes_of_objects(comm: Any) -> list[int]:
 
 # What a proper peer of a role sends.
 RIGHT_BYTES = {
-    "attention": sizes_of_objects(_C.AttentionComm(SHAPE._native(), 0, 1, "shm")),
-    "expert": sizes_of_objects(_C.ExpertComm(SHAPE._native(), 0, 1, "shm", [0])),
+    "attention": sizes_of_objects(_C.AttentionComm(SMALL._native(), 0, 1, "shm")),
+    "expert": sizes_of_objects(_C.ExpertComm(SMALL._native(), 0, 1, "shm", [0])),
 }
 
 
@@ -177,7 +179,7 @@ def send(connection: socket.socket, text: bytes, fds: list[int]) -> None:
 @given(messages("attention"), descriptors)
 @example(b"[" * 60000, ["null"] * 3)
 def test_what_is_received_is_a_message_or_a_setup_error(text: bytes, kinds: list[str]) -> None:
-    identity = bootstrap.Identity("default", "default", "expert", 0, SHAPE, life=LIFE)
+    identity = bootstrap.Identity("default", "default", "expert", 0, SMALL, life=LIFE)
     before = num_fds()
     ours, theirs = pair()
     with ours, theirs:
@@ -202,7 +204,7 @@ def test_what_is_received_is_a_message_or_a_setup_error(text: bytes, kinds: list
 @pytest.fixture(autouse=True)
 def _watcher() -> None:
     """The watcher's own descriptor is made with the first link of the process, and stays."""
-    native = _C.AttentionComm(SHAPE._native(), 0, 1, "shm")
+    native = _C.AttentionComm(SMALL._native(), 0, 1, "shm")
     offer = native.offer(0, 1)
     close_all([fd for fd, _ in offer["objects"]])
     ours, theirs = pair()
@@ -246,18 +248,16 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> list[BaseException | None]:
 
 def await_end(ended: list[BaseException | None], num_before: int) -> None:
     """Waits until one more handshake is over, with its thread."""
-    deadline = time.monotonic() + SOON_S
-    while len(ended) == num_before or any(thread.name == "m2n-handshake" for thread in threading.enumerate()):
-        assert time.monotonic() < deadline, "a handshake does not end"
-        time.sleep(0.001)
+    until(lambda: len(ended) > num_before, "the end of a handshake")
+    until(lambda: all(thread.name != "m2n-handshake" for thread in threading.enumerate()), "the end of its thread")
     assert ended[-1] is None or isinstance(ended[-1], (m2n.SetupError, ConnectionError)), repr(ended[-1])
 
 
 def test_whatever_knocks_at_the_listener_leaves_nothing_and_keeps_nobody_out(
     tmp_path: Path, pidfds_count: None, ended: list[BaseException | None]
 ) -> None:
-    with expert(tmp_path, max_peers=MAX_PEERS) as server:
-        key = bootstrap.Identity("default", "default", "attention", 0, SHAPE).store_key("expert", 0)
+    with small_expert(tmp_path, max_peers=MAX_PEERS) as server:
+        key = bootstrap.Identity("default", "default", "attention", 0, SMALL).store_key("expert", 0)
         entry = json.loads(bootstrap.look_up(PathStore(tmp_path), key, Deadline(5.0)))
         joined = 0
 
@@ -289,15 +289,15 @@ def test_whatever_knocks_at_the_listener_leaves_nothing_and_keeps_nobody_out(
         for info in server.peers():
             if info.state == "lost":
                 server.recover(info.rank)
-        with attention(tmp_path, rank=1) as comm:
+        with small_attention(tmp_path, rank=1) as comm:
             dispatch(comm)
             answer(server)
             assert np.isfinite(comm.combine_recv()).all()
 
 
 def test_whatever_answers_a_joiner_leaves_nothing(pidfds_count: None) -> None:
-    native = _C.AttentionComm(SHAPE._native(), 0, MAX_PEERS, "shm")
-    identity = bootstrap.Identity("default", "default", "attention", 0, SHAPE)
+    native = _C.AttentionComm(SMALL._native(), 0, MAX_PEERS, "shm")
+    identity = bootstrap.Identity("default", "default", "attention", 0, SMALL)
     joined = 0
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
         listening.bind("")  # an address that the kernel picks

@@ -11,16 +11,16 @@ import os
 import resource
 import socket
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from bodies import SMALL, small_answer, small_attention, small_dispatch, small_expert
-from test_channel import KEY, NEAR_SPEAKS, SOON_S, FakeNative, between, greet, identity, listener
+from handshakes import KEY, NEAR_SPEAKS, FakeNative, between, greet, identity, in_this_host, listener, published
+from processes import program
+from waits import SOON_S, until
 
 import m2n
 from m2n import bootstrap, notes
@@ -28,11 +28,6 @@ from m2n import listener as listener_module
 from m2n.bootstrap import Address
 from m2n.channel import Again, Refused, Shortage, UnixChannel, split_address
 from m2n.deadline import Deadline
-from m2n.interfaces import host_name
-from m2n.listener import Listener
-from m2n.store import PathStore
-
-TESTS = Path(__file__).resolve().parents[1] / "support"
 
 
 @pytest.fixture
@@ -82,16 +77,6 @@ def test_within_a_host_the_expert_rank_makes_both_ends_of_a_data_connection() ->
         with ours.data, native.data:
             native.data.sendall(b"x")
             assert ours.data.recv(2) == b"x" and ours.data.getpeername() == native.data.getsockname()
-
-
-@contextlib.contextmanager
-def in_this_host(transport: str = "tcp") -> Iterator[tuple[Listener, FakeNative, Address]]:
-    native, who = FakeNative(), identity("expert", transport=transport)
-    listening = Listener(native, who)
-    try:
-        yield listening, native, Address(who.life, listening.address, host_name(), "")
-    finally:
-        listening.close()
 
 
 # ---- crowds
@@ -156,11 +141,6 @@ def bogus(address: str, to_life: int, **changes: Any) -> dict[str, Any]:
         return answer
 
 
-def published(store: Path) -> Address:
-    key = identity("attention").store_key("expert", 0)
-    return Address.parse(key, PathStore(store).get(key))
-
-
 def test_introductions_that_fail_use_nothing_up_and_are_said_once(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -219,15 +199,10 @@ sys.stdin.readline()
 """
 
 
-def program(code: str, *arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(TESTS)!r})\n{code}"]
-    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    return subprocess.Popen([*command, *map(str, arguments)], **pipes, text=True)
-
-
 @pytest.mark.parametrize("num_left", [0, 1, 3], ids=["none", "for the connection", "for some of what comes with it"])
 def test_a_moment_without_descriptors_passes(num_left: int, tmp_path: Path) -> None:
-    process = program(WITHOUT_DESCRIPTORS, tmp_path, num_left)
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen(program(WITHOUT_DESCRIPTORS, tmp_path, num_left), **pipes, text=True)
     assert process.stdout is not None and process.stdout.readline() == "short\n"
     with small_attention(tmp_path) as comm:
         small_dispatch(comm)
@@ -286,10 +261,3 @@ def test_what_fails_here_is_raised_at_once_and_told_the_other_side(capfd: pytest
         with pytest.raises(Refused, match="refused by expert rank 0: shm: cannot allocate 5 bytes"):
             bootstrap._greet(ours, identity("attention", transport="shm"), address, 0, Deadline(SOON_S))
     assert "a peer could not join: it says: shm: cannot map the peer's memory object" in capfd.readouterr().err
-
-
-def until(is_so: Callable[[], bool]) -> None:
-    deadline = Deadline(SOON_S)
-    while not is_so():
-        assert not deadline.has_expired
-        time.sleep(0.001)

@@ -6,13 +6,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import multiprocessing
-import os
 import pickle
-import signal
 import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,31 +18,14 @@ import bodies
 import numpy as np
 import psutil
 import pytest
-from bodies import NUMPY, ONE, SMALL, small_answer, small_attention, small_dispatch, small_expert
-from test_exchange import SHAPE, all_kinds, to_numpy
-from test_threads import NEAR_THE_END, WAIT_S, are_equal, oracles
+from bodies import NEAR_THE_END, NUMPY, ONE, SMALL, small_answer, small_attention, small_dispatch, small_expert
+from oracle import SHAPE, all_kinds, are_equal, oracles, to_numpy
+from processes import fork, program, run_body
+from waits import WAIT_S, until
 
 import m2n
 from m2n import testing
 from m2n.ranks import run_ranks, serve
-
-TESTS = Path(__file__).resolve().parents[1] / "support"
-
-
-def run_body(name: str, *arguments: Any, timeout: float = 60.0) -> None:
-    """bodies.<name>(*arguments) in a Python of its own, which must end well."""
-    code = f"import sys, bodies; bodies.{name}(*sys.argv[1:])"
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, f"{name} ended with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-
-
-def until(is_so: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not is_so():
-        assert time.monotonic() < deadline, f"did not come: {what}"
-        time.sleep(0.01)
-
 
 # How processes are started
 
@@ -61,30 +40,6 @@ def test_ranks_are_made_in_children_of_any_start_method(method: str, first_seq: 
     results = pickle.loads((tmp_path / "results").read_bytes())
     for rank, expected in enumerate(oracles(workloads, SHAPE, given[1])):
         assert are_equal(results["attention", rank], expected * 2)
-
-
-def fork(call: Callable[[], Any]) -> Callable[[], str]:
-    """A forked child runs call(). The returned function waits for it and tells how it ended, in words."""
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(10)  # a child that hangs is ended, and its end is the answer
-        try:
-            text = f"returned {call()!r}"
-        except BaseException as error:
-            text = f"{type(error).__name__}: {error}"
-        os.write(writing, text.encode()[:4000])
-        os._exit(0)
-    os.close(writing)
-
-    def wait() -> str:
-        with os.fdopen(reading) as pipe:
-            text = pipe.read()
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        return text if status == 0 else f"ended with {status}"
-
-    return wait
 
 
 X = np.ones((8, 64), np.float32)
@@ -223,14 +178,14 @@ def test_views_stay_readable_and_the_memory_goes_with_the_last(library: str, tmp
 
 def test_ranks_outlive_their_launcher_and_its_peer_learns_of_the_loss(tmp_path: Path) -> None:
     code = "import sys, bodies; bodies.launcher_to_be_killed(sys.argv[1])"
-    launcher = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=TESTS, stdout=subprocess.PIPE)
+    launcher = subprocess.Popen(program(code, tmp_path), stdout=subprocess.PIPE)
     children: list[psutil.Process] = []
     try:
         with launcher:
             assert launcher.stdout is not None
             children = [psutil.Process(int(launcher.stdout.readline())) for _ in range(3)]
-            until((tmp_path / "exchanging").exists, "an exchange between the children")
-            until((tmp_path / "received").exists, "a message to the launcher")
+            until((tmp_path / "exchanging").exists, "an exchange between the children", within_s=WAIT_S)
+            until((tmp_path / "received").exists, "a message to the launcher", within_s=WAIT_S)
             launcher.kill()
         assert psutil.wait_procs(children, timeout=WAIT_S)[1] == []
     finally:
@@ -249,7 +204,7 @@ def test_the_loss_of_a_link_is_the_loss_of_that_link(tmp_path: Path) -> None:
     process = context.Process(target=bodies.many_attention_ranks, args=(str(tmp_path), 48, 63, ready))
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(small_expert(tmp_path, max_peers=64))
-        comms = [stack.enter_context(small_attention(tmp_path, rank)) for rank in range(48)]
+        comms = [stack.enter_context(small_attention(tmp_path, rank=rank)) for rank in range(48)]
         process.start()
         try:
             assert ready.wait(WAIT_S)
@@ -257,7 +212,9 @@ def test_the_loss_of_a_link_is_the_loss_of_that_link(tmp_path: Path) -> None:
         finally:
             process.kill()
             process.join()
-        until(lambda: sum(peer.state == "lost" for peer in server.peers()) == 16, "the loss of 16 links")
+        until(
+            lambda: sum(peer.state == "lost" for peer in server.peers()) == 16, "the loss of 16 links", within_s=WAIT_S
+        )
         lost = []
         while len(lost) < 16:
             try:

@@ -13,18 +13,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from processes import SUPPORT
 
 import m2n
 from m2n import _C
 
-TESTS = Path(__file__).resolve().parents[1] / "support"
 MB = 1 << 20
 
 
 def run(name: str, *arguments: object, prefix: tuple[str, ...] = ()) -> str:
     """What the program of tests/support/shortages.py prints; it must end well."""
     command = [*prefix, sys.executable, "shortages.py", name, *map(str, arguments)]
-    done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=SUPPORT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, f"{name} ended with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     return done.stdout.strip()
 
@@ -239,7 +239,7 @@ def preloaded() -> Iterator[tuple[str, ...]]:
         pytest.skip("no C compiler: apt-get install gcc")
     with tempfile.TemporaryDirectory(prefix="m2n-", dir="/tmp") as folder:  # LD_PRELOAD takes no path with a space
         command = ["cc", "-O1", "-shared", "-fPIC", "short_of.c", "-o", f"{folder}/short_of.so", "-ldl"]
-        subprocess.run(command, cwd=TESTS, check=True, timeout=60)
+        subprocess.run(command, cwd=SUPPORT, check=True, timeout=60)
         yield "env", f"LD_PRELOAD={folder}/short_of.so"
 
 

@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_device import Pair, config
-from test_faults import IDS, SHAPE, SOON_S, TWO, WEIGHTS
+from bodies import SMALL as SHAPE
+from launched import Pair, config
+from small_case import IDS, TWO, WEIGHTS
+from waits import SOON_S
 
 import m2n
 import m2n.torch_ops as ops
@@ -35,9 +37,8 @@ LATE_S = 0.05
 # Small whole numbers: products and sums are exact, in whatever order a backend takes them.
 EXPERTS = torch.randint(
     -2, 3, (SHAPE.num_experts, SMALL.hidden, SMALL.hidden), generator=torch.Generator().manual_seed(0)
-)
+).float()
 GATE = torch.randint(-2, 3, (SMALL.hidden, SHAPE.num_experts), generator=torch.Generator().manual_seed(1)).float()
-EXPERTS = EXPERTS.float()
 
 
 @pytest.fixture(autouse=True, scope="module")

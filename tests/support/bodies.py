@@ -135,6 +135,10 @@ def expert_that_is_dropped(rank: int, store: str, shape: m2n.Shape, placement: m
             Path(says).write_text(str(error))
 
 
+# The first numbers are 2^32 - 2 and 2^32 - 1, then 0.
+NEAR_THE_END = 2**32 - 3
+
+
 def run_rank(
     role: str,
     rank: int,
@@ -173,14 +177,14 @@ SMALL = m2n.Shape(64, 4, 2, 8, microbatches=2, dispatch_dtype="float32", combine
 ONE = m2n.Placement.block(4, 1)
 
 
-def small_expert(store: Any, **options: Any) -> m2n.ExpertComm:
-    """The one expert rank."""
-    return m2n.ExpertComm(0, SMALL, ONE, store, config=NUMPY, **options)
+def small_expert(store: Any, placement: m2n.Placement = ONE, rank: int = 0, **options: Any) -> m2n.ExpertComm:
+    """An expert rank; the only one, unless it is placed otherwise."""
+    return m2n.ExpertComm(rank, SMALL, placement, store, **{"config": NUMPY, **options})
 
 
-def small_attention(store: Any, rank: int = 0, **options: Any) -> m2n.AttentionComm:
+def small_attention(store: Any, placement: m2n.Placement = ONE, rank: int = 0, **options: Any) -> m2n.AttentionComm:
     """One of its attention ranks."""
-    return m2n.AttentionComm(rank, SMALL, ONE, store, config=NUMPY, **options)
+    return m2n.AttentionComm(rank, SMALL, placement, store, **{"config": NUMPY, **options})
 
 
 def small_dispatch(comm: m2n.AttentionComm, microbatch: int = 0) -> Any:
@@ -266,7 +270,7 @@ def child_that_ends_by_itself(store: str) -> None:
             assert [peer.state for peer in (*comm.peers(), *server.peers())] == ["live", "live"]
             server.combine_send(batch, expert_outputs(batch, range(4)))
             assert np.array_equal(comm.combine_recv(), expected)
-            with small_attention(store, 1) as other:
+            with small_attention(store, rank=1) as other:
                 expected = small_dispatch(other)
                 small_answer(server)
                 assert np.array_equal(other.combine_recv(), expected)
@@ -315,7 +319,7 @@ def launcher_to_be_killed(directory: str) -> None:
 
 def many_attention_ranks(store: str, first: int, last: int, ready: Any) -> None:
     """Attention ranks first..last of one process, each with a message under way; waits for its end."""
-    comms = [small_attention(store, rank) for rank in range(first, last + 1)]
+    comms = [small_attention(store, rank=rank) for rank in range(first, last + 1)]
     for comm in comms:
         small_dispatch(comm)
     ready.set()

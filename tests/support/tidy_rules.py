@@ -220,6 +220,13 @@ def cxx_functions(text: str) -> Iterator[tuple[str, int, int]]:
         header = ""
 
 
+def tests_apart(path: str, text: str) -> Iterator[str]:
+    """No test module is imported, by another or by a program in a string: what several use lies in tests/support."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if re.match(r"\W*(from|import) \.*test_\w", line):
+            yield f"{path}:{number}: imports a test module; what several use lies in tests/support"
+
+
 def imported(text: str) -> Iterator[tuple[str, str]]:
     """(module, name) of every import at any depth; name "" for `import module`. Relative ones begin with a dot."""
     for node in ast.walk(ast.parse(text)):

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conformance_suite import compile_suite, sentences
 from libraries import ROOT
-from test_conformance import compile_suite, sentences
 from tiers import needs_compiler
 
 PAGE = ROOT / "docs/adding_a_transport.md"

@@ -16,15 +16,15 @@ import bodies
 import numpy as np
 import pytest
 from bodies import ONE, SMALL, small_answer, small_dispatch
-from test_exchange import REPLICAS, SHAPE, all_kinds, check
-from test_membership import drain_and_leave
-from test_processes import fork, until
+from oracle import REPLICAS, SHAPE, all_kinds, check
+from processes import fork
+from traffic import drain_and_leave
+from waits import SOON_S, WAIT_S, until
 
 import m2n
 from m2n import _C, comm, testing
 
 SPEC = "faulty:delay_ns=1000,jitter_ns=500,seed=7:shm"
-SOON_S = 5.0
 
 
 def late(delay_s: float) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def test_closing_delivers_what_is_held_and_then_says_goodbye(tmp_path: Path) -> 
         server.close()
         assert time.monotonic() - began < delay_s + SOON_S
         assert others_ran.is_set()  # it waits without Python's lock
-        until(lambda: client.peers()[0].state == "left", "the goodbye")
+        until(lambda: client.peers()[0].state == "left", "the goodbye", within_s=WAIT_S)
         assert np.array_equal(client.combine_recv(), expected)
     thread.join()
 
@@ -131,11 +131,15 @@ def test_a_comm_that_ends_without_closing_drops_what_is_held(tmp_path: Path) -> 
         clients = [client_of(tmp_path, delay_s, name="dropped")]
         key = clients[0]._finalizer.detach()[2][2]
         small_dispatch(clients[0])
-    until(lambda: clients[0].peers()[0].state == "left", "the end of the link, which keeps the comm alive")
+    until(
+        lambda: clients[0].peers()[0].state == "left",
+        "the end of the link, which keeps the comm alive",
+        within_s=WAIT_S,
+    )
     clients.clear()
     gc.collect()
     comm._open_ranks.discard(key)
-    until(lambda: bodies.mapped_kib() == before, "the end of the comm")
+    until(lambda: bodies.mapped_kib() == before, "the end of the comm", within_s=WAIT_S)
     time.sleep(delay_s)
 
 

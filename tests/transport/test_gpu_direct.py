@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from bodies import config_of
-from test_device import ONE, SHAPE, TWO
-from test_faults import SOON_S
+from bodies import ONE, SMALL, config_of
+from small_case import TWO
+from waits import SOON_S
 
 import m2n
 from m2n import testing
@@ -28,7 +28,7 @@ APART, TOGETHER = (dataclasses.replace(config_of(name), arrays="torch") for name
 )
 def test_rows_apart_from_signals_equal_the_oracle(configs: Any, waits: bool, tmp_path: Path) -> None:
     shape = dataclasses.replace(
-        SHAPE, hidden=72, dispatch_dtype="bfloat16", combine_dtype="bfloat16", reduce_at="attention"
+        SMALL, hidden=72, dispatch_dtype="bfloat16", combine_dtype="bfloat16", reduce_at="attention"
     )
     of_attention, of_experts = (dataclasses.replace(config, stream_waits=waits) for config in configs)
     options: Any = {"shape": shape, "placement": TWO, "store": tmp_path, "device": "emulated", "max_peers": 3}
@@ -55,7 +55,7 @@ def test_a_peer_that_sends_messages_is_refused_in_words(sends: str, tmp_path: Pa
     """They would have to be copied into rows that a processor cannot reach."""
     by_message = dataclasses.replace(TOGETHER, ucx_way="message", connect_timeout_s=3.0)
     of_attention, of_expert = (by_message, APART) if sends == "attention" else (APART, by_message)
-    options: Any = {"shape": SHAPE, "placement": ONE, "store": tmp_path, "device": "emulated"}
+    options: Any = {"shape": SMALL, "placement": ONE, "store": tmp_path, "device": "emulated"}
     with (
         m2n.ExpertComm(0, config=of_expert, **options),
         pytest.raises((ValueError, m2n.SetupError), match="gpu_direct needs puts in both directions.*ucx_way='put'"),
@@ -67,4 +67,4 @@ def test_a_peer_that_sends_messages_is_refused_in_words(sends: str, tmp_path: Pa
 def test_it_needs_a_device_and_ucx(device: str, transport: str, tmp_path: Path) -> None:
     config = m2n.Config(transport=transport, gpu_direct=True)
     with pytest.raises(ValueError, match="config.gpu_direct: .*need transport='ucx' and a device, not"):
-        m2n.ExpertComm(0, SHAPE, ONE, tmp_path, device, config=config)
+        m2n.ExpertComm(0, SMALL, ONE, tmp_path, device, config=config)

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from bodies import ONE, SMALL, small_answer, small_attention, small_dispatch, small_expert
 from libraries import CXX
+from oracle import drive_and_serve
 from tiers import needs_compiler
 
 import m2n
@@ -101,9 +102,7 @@ def test_large_messages_both_ways_from_scattered_rows(transport: str, num_tokens
 
 @over_networks
 def test_several_threads_of_one_comm_drive_and_serve(transport: str) -> None:
-    import test_threads
-
-    test_threads.drive_and_serve(bodies.NUMPY)
+    drive_and_serve(bodies.NUMPY)
 
 
 @over_messages

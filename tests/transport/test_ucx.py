@@ -23,7 +23,7 @@ import psutil
 import pytest
 from bodies import ONE, SMALL, small_answer, small_attention, small_dispatch, small_expert
 from libraries import CXX, build_libraries
-from test_processes import fork
+from processes import fork
 from tiers import needs_compiler
 
 import m2n

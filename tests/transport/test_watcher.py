@@ -5,65 +5,17 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import struct
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from libraries import CXX, ROOT
-from test_faults import SHAPE
+from processes import program
 from tiers import needs_compiler
-
-from m2n import _C
-from m2n.channel import close_all
-
-HEARTBEAT_S = 0.05
-LOST_AFTER_S = 3 * HEARTBEAT_S
-SOON_S = 10.0
-SIZE = 25
-
-
-class Watched:
-    """A comm with one link, of which the test holds the other end."""
-
-    def __init__(
-        self, send_every_s: float = HEARTBEAT_S, lost_after_s: float = LOST_AFTER_S, stream: bool = True
-    ) -> None:
-        self.native: Any = _C.AttentionComm(SHAPE._native(), 0, 1, "shm")
-        offer = self.native.offer(0, 1)
-        close_all([fd for fd, _ in offer["objects"]])
-        kind = socket.SOCK_STREAM if stream else socket.SOCK_SEQPACKET
-        ours, self.end = socket.socketpair(socket.AF_UNIX, kind)
-        self.end.settimeout(SOON_S)
-        self.native.watch(offer["peer_idx"], ours.detach(), -1, send_every_s, lost_after_s)
-
-    @property
-    def peer(self) -> tuple[str, str]:
-        ((_, state, _, cause),) = self.native.peers()
-        return state, cause
-
-    def read(self) -> tuple[int, int, int]:
-        """The next heartbeat: when it was sent, the echo, how long that was held."""
-        data = b""
-        while len(data) < SIZE:
-            data += self.end.recv(SIZE - len(data))
-        assert data[:1] == b"H"
-        return struct.unpack("<3q", data[1:])  # type: ignore[return-value]
-
-    def beat(self, sent_ns: int = 1, echo_ns: int = 1, held_ns: int = 0) -> bytes:
-        return b"H" + struct.pack("<3q", sent_ns, echo_ns, held_ns)
-
-    def wait_end(self) -> tuple[str, str]:
-        deadline = time.monotonic() + SOON_S
-        while self.peer[0] == "live":
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        return self.peer
+from watched import HEARTBEAT_S, LOST_AFTER_S, PATIENCE_S, Watched
 
 
 @pytest.fixture
@@ -114,7 +66,7 @@ def test_without_heartbeats_silence_is_no_loss() -> None:
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "packets"])
 def test_messages_may_come_in_pieces_and_together(stream: bool) -> None:
-    watched = Watched(lost_after_s=SOON_S, stream=stream)
+    watched = Watched(lost_after_s=PATIENCE_S, stream=stream)
     text = watched.beat() * 3 + b"G"
     for piece in (text[:1], text[1:7], text[7:60], text[60:-1]):
         watched.end.send(piece)
@@ -129,7 +81,7 @@ def test_messages_may_come_in_pieces_and_together(stream: bool) -> None:
     "reason, words", [("", ""), ("it \x1b[31mhangs\n", ": it ?[31mhangs?"), ("ü" * 256, ": " + "ü" * 256)]
 )
 def test_a_dropped_link_says_why_also_in_pieces(reason: str, words: str, stream: bool) -> None:
-    watched = Watched(lost_after_s=SOON_S, stream=stream)
+    watched = Watched(lost_after_s=PATIENCE_S, stream=stream)
     text = reason.encode()
     message = b"D" + struct.pack("<H", len(text)) + text
     for piece in (message[:2], message[2:3], message[3:-1], message[-1:]) if stream and text else (message,):
@@ -174,9 +126,9 @@ def test_the_clock_of_a_peer_is_known_to_half_a_round_trip(watched: Watched) -> 
         got_ns = time.monotonic_ns()
         watched.end.sendall(watched.beat(time.monotonic_ns() + ahead_ns, sent_ns, time.monotonic_ns() - got_ns))
     sent_ns, echo_ns, held_ns = watched.read()
-    assert echo_ns > ahead_ns and 0 <= held_ns < SOON_S * 1e9  # it repeats what it got
+    assert echo_ns > ahead_ns and 0 <= held_ns < PATIENCE_S * 1e9  # it repeats what it got
     ((rank, found_ns, round_trip_ns),) = watched.native.clock_offsets()
-    assert rank == 0 and 0 < round_trip_ns < SOON_S * 1e9
+    assert rank == 0 and 0 < round_trip_ns < PATIENCE_S * 1e9
     assert abs(found_ns - ahead_ns) <= round_trip_ns / 2 + 1000
 
 
@@ -191,8 +143,7 @@ def test_clocks_that_cannot_be_are_not_believed(watched: Watched) -> None:
 
 STOPPED = """
 import os, signal, sys, threading, time
-sys.path[:] = {path!r}
-from test_watcher import Watched, HEARTBEAT_S
+from watched import HEARTBEAT_S, Watched
 watched = Watched()
 print(os.getpid(), flush=True)
 def answer():
@@ -213,9 +164,8 @@ os.kill(0, signal.SIGKILL)
 
 def test_a_process_that_was_stopped_does_not_call_others_silent() -> None:
     """It could not hear them: what lies in its connections counts, and time in which it did not run does not."""
-    code = STOPPED.format(path=sys.path)
     with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        program(STOPPED), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         assert process.stdin and process.stdout
         process_id = int(process.stdout.readline())
