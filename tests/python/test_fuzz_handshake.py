@@ -157,7 +157,7 @@ def num_fds() -> int:
 def await_fds(expected: int) -> None:
     """What threads of this process still close is waited for."""
     deadline = time.monotonic() + SOON_S
-    while num_fds() != expected:
+    while num_fds() > expected:  # fewer: what an earlier test left to be closed
         assert time.monotonic() < deadline, f"{num_fds() - expected} descriptors were left behind"
         time.sleep(0.001)
 
