@@ -31,21 +31,16 @@ def _torch_dtype(name: str) -> Any:
     return getattr(torch, name)
 
 
-def is_torch(tensor: Any) -> bool:
-    """Is it a torch tensor? Looks without importing torch."""
-    if type(tensor) is _torch_tensor:
-        return True
-    torch = sys.modules.get("torch")
-    return torch is not None and _remember(torch) and isinstance(tensor, torch.Tensor)
-
-
 _torch_tensor: Any = None  # torch.Tensor, once somebody has imported torch: to look at a type takes a tenth of the rest
 
 
-def _remember(torch: Any) -> bool:
+def is_torch(tensor: Any) -> bool:
+    """Is it a torch tensor? Looks without importing torch."""
     global _torch_tensor
-    _torch_tensor = getattr(torch, "Tensor", None)  # None while torch is being imported
-    return _torch_tensor is not None
+    if type(tensor) is _torch_tensor:
+        return True
+    _torch_tensor = getattr(sys.modules.get("torch"), "Tensor", None)  # None, too, while torch is being imported
+    return _torch_tensor is not None and isinstance(tensor, _torch_tensor)
 
 
 def is_on_cpu(tensor: Any) -> bool:
